@@ -1,0 +1,70 @@
+"""How TokenMixup attaches to a CCT.
+
+Dimensions: B batch, N tokens, D width, H heads, M remembered tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from experiments.models.cct import CCT, Block
+from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, TokenLayout, joint_query_key
+
+
+class CCTAdapter(HostAdapter):
+    """CCT: no class token, saliency is the mean over the queries.
+
+    Its attention takes remembered tokens as keys and values only, so no query is wasted on them.
+    """
+
+    family = "CCT"
+    host_classes = ("experiments.models.cct.CCT",)
+
+    def check(self, host: nn.Module) -> None:
+        """Nothing to check: the model lives in this repository, beside its adapter."""
+
+    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(cast(CCT, host).blocks)
+
+    def layout(self, host: nn.Module) -> TokenLayout:
+        """All tokens are patch tokens."""
+        cct = cast(CCT, host)
+        return TokenLayout(
+            width=cct.embed_dim,
+            num_prefix_tokens=0,
+            class_token=False,
+            num_patch_tokens=cct.num_tokens,
+            num_classes=cct.num_classes or None,
+        )
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The block's `attn`."""
+        return cast(Block, layer).attn
+
+    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The block's `norm1`."""
+        return cast(Block, layer).norm1(tokens)
+
+    def query_key(
+        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """From the first two thirds of `qkv`."""
+        attention = cast(Block, layer).attn
+        query, key = joint_query_key(
+            self.normalise(layer, tokens), attention.qkv, attention.num_heads, class_row
+        )
+        return query, key, attention.scale
+
+    def with_memory(self, memory: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Through the attention's own `memory` argument."""
+        return args, {**kwargs, "memory": memory}
+
+    def own_tokens(self, output: Any, num_remembered: int) -> Any:
+        """All of the output: remembered tokens have no queries."""
+        return output
+
+    def no_weight_decay(self, host: nn.Module) -> set[str]:
+        """As the model has it."""
+        return cast(CCT, host).no_weight_decay()

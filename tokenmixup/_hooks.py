@@ -1,0 +1,205 @@
+"""The hooks that carry TokenMixup out inside a host's own forward pass.
+
+They act only while a training pass of their `TokenMixupModel` runs (or is run again by activation
+checkpointing); at any other time they let everything through untouched.
+
+Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenmixup._session import Session, StepRecord
+from tokenmixup.config import HorizontalConfig, VerticalConfig
+from tokenmixup.functional import mix_tokens, query_key_saliency, salient_positions
+from tokenmixup.horizontal import horizontal_step, scorenet_loss
+from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, TokenLayout
+from tokenmixup.scorenet import ScoreNet
+from tokenmixup.vertical import remember, remembered_before
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What all hooks of one model share."""
+
+    adapter: HostAdapter
+    layout: TokenLayout
+    session: Session
+    horizontal: HorizontalConfig | None
+    vertical: VerticalConfig | None
+
+
+class _Hook:
+    """Base of all hooks, by which :func:`has_hooks` knows them.
+
+    Hooks are objects rather than closures so that copies and pickles of a model get hooks of
+    their own, bound to the copy.
+    """
+
+
+class _LayerHook(_Hook):
+    """At a layer's input: mix (HTM), then remember (VTM)."""
+
+    def __init__(
+        self, shared: Attachment, index: int, mixes: bool, scorenet: ScoreNet | None
+    ) -> None:
+        self.shared = shared
+        self.index = index
+        self.mixes = mixes
+        self.scorenet = scorenet
+        vertical = shared.vertical
+        self.remembers = vertical is not None and index < vertical.layers[-1]
+
+    def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        record, again = self.shared.session.current()
+        if record is None:
+            return None
+        if record.grad_enabled and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"layer {self.index} runs without gradients inside a training step that has them. "
+                "Reentrant activation checkpointing does this, and loses ScoreNet's loss and the "
+                "remembered tokens' gradient: use use_reentrant=False"
+            )
+        tokens = self.shared.adapter.tokens(args, kwargs)
+        if self.mixes:
+            tokens = self._mix(record, again, layer, tokens, args, kwargs)
+        if self.remembers:
+            self._remember(record, again, layer, tokens, args, kwargs)
+        if not self.mixes:
+            return None
+        return self.shared.adapter.with_tokens(tokens, args, kwargs)
+
+    def _mix(
+        self,
+        record: StepRecord,
+        again: bool,
+        layer: nn.Module,
+        tokens: Tensor,
+        args: Args,
+        kwargs: Kwargs,
+    ) -> Tensor:
+        config = self.shared.horizontal
+        assert config is not None
+        targets = record.decisions[self.index][0] if again else record.targets
+        assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
+        logits = None
+        if self.scorenet is not None:
+            # Also when run again: checkpointing expects the same tensors to be saved once more.
+            logits, losses = scorenet_loss(self.scorenet, tokens, targets, config)
+            if not again:
+                record.scorenet_losses.append(losses)
+        if not again:
+            saliency = self._saliency(layer, tokens, args, kwargs)
+            step = horizontal_step(targets, saliency, logits, config)
+            record.decisions[self.index] = (targets, step.decision)
+            record.targets = step.targets
+            for name, value in step.stats.items():
+                record.stats[f"htm/layer{self.index}/{name}"] = value
+        decision = record.decisions[self.index][1]
+        return mix_tokens(tokens, decision, self.shared.layout.num_prefix_tokens)
+
+    def _remember(
+        self,
+        record: StepRecord,
+        again: bool,
+        layer: nn.Module,
+        tokens: Tensor,
+        args: Args,
+        kwargs: Kwargs,
+    ) -> None:
+        config = self.shared.vertical
+        assert config is not None
+        if not again:
+            saliency = self._saliency(layer, tokens, args, kwargs)
+            record.positions[self.index] = salient_positions(saliency, config.kappa)
+        remembered = remember(
+            tokens,
+            record.positions[self.index],
+            config,
+            self.shared.layout.num_prefix_tokens,
+        )
+        if not again:
+            record.memory[self.index] = remembered
+
+    @torch.no_grad()
+    def _saliency(self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+        layout = self.shared.layout
+        query, key, scale = self.shared.adapter.query_key(
+            layer, tokens, args, kwargs, layout.class_token
+        )
+        return query_key_saliency(
+            query, key, scale, layout.num_prefix_tokens, class_token=layout.class_token
+        )
+
+
+class _AttendHook(_Hook):
+    """At the input of a VTM layer's attention: add the remembered tokens to its keys and values."""
+
+    def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
+        self.shared = shared
+        self.index = index
+        self.layer = layer
+
+    def __call__(
+        self, attention: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        record, again = self.shared.session.current()
+        if record is None:
+            return None
+        memory = remembered_before(record.memory, self.index)
+        assert memory is not None, "layers before a VTM layer remember their tokens"
+        if not again:
+            count = memory.new_full((), memory.shape[1], dtype=torch.float32)
+            record.stats[f"vtm/layer{self.index}/remembered_tokens"] = count
+        memory = self.shared.adapter.normalise(self.layer, memory)
+        return self.shared.adapter.with_memory(memory, args, kwargs)
+
+
+class _OwnTokensHook(_Hook):
+    """At the output of a VTM layer's attention: drop what belongs to the remembered tokens."""
+
+    def __init__(self, shared: Attachment, index: int) -> None:
+        self.shared = shared
+        self.index = index
+
+    def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        record, _ = self.shared.session.current()
+        if record is None:
+            return None
+        remembered = sum(
+            tokens.shape[1] for layer, tokens in record.memory.items() if layer < self.index
+        )
+        return self.shared.adapter.own_tokens(output, remembered)
+
+
+def install_hooks(
+    layers: Sequence[nn.Module], shared: Attachment, scorenets: Mapping[str, ScoreNet]
+) -> list[RemovableHandle]:
+    """Put the hooks on the layers that need one, and return what takes them off again."""
+    mixing = shared.horizontal.layers if shared.horizontal is not None else ()
+    attending = shared.vertical.layers if shared.vertical is not None else ()
+    handles = []
+    for index, layer in enumerate(layers):
+        if index in mixing or index < max(attending, default=0):
+            hook = _LayerHook(shared, index, index in mixing, scorenets.get(str(index)))
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if index in attending:
+            attention = shared.adapter.attention(layer)
+            attend, own = _AttendHook(shared, index, layer), _OwnTokensHook(shared, index)
+            handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
+            handles.append(attention.register_forward_hook(own, with_kwargs=True))
+    return handles
+
+
+def has_hooks(host: nn.Module) -> bool:
+    """Whether hooks of TokenMixup are on any part of the host."""
+    return any(
+        isinstance(hook, _Hook)
+        for module in host.modules()
+        for hook in module._forward_pre_hooks.values()
+    )

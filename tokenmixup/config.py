@@ -1,0 +1,108 @@
+"""Settings of Horizontal and Vertical TokenMixup, checked where they are made."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ScoreNetType = Literal["attention", "cls", "average"]
+SCORENET_TYPES: tuple[str, ...] = get_args(ScoreNetType)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizontalConfig:
+    """Horizontal TokenMixup (HTM).
+
+    Attributes:
+        layers: 0-based indices of the encoder layers at whose input tokens are mixed.
+        tau: difficulty threshold; samples with ``CE / 10 <= tau`` are easy. Needed with a
+            ScoreNet, without meaning otherwise.
+        rho: least saliency difference that moves a token, in the unit of the attention map.
+        scorenet: how ScoreNet pools the tokens, one of ``"attention"``, ``"cls"`` (class token)
+            and ``"average"`` (of the patch tokens); None mixes every sample.
+        scorenet_lambda: weight of ScoreNet's loss.
+        scorenet_stop_gradient: keep ScoreNet's gradient out of the model.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    layers: tuple[int, ...]
+    rho: float
+    tau: float | None = None
+    scorenet: ScoreNetType | None = "attention"
+    scorenet_lambda: float = 0.001
+    scorenet_stop_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("HorizontalConfig", self.layers, lowest=0))
+        _check_number("HorizontalConfig", "rho", self.rho)
+        if self.scorenet is not None and self.scorenet not in SCORENET_TYPES:
+            raise ValueError(
+                f"HorizontalConfig.scorenet must be one of {', '.join(SCORENET_TYPES)}, or None "
+                f"to mix every sample; got {self.scorenet!r}"
+            )
+        if self.tau is not None:
+            _check_number("HorizontalConfig", "tau", self.tau)
+        elif self.scorenet is not None:
+            raise ValueError(
+                "HorizontalConfig.tau is needed to tell easy samples by ScoreNet "
+                f"(scorenet={self.scorenet!r}); scorenet=None mixes every sample"
+            )
+        _check_number("HorizontalConfig", "scorenet_lambda", self.scorenet_lambda)
+        _check_bool("HorizontalConfig", "scorenet_stop_gradient", self.scorenet_stop_gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerticalConfig:
+    """Vertical TokenMixup (VTM).
+
+    Attributes:
+        layers: 0-based indices of the encoder layers that attend to remembered tokens. Layer 0
+            has no earlier layer and is not allowed.
+        kappa: tokens that each layer before the last of ``layers`` remembers.
+        stop_gradient: keep gradients out of the remembered tokens.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    layers: tuple[int, ...]
+    kappa: int
+    stop_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("VerticalConfig", self.layers, lowest=1))
+        if not _is_int(self.kappa) or self.kappa < 1:
+            raise ValueError(f"VerticalConfig.kappa must be an integer >= 1, got {self.kappa!r}")
+        _check_bool("VerticalConfig", "stop_gradient", self.stop_gradient)
+
+
+def _layers(owner: str, layers: Iterable[int], lowest: int) -> tuple[int, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ValueError(f"{owner}.layers must be a sequence of layer indices, got {layers!r}")
+    layers = tuple(layers)
+    if not layers:
+        raise ValueError(f"{owner}.layers must name at least one layer, got none")
+    for layer in layers:
+        if not _is_int(layer) or layer < lowest:
+            reason = " (layer 0 has no earlier layer to attend to)" if lowest else ""
+            raise ValueError(f"{owner}.layers must be integers >= {lowest}{reason}, got {layer!r}")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{owner}.layers must not name a layer twice, got {layers}")
+    return tuple(sorted(layers))
+
+
+def _check_number(owner: str, field: str, value: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{owner}.{field} must be a finite number >= 0, got {value!r}")
+
+
+def _check_bool(owner: str, field: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}.{field} must be True or False, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,371 @@
+"""The mathematics of TokenMixup as pure tensor functions.
+
+Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class token, registers),
+T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
+
+Every function takes any floating dtype on any device and keeps no state. Half-precision saliency,
+difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
+"TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenmixup._assignment import solve_assignment
+
+DIFFICULTY_SCALE = 10.0
+"""The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
+
+_GAIN_CHUNK_ELEMENTS = 1 << 20
+"""Elements of the largest temporary of the gain matrix: 4 MiB in float32, which stays in cache."""
+
+
+class HorizontalMixup(NamedTuple):
+    """What :func:`horizontal_mixup` returns; sample i of each field is sample i of the input."""
+
+    tokens: Tensor
+    targets: Tensor
+    partner: Tensor
+    mask: Tensor
+
+
+class MixingDecision(NamedTuple):
+    """Which tokens come from where: ``partner`` (B,) int64 and ``mask`` (B, T) bool."""
+
+    partner: Tensor
+    mask: Tensor
+
+
+def attention_saliency(
+    attention: Tensor, num_prefix_tokens: int = 0, *, class_token: bool | None = None
+) -> Tensor:
+    """Saliency of the patch tokens, read off a self-attention map, averaged over the heads.
+
+    With a class token at position 0, ``s_i[t]`` is the class token's attention to patch token t;
+    without one, the attention that t receives, averaged over all queries.
+
+    Args:
+        attention: attention probabilities, (B, H, N, N), rows are queries.
+        num_prefix_tokens: P, the tokens before the patch tokens.
+        class_token: whether token 0 is a class token; by default whether there are prefix tokens.
+
+    Returns:
+        Saliency, (B, T), without gradient, in float32 or wider.
+
+    Raises:
+        ValueError: the map is not four-dimensional or has no patch tokens.
+    """
+    if attention.dim() != 4:
+        raise ValueError(f"attention must be (B, H, N, N), got shape {tuple(attention.shape)}")
+    _check_prefix(attention.shape[-1], num_prefix_tokens, "attention")
+    dtype = _wide(attention)
+    if _reads_class_token(num_prefix_tokens, class_token):
+        saliency = attention[:, :, 0].detach().mean(1, dtype=dtype)
+    else:
+        saliency = attention.detach().mean((1, 2), dtype=dtype)
+    return saliency[:, num_prefix_tokens:]
+
+
+@torch.no_grad()
+def query_key_saliency(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    num_prefix_tokens: int = 0,
+    *,
+    class_token: bool | None = None,
+) -> Tensor:
+    """Saliency as :func:`attention_saliency` gives it, from queries and keys alone.
+
+    The map softmax(scale * Q K^T) is never stored whole: with a class token only its row is
+    computed, without one the map of one head at a time. Fused attention can thus stay on in the
+    layer itself.
+
+    Args:
+        query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
+        key: (B, H, N, D / H).
+        scale: factor of the scores, usually (D / H) ** -0.5.
+        num_prefix_tokens: P.
+        class_token: as in :func:`attention_saliency`.
+
+    Returns:
+        Saliency, (B, T), without gradient, in float32 or wider.
+    """
+    _check_prefix(key.shape[-2], num_prefix_tokens, "key")
+    dtype = _wide(query)
+    if _reads_class_token(num_prefix_tokens, class_token):
+        scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
+        return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
+    heads = query.shape[1]
+    saliency = query.new_zeros((key.shape[0], key.shape[2]), dtype=dtype)
+    for head in range(heads):
+        scores = (query[:, head] * scale) @ key[:, head].transpose(-2, -1)
+        saliency = saliency + scores.softmax(-1, dtype=dtype).mean(1)
+    return (saliency / heads)[:, num_prefix_tokens:]
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample with soft targets, ``-sum_c y[c] log softmax(logits)[c]``.
+
+    Args:
+        logits: (B, C).
+        targets: (B, C), each row a distribution over the classes.
+
+    Returns:
+        (B,), in float32 or wider; differentiable in the logits.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if logits.dim() != 2 or logits.shape != targets.shape:
+        raise ValueError(
+            "logits and targets must both be (B, C), got "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    dtype = _wide(logits)
+    return F.cross_entropy(logits.to(dtype), targets.detach().to(dtype), reduction="none")
+
+
+@torch.no_grad()
+def sample_difficulty(logits: Tensor, targets: Tensor) -> Tensor:
+    """Difficulty of each sample, ``d_i = CE(y_i, ScoreNet(x_i)) / 10``, without gradient.
+
+    Args:
+        logits: ScoreNet's, (B, C).
+        targets: soft targets, (B, C).
+
+    Returns:
+        (B,), in float32 or wider. Sample i is easy where ``d_i <= tau``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    return soft_cross_entropy(logits, targets) / DIFFICULTY_SCALE
+
+
+@torch.no_grad()
+def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+    """Saliency that easy sample i gains from sample j, ``sum_t max(s_j[t] - s_i[t] - rho, 0)``.
+
+    Args:
+        saliency: (B, T).
+        easy: (B,) bool; the E rows of the result are the easy samples in batch order.
+        rho: least difference that is worth a token, >= 0, in the unit of the saliency.
+
+    Returns:
+        (E, B), in float32 or wider. E depends on the data; :func:`horizontal_mixup` does not.
+
+    Raises:
+        ValueError: shapes do not fit, or rho is negative or not finite.
+    """
+    _check_saliency(saliency, easy, rho)
+    saliency = saliency.to(_wide(saliency))
+    return _gain_rows(saliency[easy], saliency, rho)
+
+
+def assign_partners(gain: Tensor) -> Tensor:
+    """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
+
+    The optimum is exact (a Jonker-Volgenant solver in float64 on the host).
+
+    Args:
+        gain: (E, B) with E <= B.
+
+    Returns:
+        (E,) int64, the column of each row; no column occurs twice.
+
+    Raises:
+        ValueError: the shape is not (E, B) with E <= B, or an entry is not finite.
+    """
+    if gain.dim() != 2 or gain.shape[0] > gain.shape[1]:
+        raise ValueError(f"gain must be (E, B) with E <= B, got shape {tuple(gain.shape)}")
+    return solve_assignment(gain.detach())
+
+
+def horizontal_mixup(
+    tokens: Tensor,
+    targets: Tensor,
+    saliency: Tensor,
+    easy: Tensor,
+    rho: float,
+    num_prefix_tokens: int = 0,
+) -> HorizontalMixup:
+    """Horizontal TokenMixup: give each easy sample the tokens that are more salient elsewhere.
+
+    With the partner j of easy sample i from :func:`assign_partners`, the mask is
+    ``M_i[t] = (s_j[t] - s_i[t] > rho)``. Patch tokens of i under the mask become j's tokens at the
+    same positions; prefix tokens stay i's own. The target becomes ``(a y_i + b y_j) / (a + b)``
+    with ``a = sum_t s_i[t] (1 - M_i[t])`` and ``b = sum_t s_j[t] M_i[t]``. Batch order is kept,
+    and shapes do not depend on how many samples are easy.
+
+    Args:
+        tokens: (B, N, D).
+        targets: soft targets, (B, C).
+        saliency: (B, T) with T = N - P.
+        easy: (B,) bool, the samples that may be mixed.
+        rho: least saliency difference that moves a token, >= 0.
+        num_prefix_tokens: P.
+
+    Returns:
+        :class:`HorizontalMixup` of ``tokens`` (B, N, D), ``targets`` (B, C), ``partner`` (B,)
+        int64 (a sample's own index where none of its tokens was replaced) and ``mask`` (B, T)
+        bool. Gradient flows through ``tokens`` only.
+
+    Raises:
+        ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
+    """
+    _check_mixup(tokens, targets, saliency, easy, num_prefix_tokens)
+    decision = decide_mixing(saliency, targets, easy, rho)
+    return HorizontalMixup(
+        mix_tokens(tokens, decision, num_prefix_tokens),
+        mix_targets(targets, saliency, decision),
+        decision.partner,
+        decision.mask,
+    )
+
+
+@torch.no_grad()
+def decide_mixing(saliency: Tensor, targets: Tensor, easy: Tensor, rho: float) -> MixingDecision:
+    """Choose partners and tokens: the part of :func:`horizontal_mixup` that has no gradient.
+
+    The square problem with zero rows for the samples that are not easy has the same optimum for
+    the easy ones as the rectangular problem, and its shape does not depend on the data.
+    """
+    _check_saliency(saliency, easy, rho)
+    saliency = saliency.to(_wide(saliency))
+    gain = _gain_rows(saliency, saliency, rho) * easy.unsqueeze(1)
+    # 0 * x is nan where x is not finite: bad targets reach the check inside the solver, which has
+    # to read the gains anyway, so that finding them costs no device synchronisation of its own.
+    gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
+    partner = solve_assignment(gain)
+    mask = (saliency[partner] - saliency > rho) & easy.unsqueeze(1)
+    own = torch.arange(len(partner), device=partner.device)
+    return MixingDecision(torch.where(mask.any(1), partner, own), mask)
+
+
+def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int = 0) -> Tensor:
+    """Carry out a decision on tokens (B, N, D): ``where(M, x[partner], x)``, prefixes kept."""
+    mask = F.pad(decision.mask, (num_prefix_tokens, 0))
+    return torch.where(mask.unsqueeze(-1), tokens[decision.partner], tokens)
+
+
+@torch.no_grad()
+def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
+    """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
+
+    A sample of which no token was replaced, or whose a + b vanishes, keeps its target as it is.
+    """
+    saliency = saliency.to(_wide(saliency))
+    partner, mask = decision
+    kept = torch.where(mask, 0, saliency).sum(1)
+    taken = torch.where(mask, saliency[partner], 0).sum(1)
+    total = kept + taken
+    mixed = mask.any(1) & (total > 0)
+    share = torch.where(mixed, taken / torch.where(mixed, total, 1), 0).unsqueeze(1)
+    dtype = torch.promote_types(targets.dtype, share.dtype)
+    blend = (1 - share) * targets.to(dtype) + share * targets[partner].to(dtype)
+    return torch.where(mixed.unsqueeze(1), blend.to(targets.dtype), targets)
+
+
+def select_salient_tokens(
+    tokens: Tensor, saliency: Tensor, kappa: int, num_prefix_tokens: int = 0
+) -> Tensor:
+    """The kappa most salient patch tokens of each sample, which Vertical TokenMixup remembers.
+
+    Args:
+        tokens: (B, N, D).
+        saliency: (B, T) with T = N - P.
+        kappa: tokens to keep, 1 <= kappa <= T.
+        num_prefix_tokens: P.
+
+    Returns:
+        (B, K, D), most salient first, ties in order of position. Gradient flows into ``tokens``.
+
+    Raises:
+        ValueError: shapes do not fit or kappa is out of range.
+    """
+    _check_tokens(tokens, saliency, num_prefix_tokens)
+    return gather_tokens(tokens, salient_positions(saliency, kappa), num_prefix_tokens)
+
+
+def gather_tokens(tokens: Tensor, positions: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Patch tokens at positions (B, K) of tokens (B, N, D) -> (B, K, D)."""
+    index = (positions + num_prefix_tokens).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index)
+
+
+@torch.no_grad()
+def salient_positions(saliency: Tensor, kappa: int) -> Tensor:
+    """Positions of the kappa greatest saliencies, (B, T) -> (B, K) int64, greatest first."""
+    if not 1 <= kappa <= saliency.shape[1]:
+        raise ValueError(f"kappa must lie in 1..T = {saliency.shape[1]}, got {kappa}")
+    return saliency.argsort(dim=1, descending=True, stable=True)[:, :kappa]
+
+
+def _gain_rows(rows: Tensor, saliency: Tensor, rho: float) -> Tensor:
+    """Gain of each of the rows (R, T) from each of the columns (B, T) -> (R, B)."""
+    if torch.compiler.is_compiling():  # fused by the compiler, so there are no temporaries to bound
+        return (saliency.unsqueeze(0) - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
+    chunk = max(1, _GAIN_CHUNK_ELEMENTS // max(1, saliency.numel()))
+    gain = rows.new_empty((rows.shape[0], saliency.shape[0]))
+    for start in range(0, rows.shape[0], chunk):
+        part = slice(start, start + chunk)
+        difference = saliency.unsqueeze(0) - rows[part].unsqueeze(1)
+        gain[part] = difference.sub_(rho).clamp_min_(0).sum(-1)
+    return gain
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _reads_class_token(num_prefix_tokens: int, class_token: bool | None) -> bool:
+    return num_prefix_tokens > 0 if class_token is None else class_token
+
+
+def _check_prefix(tokens: int, num_prefix_tokens: int, name: str) -> None:
+    if not 0 <= num_prefix_tokens < tokens:
+        raise ValueError(
+            f"num_prefix_tokens must leave at least one of the {tokens} tokens of {name} "
+            f"as patch token, got {num_prefix_tokens}"
+        )
+
+
+def _check_saliency(saliency: Tensor, easy: Tensor, rho: float) -> None:
+    if saliency.dim() != 2:
+        raise ValueError(f"saliency must be (B, T), got shape {tuple(saliency.shape)}")
+    if easy.dtype != torch.bool or easy.shape != saliency.shape[:1]:
+        raise ValueError(
+            f"easy must be a bool tensor of shape ({saliency.shape[0]},), the batch of saliency "
+            f"{tuple(saliency.shape)}; got {easy.dtype} of shape {tuple(easy.shape)}"
+        )
+    if not 0 <= rho < float("inf"):
+        raise ValueError(f"rho must be a finite number >= 0, got {rho}")
+
+
+def _check_tokens(tokens: Tensor, saliency: Tensor, num_prefix_tokens: int) -> None:
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must be (B, N, D), got shape {tuple(tokens.shape)}")
+    _check_prefix(tokens.shape[1], num_prefix_tokens, "tokens")
+    expected = (tokens.shape[0], tokens.shape[1] - num_prefix_tokens)
+    if tuple(saliency.shape) != expected:
+        raise ValueError(
+            f"saliency must be (B, T) = {expected} for tokens of shape {tuple(tokens.shape)} with "
+            f"{num_prefix_tokens} prefix tokens, got {tuple(saliency.shape)}"
+        )
+
+
+def _check_mixup(
+    tokens: Tensor, targets: Tensor, saliency: Tensor, easy: Tensor, num_prefix_tokens: int
+) -> None:
+    _check_tokens(tokens, saliency, num_prefix_tokens)
+    if targets.dim() != 2 or targets.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"targets must be (B, C) with B = {tokens.shape[0]} as tokens have, "
+            f"got shape {tuple(targets.shape)}"
+        )
+    if not targets.is_floating_point():
+        raise ValueError(f"targets must be soft (floating point), got {targets.dtype}")

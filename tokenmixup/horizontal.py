@@ -1,0 +1,276 @@
+"""Horizontal TokenMixup: one layer's step, and the paper's wrapper layer around it.
+
+Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads, C classes.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenmixup.config import HorizontalConfig, ScoreNetType
+from tokenmixup.functional import (
+    MixingDecision,
+    attention_saliency,
+    decide_mixing,
+    mix_targets,
+    mix_tokens,
+    sample_difficulty,
+    soft_cross_entropy,
+)
+from tokenmixup.scorenet import ScoreNet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HorizontalStep:
+    """What Horizontal TokenMixup decided at one layer, for one batch.
+
+    Attributes:
+        decision: partners (B,) and token mask (B, T).
+        targets: relabelled targets, (B, C).
+        stats: 0-d tensors on the model's device, by name.
+    """
+
+    decision: MixingDecision
+    targets: Tensor
+    stats: dict[str, Tensor]
+
+
+def scorenet_loss(
+    scorenet: ScoreNet, tokens: Tensor, targets: Tensor, config: HorizontalConfig
+) -> tuple[Tensor, Tensor]:
+    """ScoreNet's logits (B, C) and its loss ``lambda * CE(ScoreNet(x), y)`` of each sample (B,)."""
+    logits = scorenet(tokens.detach() if config.scorenet_stop_gradient else tokens)
+    return logits, config.scorenet_lambda * soft_cross_entropy(logits, targets)
+
+
+@torch.no_grad()
+def horizontal_step(
+    targets: Tensor, saliency: Tensor, logits: Tensor | None, config: HorizontalConfig
+) -> HorizontalStep:
+    """Difficulty, partners, mask and relabelling of one layer (DESIGN: steps 1, 3 to 5).
+
+    Args:
+        targets: soft targets before this layer's mixing, (B, C).
+        saliency: of the layer's unmixed tokens, (B, T).
+        logits: ScoreNet's, (B, C); None makes every sample easy.
+        config: thresholds.
+    """
+    if logits is None:
+        difficulty = None
+        easy = torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
+    else:
+        assert config.tau is not None, "HorizontalConfig checks that ScoreNet comes with tau"
+        difficulty = sample_difficulty(logits, targets)
+        easy = difficulty <= config.tau
+    decision = decide_mixing(saliency, targets, easy, config.rho)
+    return HorizontalStep(
+        decision,
+        mix_targets(targets, saliency, decision),
+        _statistics(saliency, easy, difficulty, decision),
+    )
+
+
+def _statistics(
+    saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
+) -> dict[str, Tensor]:
+    """What a person needs to choose tau and rho, as 0-d tensors: nothing waits for the device."""
+    partner, mask = decision
+    num_easy = easy.sum()
+    at_least_one = num_easy.clamp_min(1)
+    difference = (saliency[partner] - saliency) * easy.unsqueeze(1)
+    stats = {
+        "easy_share": easy.float().mean(),
+        "mixed_share": mask.any(1).float().mean(),
+        "tokens_mixed": mask.sum() / at_least_one,
+        "saliency_difference_max": difference.max(),
+        "saliency_difference_mean": difference.abs().sum() / (at_least_one * saliency.shape[1]),
+    }
+    if difficulty is not None:
+        stats["difficulty_min"] = difficulty.min()
+        stats["difficulty_mean"] = difficulty.mean()
+    return stats
+
+
+_POOLINGS: dict[str, ScoreNetType] = {
+    "average_pooling": "average",
+    "global_average_pooling": "average",
+    "attention_pooling": "attention",
+    "cls_pooling": "cls",
+}
+
+
+class HorizontalTokenMixupLayer(nn.Module):
+    """The paper's wrapper: mixes the input tokens of an encoder layer in training.
+
+    The wrapped ``layer`` is called ``layer(x, y, *args, **kwargs)``, returns ``(x, y)`` and offers
+    ``get_attention_map(x, y, *args, **kwargs)`` -> (B, H, Q, K). In evaluation the layer alone
+    runs. With ScoreNet, y leaves as ``(targets, loss)``: ``targets`` (B, C) and the loss of each
+    sample (B,), lambda applied, summed over all such layers; a plain ``targets`` or such a tuple
+    may come in. Add ``loss.mean()`` to the training loss. Without ScoreNet y stays as it came,
+    with mixed targets.
+
+    Args:
+        layer: the encoder layer.
+        tau: difficulty threshold.
+        rho: saliency difference threshold.
+        d_model: D.
+        num_classes: C.
+        use_scorenet: whether only easy samples are mixed; False mixes every sample.
+        scorenet_lambda: weight of ScoreNet's loss.
+        scorenet_type: ``average_pooling`` (or ``global_average_pooling``), ``attention_pooling``
+            or ``cls_pooling``.
+        scorenet_stopgrad: keep ScoreNet's gradient out of the model.
+        aspect_ratio: W / H of the token grid, needed where the map has other keys than queries
+            (pooled keys): saliency over the keys is resized to the grid of the queries.
+        batch_first: tokens are (B, N, D) if True, (N, B, D) if False.
+        has_cls: whether there is a class token.
+        cls_first: whether the class token is the first token (or else the last).
+        report_every: training steps from one report to the next.
+        layer_name: name in reports.
+        verbose: report difficulty, saliency difference and counts through ``logging`` (INFO).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        tau: float,
+        rho: float,
+        d_model: int,
+        num_classes: int,
+        use_scorenet: bool = True,
+        scorenet_lambda: float = 0.001,
+        scorenet_type: str = "average_pooling",
+        scorenet_stopgrad: bool = False,
+        aspect_ratio: float = 1.0,
+        batch_first: bool = True,
+        has_cls: bool = True,
+        cls_first: bool = True,
+        report_every: int = 50,
+        layer_name: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if scorenet_type not in _POOLINGS:
+            raise ValueError(
+                f"scorenet_type must be one of {', '.join(_POOLINGS)}, got {scorenet_type!r}"
+            )
+        if aspect_ratio <= 0:
+            raise ValueError(f"aspect_ratio (W / H) must be > 0, got {aspect_ratio}")
+        if report_every < 1:
+            raise ValueError(f"report_every must be >= 1 training steps, got {report_every}")
+        self.layer = layer
+        pooling = _POOLINGS[scorenet_type]
+        self.config = HorizontalConfig(
+            layers=(0,),  # which layer this is, the encoder that holds the wrapper knows
+            tau=tau,
+            rho=rho,
+            scorenet=pooling if use_scorenet else None,
+            scorenet_lambda=scorenet_lambda,
+            scorenet_stop_gradient=scorenet_stopgrad,
+        )
+        self.num_prefix_tokens = int(has_cls)
+        self.scorenet = (
+            ScoreNet(d_model, num_classes, pooling, self.num_prefix_tokens, has_cls)
+            if use_scorenet
+            else None
+        )
+        self.aspect_ratio = aspect_ratio
+        self.batch_first = batch_first
+        self.cls_first = cls_first or not has_cls
+        self.report_every = report_every
+        self.layer_name = layer_name
+        self.verbose = verbose
+        self.steps = 0
+
+    def forward(self, x: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Mix x and y in training, then call the wrapped layer on them.
+
+        Args:
+            x: tokens, (B, N, D) or (N, B, D).
+            y: soft targets (B, C), or ``(targets, loss)`` as an earlier such layer left it.
+            *args: passed on to the layer.
+            **kwargs: passed on to the layer.
+        """
+        if not self.training:
+            return self.layer(x, y, *args, **kwargs)
+        with torch.no_grad():
+            attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
+        earlier_loss: Tensor | None
+        targets, earlier_loss = y if isinstance(y, tuple) else (y, None)
+        tokens = self._canonical(x)
+        saliency = self._saliency(attention, tokens.shape[1])
+
+        logits, loss = None, earlier_loss
+        if self.scorenet is not None:
+            logits, loss = scorenet_loss(self.scorenet, tokens, targets, self.config)
+            loss = loss if earlier_loss is None else earlier_loss + loss
+        step = horizontal_step(targets, saliency, logits, self.config)
+        mixed = self._original(mix_tokens(tokens, step.decision, self.num_prefix_tokens))
+        self._report(step)
+        carried = step.targets if loss is None else (step.targets, loss)
+        return self.layer(mixed, carried, *args, **kwargs)
+
+    def _canonical(self, x: Tensor) -> Tensor:
+        """To (B, N, D) with the class token first."""
+        tokens = x if self.batch_first else x.transpose(0, 1)
+        return tokens if self.cls_first else tokens.roll(1, dims=1)
+
+    def _original(self, tokens: Tensor) -> Tensor:
+        """Back to the layer's own layout."""
+        tokens = tokens if self.cls_first else tokens.roll(-1, dims=1)
+        return tokens if self.batch_first else tokens.transpose(0, 1)
+
+    def _saliency(self, attention: Tensor, num_tokens: int) -> Tensor:
+        """(B, T) from the layer's attention map (B, H, Q, K), over the grid of the queries."""
+        queries, keys = attention.shape[-2:]
+        if queries != num_tokens:
+            raise ValueError(
+                f"get_attention_map must return a row for each of the {num_tokens} tokens, "
+                f"got {queries} of shape {tuple(attention.shape)}"
+            )
+        if not self.cls_first:
+            attention = attention.roll((1, 1), dims=(-2, -1))
+        prefix = self.num_prefix_tokens
+        saliency = attention_saliency(attention, prefix)
+        if keys == queries:
+            return saliency
+        source = _grid(keys - prefix, self.aspect_ratio, "keys")
+        target = _grid(queries - prefix, self.aspect_ratio, "queries")
+        grid = saliency.unflatten(1, (1, *source))
+        return F.interpolate(grid, target, mode="bilinear", align_corners=False).flatten(1)
+
+    def _report(self, step: HorizontalStep) -> None:
+        self.steps += 1
+        if not self.verbose or self.steps % self.report_every != 1 % self.report_every:
+            return
+        if not logger.isEnabledFor(logging.INFO):  # reading the numbers would stall the device
+            return
+        values = ", ".join(f"{name} {value.item():.4g}" for name, value in step.stats.items())
+        logger.info(
+            "HTM %s step %d [tau %s, rho %s]: %s",
+            self.layer_name or "layer",
+            self.steps,
+            self.config.tau,
+            self.config.rho,
+            values,
+        )
+
+
+def _grid(tokens: int, aspect_ratio: float, name: str) -> tuple[int, int]:
+    """Rows and columns of a grid of so many tokens with columns / rows = aspect_ratio."""
+    rows = round((tokens / aspect_ratio) ** 0.5)
+    if rows < 1 or tokens % rows or abs(tokens / rows / rows / aspect_ratio - 1) > 1e-2:
+        raise ValueError(
+            f"{tokens} patch tokens of the {name} do not form a grid of aspect ratio W / H = "
+            f"{aspect_ratio:g}"
+        )
+    return rows, tokens // rows

@@ -1,0 +1,271 @@
+"""`attach`: TokenMixup on an unmodified host, by hooks alone.
+
+Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C classes, K kappa.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenmixup._hooks import Attachment, has_hooks, install_hooks
+from tokenmixup._session import Session, StepRecord
+from tokenmixup.config import HorizontalConfig, VerticalConfig
+from tokenmixup.hosts import HostAdapter, TokenLayout, find_adapter
+from tokenmixup.scorenet import ScoreNet
+
+
+class TokenMixupOutput(NamedTuple):
+    """What a training forward pass returns.
+
+    Attributes:
+        logits: (B, C).
+        targets: soft targets (B, C), mixed; None where none were given.
+        scorenet_loss: 0-d, mean over the batch, lambda applied, summed over the HTM layers.
+        stats: 0-d tensors on the model's device, by name (``htm/layer3/easy_share``, ...).
+    """
+
+    logits: Tensor
+    targets: Tensor | None
+    scorenet_loss: Tensor
+    stats: dict[str, Tensor]
+
+
+class TokenMixupModel(nn.Module):
+    """A host with TokenMixup on it; made by :func:`attach`.
+
+    In training ``model(images, targets)`` returns a :class:`TokenMixupOutput`; in evaluation
+    ``model(images)`` is ``model.backbone(images)`` and nothing else.
+
+    Attributes:
+        backbone: the host itself, its state-dict keys unchanged.
+        scorenets: the ScoreNet of each HTM layer, by layer index.
+        horizontal: settings of HTM, or None.
+        vertical: settings of VTM, or None.
+        layout: how the host lays out its tokens.
+        num_classes: C.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adapter: HostAdapter,
+        horizontal: HorizontalConfig | None,
+        vertical: VerticalConfig | None,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.horizontal = horizontal
+        self.vertical = vertical
+        self.layout = adapter.layout(backbone)
+        self.num_classes = num_classes
+        self.scorenets = nn.ModuleDict()
+        if horizontal is not None and horizontal.scorenet is not None:
+            assert num_classes is not None, "attach asks for num_classes where there is a ScoreNet"
+            for layer in horizontal.layers:
+                self.scorenets[str(layer)] = ScoreNet(
+                    self.layout.width,
+                    num_classes,
+                    horizontal.scorenet,
+                    self.layout.num_prefix_tokens,
+                    self.layout.class_token,
+                )
+        parameter = next(backbone.parameters())
+        self.scorenets.to(parameter.device, parameter.dtype)
+        self._session = Session()
+        self._handles = self._install_hooks()
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
+
+        Args:
+            images: what the host takes.
+            targets: in training, soft targets (B, C) or class indices (B,); needed for HTM.
+
+        Raises:
+            ValueError: targets in evaluation, none in training with HTM, or of a wrong shape.
+        """
+        if not self.training:
+            if targets is not None:
+                raise ValueError(
+                    "targets were given in evaluation mode, where nothing is mixed: call "
+                    "model.train() before a training step, or model(images) to evaluate"
+                )
+            return self.backbone(images)
+        targets = self._soft_targets(images, targets)
+        if torch.compiler.is_compiling():
+            record = self._session.begin_traced(targets)
+            output = self.backbone(images)
+            self._session.end_traced()
+        else:
+            with self._session.step(targets) as record:
+                output = self.backbone(images)
+        return self._collect(record, self.adapter.logits(output))
+
+    def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
+        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for losses in record.scorenet_losses:
+            loss = loss + losses.mean()
+        if not torch.compiler.is_compiling():
+            for output in (loss, logits):
+                self._session.mark_backward(record, output)
+        return TokenMixupOutput(logits, record.targets, loss, record.stats)
+
+    def _soft_targets(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
+        if targets is None:
+            if self.horizontal is not None:
+                raise ValueError(
+                    "Horizontal TokenMixup relabels what it mixes: in training mode call "
+                    "model(images, targets), or model.eval() first to evaluate"
+                )
+            return None
+        classes = self.num_classes
+        if targets.shape[:1] != images.shape[:1]:
+            raise ValueError(
+                f"targets must have one row for each of the {images.shape[0]} images, "
+                f"got shape {tuple(targets.shape)}"
+            )
+        if not targets.is_floating_point():
+            if targets.dim() != 1 or targets.dtype == torch.bool or classes is None:
+                raise ValueError(
+                    "targets must be soft (B, C) floating point or class indices (B,) integer, "
+                    f"got {targets.dtype} of shape {tuple(targets.shape)}"
+                    + ("" if classes is not None else " for a host of unknown num_classes")
+                )
+            # Where reading the values costs no device synchronisation, say what is wrong in words.
+            if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+                _check_class_indices(targets, classes)
+            one_hot = torch.zeros(len(targets), classes, device=targets.device)
+            return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)
+        if targets.dim() != 2 or (classes is not None and targets.shape[1] != classes):
+            raise ValueError(
+                f"targets must be (B, C) = ({images.shape[0]}, {classes}), "
+                f"got shape {tuple(targets.shape)}"
+            )
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            finite = targets.isfinite()
+            if not finite.all():
+                row, column = (~finite).nonzero()[0].tolist()
+                raise ValueError(
+                    f"targets must be finite, but targets[{row}, {column}] is "
+                    f"{targets[row, column].item()}"
+                )
+        return targets
+
+    def detach(self) -> nn.Module:
+        """Take TokenMixup off again and return the host exactly as it was before :func:`attach`.
+
+        This model must not be used afterwards.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.backbone
+
+    def no_weight_decay(self) -> set[str]:
+        """The host's own list, by the names that its parameters have here."""
+        return {f"backbone.{name}" for name in self.adapter.no_weight_decay(self.backbone)}
+
+    def extra_repr(self) -> str:
+        """What is attached, and where."""
+        return "\n".join(
+            (
+                f"(host): {self.adapter.family}",
+                f"(horizontal): {self.horizontal}",
+                f"(vertical): {self.vertical}",
+            )
+        )
+
+    def _install_hooks(self) -> list[Any]:
+        shared = Attachment(
+            self.adapter, self.layout, self._session, self.horizontal, self.vertical
+        )
+        scorenets = {name: cast(ScoreNet, net) for name, net in self.scorenets.items()}
+        return install_hooks(self.adapter.layers(self.backbone), shared, scorenets)
+
+
+def attach(
+    model: nn.Module,
+    *,
+    horizontal: HorizontalConfig | None = None,
+    vertical: VerticalConfig | None = None,
+    num_classes: int | None = None,
+) -> TokenMixupModel:
+    """Put TokenMixup on a host model without editing it.
+
+    The host keeps its class, its forward pass, its state-dict keys and its fused attention. With
+    neither ``horizontal`` nor ``vertical`` the result is the plain host behind the same interface,
+    for training loops that serve all variants.
+
+    Args:
+        model: the host, of one of the supported families.
+        horizontal: settings of Horizontal TokenMixup.
+        vertical: settings of Vertical TokenMixup.
+        num_classes: C, where the host does not know it.
+
+    Raises:
+        UnsupportedHostError: (a ValueError) the host is of no supported family.
+        ValueError: the settings do not fit the host, or TokenMixup is attached to it already.
+    """
+    if isinstance(model, TokenMixupModel) or has_hooks(model):
+        raise ValueError(
+            "TokenMixup is attached to this model already: give all layers in one call of attach, "
+            "or take it off with detach() first"
+        )
+    for name, value, kind in (
+        ("horizontal", horizontal, HorizontalConfig),
+        ("vertical", vertical, VerticalConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
+    adapter = find_adapter(model)
+    layout = adapter.layout(model)
+    _check_layers(horizontal, vertical, len(adapter.layers(model)))
+    _check_kappa(vertical, layout)
+    classes = _known_classes(num_classes, layout.num_classes, horizontal)
+    return TokenMixupModel(model, adapter, horizontal, vertical, classes)
+
+
+def _check_layers(
+    horizontal: HorizontalConfig | None, vertical: VerticalConfig | None, depth: int
+) -> None:
+    for config in (horizontal, vertical):
+        if config is not None and config.layers[-1] >= depth:
+            raise ValueError(
+                f"{type(config).__name__}.layers names layer {config.layers[-1]}, but the model "
+                f"has {depth} layers, 0 to {depth - 1}"
+            )
+
+
+def _check_kappa(vertical: VerticalConfig | None, layout: TokenLayout) -> None:
+    patches = layout.num_patch_tokens
+    if vertical is not None and patches is not None and vertical.kappa > patches:
+        raise ValueError(
+            f"VerticalConfig.kappa is {vertical.kappa}, but a layer has only {patches} patch tokens"
+        )
+
+
+def _known_classes(
+    given: int | None, of_host: int | None, horizontal: HorizontalConfig | None
+) -> int | None:
+    if given is not None and of_host is not None and given != of_host:
+        raise ValueError(f"num_classes is {given}, but the model's classifier has {of_host}")
+    classes = of_host if given is None else given
+    if classes is None and horizontal is not None and horizontal.scorenet is not None:
+        raise ValueError(
+            "the model has no classifier to read num_classes from, and ScoreNet needs it: "
+            "pass num_classes to attach"
+        )
+    return classes
+
+
+def _check_class_indices(targets: Tensor, classes: int) -> None:
+    outside = (targets < 0) | (targets >= classes)
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        raise ValueError(
+            f"targets must be class indices 0 to {classes - 1}, "
+            f"but targets[{index}] is {targets[index].item()}"
+        )
