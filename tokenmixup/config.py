@@ -35,7 +35,8 @@ class HorizontalConfig:
     scorenet_stop_gradient: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _layers("HorizontalConfig", self.layers, lowest=0))
+        layers = layer_indices("HorizontalConfig.layers", self.layers, lowest=0)
+        object.__setattr__(self, "layers", layers)
         _check_number("HorizontalConfig", "rho", self.rho)
         if self.scorenet is not None and self.scorenet not in SCORENET_TYPES:
             raise ValueError(
@@ -72,24 +73,26 @@ class VerticalConfig:
     stop_gradient: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _layers("VerticalConfig", self.layers, lowest=1))
+        layers = layer_indices("VerticalConfig.layers", self.layers, lowest=1)
+        object.__setattr__(self, "layers", layers)
         if not _is_int(self.kappa) or self.kappa < 1:
             raise ValueError(f"VerticalConfig.kappa must be an integer >= 1, got {self.kappa!r}")
         _check_bool("VerticalConfig", "stop_gradient", self.stop_gradient)
 
 
-def _layers(owner: str, layers: Iterable[int], lowest: int) -> tuple[int, ...]:
+def layer_indices(name: str, layers: Iterable[int], lowest: int) -> tuple[int, ...]:
+    """Layer indices in rising order; ValueError where they are not distinct integers >= lowest."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise ValueError(f"{owner}.layers must be a sequence of layer indices, got {layers!r}")
+        raise ValueError(f"{name} must be a sequence of layer indices, got {layers!r}")
     layers = tuple(layers)
     if not layers:
-        raise ValueError(f"{owner}.layers must name at least one layer, got none")
+        raise ValueError(f"{name} must name at least one layer, got none")
     for layer in layers:
         if not _is_int(layer) or layer < lowest:
             reason = " (layer 0 has no earlier layer to attend to)" if lowest else ""
-            raise ValueError(f"{owner}.layers must be integers >= {lowest}{reason}, got {layer!r}")
+            raise ValueError(f"{name} must be integers >= {lowest}{reason}, got {layer!r}")
     if len(set(layers)) < len(layers):
-        raise ValueError(f"{owner}.layers must not name a layer twice, got {layers}")
+        raise ValueError(f"{name} must not name a layer twice, got {layers}")
     return tuple(sorted(layers))
 
 

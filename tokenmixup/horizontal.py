@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmixup._targets import check_soft_targets
 from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
     MixingDecision,
@@ -163,11 +164,15 @@ class HorizontalTokenMixupLayer(nn.Module):
             raise ValueError(
                 f"scorenet_type must be one of {', '.join(_POOLINGS)}, got {scorenet_type!r}"
             )
+        if use_scorenet and scorenet_type == "cls_pooling" and not has_cls:
+            raise ValueError("scorenet_type 'cls_pooling' reads the class token, but has_cls=False")
         if aspect_ratio <= 0:
             raise ValueError(f"aspect_ratio (W / H) must be > 0, got {aspect_ratio}")
         if report_every < 1:
             raise ValueError(f"report_every must be >= 1 training steps, got {report_every}")
         self.layer = layer
+        self.d_model = d_model
+        self.num_classes = num_classes
         pooling = _POOLINGS[scorenet_type]
         self.config = HorizontalConfig(
             layers=(0,),  # which layer this is, the encoder that holds the wrapper knows
@@ -202,12 +207,13 @@ class HorizontalTokenMixupLayer(nn.Module):
         """
         if not self.training:
             return self.layer(x, y, *args, **kwargs)
-        with torch.no_grad():
-            attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
         earlier_loss: Tensor | None
         targets, earlier_loss = y if isinstance(y, tuple) else (y, None)
         tokens = self._canonical(x)
-        saliency = self._saliency(attention, tokens.shape[1])
+        check_soft_targets(targets, tokens.shape[0], self.num_classes)
+        with torch.no_grad():
+            attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
+        saliency = self._saliency(attention, tokens)
 
         logits, loss = None, earlier_loss
         if self.scorenet is not None:
@@ -221,6 +227,11 @@ class HorizontalTokenMixupLayer(nn.Module):
 
     def _canonical(self, x: Tensor) -> Tensor:
         """To (B, N, D) with the class token first."""
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"tokens must be three-dimensional and of width d_model = {self.d_model}, "
+                f"got shape {tuple(x.shape)}"
+            )
         tokens = x if self.batch_first else x.transpose(0, 1)
         return tokens if self.cls_first else tokens.roll(1, dims=1)
 
@@ -229,14 +240,15 @@ class HorizontalTokenMixupLayer(nn.Module):
         tokens = tokens if self.cls_first else tokens.roll(-1, dims=1)
         return tokens if self.batch_first else tokens.transpose(0, 1)
 
-    def _saliency(self, attention: Tensor, num_tokens: int) -> Tensor:
+    def _saliency(self, attention: Tensor, tokens: Tensor) -> Tensor:
         """(B, T) from the layer's attention map (B, H, Q, K), over the grid of the queries."""
-        queries, keys = attention.shape[-2:]
-        if queries != num_tokens:
+        batch, num_tokens = tokens.shape[:2]
+        if attention.dim() != 4 or attention.shape[0] != batch or attention.shape[2] != num_tokens:
             raise ValueError(
-                f"get_attention_map must return a row for each of the {num_tokens} tokens, "
-                f"got {queries} of shape {tuple(attention.shape)}"
+                f"get_attention_map must return (B, H, Q, K) with B = {batch} and a row for each "
+                f"of the Q = {num_tokens} tokens, got shape {tuple(attention.shape)}"
             )
+        queries, keys = attention.shape[-2:]
         if not self.cls_first:
             attention = attention.roll((1, 1), dims=(-2, -1))
         prefix = self.num_prefix_tokens

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenmixup._hooks import Attachment, has_hooks, install_hooks
 from tokenmixup._session import Session, StepRecord
+from tokenmixup._targets import check_soft_targets, one_hot_targets
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.hosts import HostAdapter, TokenLayout, find_adapter
 from tokenmixup.scorenet import ScoreNet
@@ -121,37 +122,9 @@ class TokenMixupModel(nn.Module):
                     "model(images, targets), or model.eval() first to evaluate"
                 )
             return None
-        classes = self.num_classes
-        if targets.shape[:1] != images.shape[:1]:
-            raise ValueError(
-                f"targets must have one row for each of the {images.shape[0]} images, "
-                f"got shape {tuple(targets.shape)}"
-            )
-        if not targets.is_floating_point():
-            if targets.dim() != 1 or targets.dtype == torch.bool or classes is None:
-                raise ValueError(
-                    "targets must be soft (B, C) floating point or class indices (B,) integer, "
-                    f"got {targets.dtype} of shape {tuple(targets.shape)}"
-                    + ("" if classes is not None else " for a host of unknown num_classes")
-                )
-            # Where reading the values costs no device synchronisation, say what is wrong in words.
-            if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-                _check_class_indices(targets, classes)
-            one_hot = torch.zeros(len(targets), classes, device=targets.device)
-            return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)
-        if targets.dim() != 2 or (classes is not None and targets.shape[1] != classes):
-            raise ValueError(
-                f"targets must be (B, C) = ({images.shape[0]}, {classes}), "
-                f"got shape {tuple(targets.shape)}"
-            )
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            finite = targets.isfinite()
-            if not finite.all():
-                row, column = (~finite).nonzero()[0].tolist()
-                raise ValueError(
-                    f"targets must be finite, but targets[{row}, {column}] is "
-                    f"{targets[row, column].item()}"
-                )
+        if isinstance(targets, Tensor) and not targets.is_floating_point():
+            return one_hot_targets(targets, images.shape[0], self.num_classes)
+        check_soft_targets(targets, images.shape[0], self.num_classes)
         return targets
 
     def detach(self) -> nn.Module:
@@ -259,13 +232,3 @@ def _known_classes(
             "pass num_classes to attach"
         )
     return classes
-
-
-def _check_class_indices(targets: Tensor, classes: int) -> None:
-    outside = (targets < 0) | (targets >= classes)
-    if outside.any():
-        index = int(outside.nonzero()[0])
-        raise ValueError(
-            f"targets must be class indices 0 to {classes - 1}, "
-            f"but targets[{index}] is {targets[index].item()}"
-        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmixup.config import VerticalConfig
+from tokenmixup.config import VerticalConfig, layer_indices
 from tokenmixup.functional import attention_saliency, gather_tokens, salient_positions
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ class VerticalTokenMixupLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = VerticalConfig(
-            layers=tuple(apply_layers), kappa=kappa, stop_gradient=vtm_stopgrad
+            layers=layer_indices("apply_layers", apply_layers, lowest=1),
+            kappa=kappa,
+            stop_gradient=vtm_stopgrad,
         )
         if layer_index < 0:
             raise ValueError(f"layer_index must be >= 0, got {layer_index}")
@@ -162,8 +164,14 @@ class VerticalTokenMixupLayer(nn.Module):
         remembered = self._remembered()
         num_tokens = x.shape[1]
         keys = x if remembered is None else torch.cat((x, remembered), dim=1)
-        output, attention = self.attention(keys, *args, **kwargs)
-        if attention.shape[1] != self.heads:
+        result = self.attention(keys, *args, **kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(
+                f"the attention of layer {self.layer_index} must return (output, attention map), "
+                f"got {type(result).__name__}"
+            )
+        output, attention = result
+        if attention.dim() != 4 or attention.shape[1] != self.heads:
             raise ValueError(
                 f"vtm_attn_numheads is {self.heads}, but the attention of layer "
                 f"{self.layer_index} returned a map of shape {tuple(attention.shape)}"
@@ -171,7 +179,9 @@ class VerticalTokenMixupLayer(nn.Module):
         if remembered is not None:
             output = output[:, :num_tokens]
             own = attention[:, :, :num_tokens, :num_tokens]
-            attention = own / own.sum(-1, keepdim=True)  # the softmax over its own tokens alone
+            # The softmax over its own tokens alone; rows that gave them nothing stay zero.
+            total = own.sum(-1, keepdim=True)
+            attention = own / total.clamp_min(torch.finfo(total.dtype).tiny)
         if self.layer_index < self.config.layers[-1]:
             saliency = attention_saliency(attention, self.num_prefix_tokens)
             positions = salient_positions(saliency, self.config.kappa)
@@ -197,6 +207,8 @@ class VerticalTokenMixupLayer(nn.Module):
         return remembered
 
     def _report(self, remembered: int) -> None:
+        if not torch.is_grad_enabled():  # HTM asks for the map: no training step of its own
+            return
         self.steps += 1
         if self.verbose and self.steps % self.report_every == 1 % self.report_every:
             logger.info(

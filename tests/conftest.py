@@ -1,0 +1,54 @@
+"""What every test shares: seeds, one thread, hypothesis' profile, and the marker for CUDA tests."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The tests' own helper modules are imported by their bare names, whatever pytest's import mode.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# The tensors are tiny: a second thread costs more than it gives, and one thread sums in one order.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile(
+    "tokenmixup",
+    deadline=None,  # a first call of torch may take a second
+    derandomize="CI" in os.environ,  # in CI the same commit always sees the same examples
+    print_blob=True,
+)
+hypothesis.settings.load_profile("tokenmixup")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state, whatever ran before it."""
+    value = 0
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The arrays that tests compare with."""
+    return Path(__file__).parent / "data"

@@ -1,0 +1,305 @@
+"""`attach` and `TokenMixupModel`: the interface, its errors, and that evaluation is the host's."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import experiments.models  # noqa: F401 (registers CCT)
+import tokenmixup
+from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
+from tokenmixup.hosts import HostAdapter, UnsupportedHostError, register_adapter
+
+
+def cct(**kwargs):
+    return timm.create_model("cct_4_3x2_32", num_classes=5, **kwargs)
+
+
+def vit(**kwargs):
+    settings = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
+    return timm.create_model("vit_base_patch16_224", img_size=32, **settings | kwargs)
+
+
+HOSTS = pytest.mark.parametrize("host", [cct, vit])
+HTM = HorizontalConfig(layers=(1,), tau=0.9, rho=1e-5)
+VTM = VerticalConfig(layers=(2,), kappa=2)
+
+
+def batch(size=6, classes=5):
+    return torch.randn(size, 3, 32, 32), torch.rand(size, classes).softmax(-1)
+
+
+@HOSTS
+def test_evaluation_is_bit_identical_to_the_host(host):
+    plain = host().eval()
+    images, targets = batch()
+    expected = plain(images)
+    model = attach(plain, horizontal=HTM, vertical=VTM)
+    assert torch.equal(model.eval()(images), expected)
+    model.train()(images, targets)  # a training step in between leaves no trace
+    assert torch.equal(model.eval()(images), expected)
+    assert torch.equal(model.backbone(images), expected)
+
+
+@HOSTS
+def test_state_dict_keys_of_the_host_are_unchanged(host):
+    plain = host()
+    keys = list(plain.state_dict())
+    model = attach(plain, horizontal=HTM, vertical=VTM)
+    assert list(model.backbone.state_dict()) == keys and model.backbone is plain
+    others = [key for key in model.state_dict() if not key.startswith("backbone.")]
+    assert others == [f"scorenets.1.{n}" for n in ("pool.weight", "pool.bias")] + [
+        f"scorenets.1.{n}" for n in ("head.weight", "head.bias")
+    ]
+
+
+@HOSTS
+def test_the_host_alone_in_training_is_the_plain_host(host):
+    plain = host().train()
+    images, targets = batch()
+    expected = plain(images)
+    model = attach(plain, horizontal=HTM, vertical=VTM).train()
+    assert torch.equal(plain(images), expected)
+    assert not torch.equal(model(images, targets).logits, expected)
+
+
+def test_what_training_returns():
+    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
+    images, targets = batch()
+    out = model(images, targets)
+    assert isinstance(out, TokenMixupOutput) and out._fields[:3] == (
+        "logits",
+        "targets",
+        "scorenet_loss",
+    )
+    assert out.logits.shape == out.targets.shape == (6, 5)
+    assert out.scorenet_loss.shape == () and out.scorenet_loss > 0
+    assert all(value.shape == () for value in out.stats.values())
+    assert out.stats["htm/layer1/easy_share"] == 1
+    assert out.stats["vtm/layer2/remembered_tokens"] == 2 * 2
+
+
+def test_difficulty_is_what_tau_is_compared_with():
+    images, targets = batch()
+    model = attach(vit(), horizontal=HTM)
+    out = model.train()(images, targets)
+    lowest = out.stats["htm/layer1/difficulty_min"].item()
+    highest_easy = HorizontalConfig(layers=(1,), tau=lowest, rho=1e-5)
+    again = attach(copy.deepcopy(model).detach(), horizontal=highest_easy)
+    again.load_state_dict(model.state_dict())
+    assert again.train()(images, targets).stats["htm/layer1/easy_share"] == pytest.approx(1 / 6)
+
+
+def test_class_indices_are_made_one_hot():
+    model = attach(vit(), horizontal=HTM).train()
+    images, _ = batch()
+    indices = torch.tensor([0, 4, 2, 1, 0, 3])
+    soft = torch.eye(5)[indices]
+    first, second = model(images, indices), model(images, soft)
+    assert torch.equal(first.targets, second.targets)
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_plain_model_in_the_same_shell():
+    host = vit().train()
+    images, targets = batch()
+    out = attach(host).train()(images, targets)
+    assert torch.equal(out.logits, host(images)) and out.targets is targets
+    assert out.scorenet_loss == 0 and out.stats == {}
+
+
+def test_vertical_alone_needs_no_targets():
+    out = attach(vit(), vertical=VTM).train()(batch()[0])
+    assert out.targets is None and out.logits.shape == (6, 5)
+
+
+def test_lambda_scales_the_scorenet_loss_alone():
+    images, targets = batch()
+    losses = []
+    for scale in (0.5, 1.0):
+        torch.manual_seed(0)
+        config = HorizontalConfig(layers=(1, 2), tau=0.9, rho=1e-5, scorenet_lambda=scale)
+        losses.append(attach(vit(), horizontal=config).train()(images, targets).scorenet_loss)
+    torch.testing.assert_close(2 * losses[0], losses[1])
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_scorenet_stop_gradient(stop):
+    config = HorizontalConfig(layers=(1,), tau=0.9, rho=1e-5, scorenet_stop_gradient=stop)
+    model = attach(cct(), horizontal=config).train()
+    model(*batch()).scorenet_loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.scorenets.parameters())
+    reached = [p.grad is not None and p.grad.any() for p in model.backbone.parameters()]
+    assert any(reached) is not stop
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_vertical_stop_gradient(stop):
+    # Through the remembered tokens alone: the attention's own keys and values of layer 1 are cut.
+    model = attach(cct(), vertical=VerticalConfig(layers=(1,), kappa=2, stop_gradient=stop)).train()
+    seen = {}
+
+    def keep(module, args, kwargs):
+        seen["memory"] = kwargs["memory"]
+
+    model.backbone.blocks[1].attn.register_forward_pre_hook(keep, with_kwargs=True)
+    model(*batch())
+    model.backbone.pos_embed.grad = None
+    seen["memory"].sum().backward(retain_graph=True)
+    gradient = model.backbone.pos_embed.grad
+    assert (gradient is not None and bool(gradient.any())) is not stop
+
+
+@HOSTS
+def test_every_parameter_gets_a_gradient(host):
+    model = attach(host(drop_path_rate=0.1, attn_drop_rate=0.1), horizontal=HTM, vertical=VTM)
+    out = model.train()(*batch())
+    (-(out.targets * out.logits.log_softmax(-1)).sum(-1).mean() + out.scorenet_loss).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_attaching_twice_is_an_error_and_detach_undoes_it():
+    host = vit()
+    model = attach(host, horizontal=HTM, vertical=VTM)
+    for again in (host, model, copy.deepcopy(host)):
+        with pytest.raises(ValueError, match="attached to this model already"):
+            attach(again, horizontal=HTM)
+    assert model.detach() is host
+    modules = list(host.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    attach(host, horizontal=HTM)
+
+
+def test_repr_shows_what_is_attached():
+    text = repr(attach(vit(), horizontal=HTM, vertical=VTM))
+    for part in ("timm VisionTransformer", "layers=(1,)", "layers=(2,)", "tau=0.9", "kappa=2"):
+        assert part in text
+
+
+def test_no_weight_decay_goes_by_the_names_here():
+    model = attach(vit(), horizontal=HTM)
+    host = model.backbone.no_weight_decay()
+    assert "pos_embed" in host
+    assert model.no_weight_decay() == {f"backbone.{name}" for name in host}
+
+
+@pytest.mark.parametrize(
+    "host, arguments, message",
+    [
+        (
+            vit,
+            {"horizontal": HorizontalConfig(layers=(4,), tau=0.1, rho=0)},
+            "has 4 layers, 0 to 3",
+        ),
+        (vit, {"vertical": VerticalConfig(layers=(9,), kappa=1)}, "layer 9.* has 4 layers"),
+        (vit, {"vertical": VerticalConfig(layers=(1,), kappa=5)}, "kappa is 5.* only 4 patch"),
+        (vit, {"horizontal": {"layers": (1,)}}, "must be a HorizontalConfig"),
+        (vit, {"vertical": HTM}, "must be a VerticalConfig"),
+        (vit, {"num_classes": 7}, "num_classes is 7, but the model's classifier has 5"),
+        (
+            cct,
+            {"horizontal": HorizontalConfig(layers=(1,), tau=0.1, rho=0, scorenet="cls")},
+            "'cls' reads the class token, and this model has none",
+        ),
+        (
+            lambda: vit(num_classes=0),
+            {"horizontal": HTM},
+            "pass num_classes to attach",
+        ),
+        (lambda: vit(patch_drop_rate=0.5), {"horizontal": HTM}, "patch"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "Sequential. Supported: timm"),
+    ],
+)
+def test_what_cannot_be_attached(host, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attach(host(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, message",
+    [
+        (HorizontalConfig, {"layers": (), "tau": 0.1, "rho": 0.1}, "at least one layer"),
+        (HorizontalConfig, {"layers": (-1,), "tau": 0.1, "rho": 0.1}, ">= 0, got -1"),
+        (HorizontalConfig, {"layers": (1, 1), "tau": 0.1, "rho": 0.1}, "twice"),
+        (HorizontalConfig, {"layers": 3, "tau": 0.1, "rho": 0.1}, "sequence of layer indices"),
+        (HorizontalConfig, {"layers": ("1",), "tau": 0.1, "rho": 0.1}, "got '1'"),
+        (HorizontalConfig, {"layers": (True,), "tau": 0.1, "rho": 0.1}, "got True"),
+        (HorizontalConfig, {"layers": (1,), "tau": -0.1, "rho": 0.1}, "tau must be .*-0.1"),
+        (HorizontalConfig, {"layers": (1,), "tau": float("nan"), "rho": 0.1}, "tau .* nan"),
+        (HorizontalConfig, {"layers": (1,), "tau": 0.1, "rho": -1}, "rho must be .* -1"),
+        (HorizontalConfig, {"layers": (1,), "tau": 0.1, "rho": float("inf")}, "rho .* inf"),
+        (HorizontalConfig, {"layers": (1,), "tau": "x", "rho": 0.1}, "tau .* 'x'"),
+        (HorizontalConfig, {"layers": (1,), "rho": 0.1}, "tau is needed"),
+        (
+            HorizontalConfig,
+            {"layers": (1,), "tau": 0.1, "rho": 0.1, "scorenet": "max"},
+            "attention, cls, average.* got 'max'",
+        ),
+        (
+            HorizontalConfig,
+            {"layers": (1,), "tau": 0.1, "rho": 0.1, "scorenet_lambda": -1},
+            "scorenet_lambda",
+        ),
+        (
+            HorizontalConfig,
+            {"layers": (1,), "tau": 0.1, "rho": 0.1, "scorenet_stop_gradient": 1},
+            "scorenet_stop_gradient must be True or False",
+        ),
+        (VerticalConfig, {"layers": (0,), "kappa": 1}, "no earlier layer"),
+        (VerticalConfig, {"layers": (1,), "kappa": 0}, "kappa must be an integer >= 1, got 0"),
+        (VerticalConfig, {"layers": (1,), "kappa": 1.5}, "kappa must be an integer >= 1, got 1.5"),
+        (VerticalConfig, {"layers": (1,), "kappa": 1, "stop_gradient": None}, "stop_gradient"),
+    ],
+)
+def test_impossible_settings(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_layers_are_kept_in_order():
+    assert HorizontalConfig(layers=[3, 1], tau=0.1, rho=0.1).layers == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (None, "call model\\(images, targets\\)"),
+        (torch.rand(6, 4), r"\(6, 5\), got shape \(6, 4\)"),
+        (torch.rand(5, 5), r"\(6, 5\), got shape \(5, 5\)"),
+        (torch.full((6, 5), float("nan")), r"targets\[0, 0\] is nan"),
+        (torch.tensor([0, 1, 2, 3, 4, 5]), r"targets\[5\] is 5"),
+        (torch.tensor([0, 1, 2, -1, 4, 0]), r"targets\[3\] is -1"),
+        (torch.ones(6, 5, dtype=torch.bool), "torch.bool"),
+        (torch.ones(6, 5, dtype=torch.long), r"int64 of shape \(6, 5\)"),
+        ([0, 1, 2, 3, 4, 0], "targets must be a tensor"),
+    ],
+)
+def test_impossible_targets(targets, message):
+    model = attach(vit(), horizontal=HTM).train()
+    with pytest.raises(ValueError, match=message):
+        model(batch()[0], targets)
+
+
+def test_targets_in_evaluation_are_an_error():
+    model = attach(vit(), horizontal=HTM).eval()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        model(*batch())
+
+
+def test_an_adapter_of_a_known_class_cannot_be_registered_again():
+    class Again(HostAdapter):
+        family = "again"
+        host_classes = ("timm.models.vision_transformer.VisionTransformer",)
+        check = layers = layout = attention = normalise = query_key = None
+
+    Again.__abstractmethods__ = frozenset()
+    with pytest.raises(ValueError, match="registered already: timm VisionTransformer"):
+        register_adapter(Again())
+
+
+def test_version_and_names():
+    assert issubclass(UnsupportedHostError, ValueError)
+    for name in tokenmixup.__all__:
+        assert getattr(tokenmixup, name) is not None

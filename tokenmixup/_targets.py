@@ -1,0 +1,60 @@
+"""What targets may look like, for every way into the library.
+
+Dimensions: B batch, C classes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> None:
+    """Raise ValueError unless targets are finite, floating point and (B, C).
+
+    Values are read only where that costs no device synchronisation; on an accelerator those that
+    are not finite reach the check in the assignment solver.
+    """
+    classes = "C" if num_classes is None else num_classes
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets must be a tensor ({batch}, {classes}), got {targets!r}")
+    if (
+        targets.dim() != 2
+        or targets.shape[0] != batch
+        or (num_classes is not None and targets.shape[1] != num_classes)
+    ):
+        raise ValueError(
+            f"targets must be (B, C) = ({batch}, {classes}), got shape {tuple(targets.shape)}"
+        )
+    if not targets.is_floating_point():
+        raise ValueError(f"targets (B, C) must be floating point, got {targets.dtype}")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        finite = targets.isfinite()
+        if not finite.all():
+            row, column = (~finite).nonzero()[0].tolist()
+            value = targets[row, column].item()
+            raise ValueError(f"targets must be finite, but targets[{row}, {column}] is {value}")
+
+
+def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:
+    """Class indices (B,) -> one-hot targets (B, C) in torch's default floating dtype.
+
+    Raises:
+        ValueError: no integers of shape (B,), the number of classes is not known, or (told in
+            words only where that costs no device synchronisation) an index out of range.
+    """
+    if targets.dim() != 1 or targets.shape[0] != batch or targets.dtype == torch.bool:
+        raise ValueError(
+            f"targets must be soft, ({batch}, C) floating point, or class indices, ({batch},) "
+            f"integer; got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    if num_classes is None:
+        raise ValueError("class indices need num_classes, which the host does not know")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ((targets < 0) | (targets >= num_classes)).nonzero()
+        if len(outside):
+            index = int(outside[0])
+            raise ValueError(
+                f"targets must be class indices 0 to {num_classes - 1}, "
+                f"but targets[{index}] is {targets[index].item()}"
+            )
+    one_hot = torch.zeros(batch, num_classes, device=targets.device)
+    return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)
