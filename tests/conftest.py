@@ -1,4 +1,4 @@
-"""What every test shares: seeds, one thread, hypothesis' profile, and the marker for CUDA tests."""
+"""What every test shares: seeds, one thread, hypothesis' profile, no CUDA tests without CUDA."""
 
 import os
 import random
@@ -23,10 +23,6 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("tokenmixup")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where there is none")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -189,6 +189,8 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.gpu
+# Torch's own code generator still uses what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 def test_compiles_to_machine_code_on_cuda():
     compiled_equals_eager("cuda", "inductor")
 

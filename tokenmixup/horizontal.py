@@ -166,7 +166,7 @@ class HorizontalTokenMixupLayer(nn.Module):
             )
         if use_scorenet and scorenet_type == "cls_pooling" and not has_cls:
             raise ValueError("scorenet_type 'cls_pooling' reads the class token, but has_cls=False")
-        if aspect_ratio <= 0:
+        if not 0 < aspect_ratio < float("inf"):
             raise ValueError(f"aspect_ratio (W / H) must be > 0, got {aspect_ratio}")
         if report_every < 1:
             raise ValueError(f"report_every must be >= 1 training steps, got {report_every}")

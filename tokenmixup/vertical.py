@@ -127,8 +127,7 @@ class VerticalTokenMixupLayer(nn.Module):
             kappa=kappa,
             stop_gradient=vtm_stopgrad,
         )
-        if layer_index < 0:
-            raise ValueError(f"layer_index must be >= 0, got {layer_index}")
+        (layer_index,) = layer_indices("layer_index", (layer_index,), lowest=0)
         if vtm_attn_dim < 1 or vtm_attn_numheads < 1 or vtm_attn_dim % vtm_attn_numheads:
             raise ValueError(
                 "vtm_attn_dim must be a multiple of vtm_attn_numheads, both >= 1, "
