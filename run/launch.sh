@@ -1,0 +1,37 @@
+# Shared by run/train.sh and run/eval.sh, which source it: one process or torchrun, from the environment.
+#
+#   NPROC       processes on this machine, one a GPU (default: 1)
+#   NNODES      machines (default: 1)
+#   NODE_RANK   which of them this is, 0 to NNODES - 1 (needed where NNODES > 1 and RDZV_ENDPOINT is not set)
+#   MASTER_ADDR, MASTER_PORT   where machine 0 listens (default port: 29500)
+#   RDZV_ENDPOINT, RDZV_ID, RDZV_BACKEND   torchrun's elastic rendezvous instead of the two lines above
+#   MAX_RESTARTS   restarts of all processes after one has died (default: 3)
+#
+# The interpreter is that of the checkout's .venv, or python3 where there is none (conda).
+
+# Runs a module of the project: launch MODULE [ARGUMENT ...]
+launch() {
+  python=python3
+  if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+  nproc=${NPROC:-1}
+  nnodes=${NNODES:-1}
+  if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
+    exec "$python" -m "$@"
+  fi
+  if [ -n "${RDZV_ENDPOINT:-}" ]; then
+    exec "$python" -m torch.distributed.run --nproc-per-node "$nproc" --nnodes "$nnodes" \
+      --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend "${RDZV_BACKEND:-c10d}" \
+      --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-tokenmixup}" -m "$@"
+  fi
+  if [ "$nnodes" = 1 ]; then
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+      --max-restarts "${MAX_RESTARTS:-3}" -m "$@"
+  fi
+  if [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]; then
+    echo "$0: NNODES=$nnodes needs NODE_RANK and MASTER_ADDR, or RDZV_ENDPOINT=host:port" >&2
+    exit 2
+  fi
+  exec "$python" -m torch.distributed.run --nproc-per-node "$nproc" --nnodes "$nnodes" \
+    --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
+    --max-restarts "${MAX_RESTARTS:-3}" -m "$@"
+}

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Trains one experiment: sh run/train.sh NAME [--section.key VALUE ...]
+#
+# NAME is a file of configs/ without its ending. DATA is the folder of the data set and WEIGHTS that of
+# pretrained weights, where they are not those that the config names. Processes and machines:
+# run/launch.sh.
+set -eu
+cd "$(dirname -- "$0")/.."
+. ./run/launch.sh
+if [ $# -eq 0 ]; then
+  echo "usage: sh run/train.sh NAME [--section.key VALUE ...], NAME as in configs/NAME.yaml" >&2
+  exit 2
+fi
+name=$1
+shift
+case ${WEIGHTS:+$name} in
+  vit_imagenet_*) set -- --model.weights "$WEIGHTS/ViT-B_16-224.npz" "$@" ;;
+esac
+if [ -n "${DATA:-}" ]; then set -- --data.root "$DATA" "$@"; fi
+launch experiments.train --config "configs/$name.yaml" "$@"

@@ -1,0 +1,2 @@
+#!/bin/sh
+exec sh "$(dirname -- "$0")/train.sh" cct_7-3x1_cifar100_HTM "$@"

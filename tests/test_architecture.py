@@ -1,0 +1,296 @@
+"""The house's rules, read off the source: who imports whom, and what appears nowhere.
+
+Arrows run one way: entry points -> engine, data, zoo, tables -> config, checkpoint, models ->
+tokenmixup.
+"""
+
+import ast
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What `python -m` starts. `zoo` is one too, but others may import it.
+ENTRY_POINTS = {"train", "evaluate", "compare", "reproduce", "visualize"}
+# What the rest stands on; modules of neither set are what runs, tables and figures are made of.
+BASE = {
+    *("checkpoint", "checks", "config", "config_file", "errors", "files", "models", "released"),
+    *("exclusive", "seeding", "weight_files", "zoo_lock"),
+}
+
+LIBRARY_NEEDS = {"torch", "numpy", "lap", "tokenmixup"}
+HOST_LIBRARIES = {"timm", "torchvision", "transformers"}
+
+FOLDERS = (
+    *("tokenmixup", "experiments", "tests", "examples", "benchmarks"),
+    *(".ci", "configs", "docs", "run", "weights"),
+)
+
+
+def repository_files() -> Iterator[Path]:
+    yield from sorted(path for path in ROOT.iterdir() if path.is_file())
+    for folder in FOLDERS:
+        paths = sorted((ROOT / folder).rglob("*"))
+        yield from (p for p in paths if p.is_file() and "__pycache__" not in p.parts)
+
+
+FILES = list(repository_files())
+SOURCES = [path for path in FILES if path.suffix == ".py"]
+LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "tokenmixup")]
+EXPERIMENTS = [path for path in SOURCES if path.is_relative_to(ROOT / "experiments")]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all imported modules, wherever in the file the import stands.
+
+    `from a import b` gives a.b where that is a module of this repository, else a.
+    """
+    found: set[str] = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+    return found
+
+
+MODULES = {module_name(path): path for path in [*LIBRARY, *EXPERIMENTS]}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of a plain or dotted name."""
+    for node in nodes(path):
+        if isinstance(node, ast.Call):
+            parts: list[str] = []
+            target: ast.expr = node.func
+            while isinstance(target, ast.Attribute):
+                parts.append(target.attr)
+                target = target.value
+            if isinstance(target, ast.Name):
+                yield ".".join([target.id, *reversed(parts)]), node
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"tokenmixup.functional", "tokenmixup.model"} <= MODULES.keys()
+    assert {"experiments.train", "experiments.engine"} <= MODULES.keys()
+    assert "tokenmixup.config" in imports(MODULES["tokenmixup"])
+    assert any(name == "torch.load" for path in SOURCES for name, _ in calls(path))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_library_imports_little(path: Path) -> None:
+    allowed = LIBRARY_NEEDS | set(sys.stdlib_module_names)
+    if path.parent.name == "hosts":
+        allowed |= HOST_LIBRARIES
+    others = {name.partition(".")[0] for name in imports(path)} - allowed
+    assert not others, f"{name_of(path)} imports {', '.join(sorted(others))}"
+
+
+def test_importing_the_library_imports_no_host_library() -> None:
+    """An adapter knows its hosts by name: whoever uses one family needs only that library."""
+    for path in LIBRARY:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.partition(".")[0] for name in names}
+            assert not tops & HOST_LIBRARIES, f"{name_of(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_library_neither_prints_nor_rebinds_globals(path: Path) -> None:
+    printing = [node.lineno for name, node in calls(path) if name == "print"]
+    assert not printing, f"{name_of(path)}: prints in line {printing}"
+    rebinding = [node.lineno for node in nodes(path) if isinstance(node, ast.Global)]
+    assert not rebinding, f"{name_of(path)}: `global` in line {rebinding}"
+
+
+def level(name: str) -> int:
+    part = name.split(".")[1]
+    return 3 if part in ENTRY_POINTS else 1 if part in BASE else 2
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_arrows_of_the_experiments_run_one_way(path: Path) -> None:
+    own = module_name(path)
+    if own == "experiments":
+        assert not imports(path) & MODULES.keys(), "whoever imports a part would get the whole"
+        return
+    for name in sorted(imports(path)):
+        if name.startswith("experiments."):
+            assert level(name) < 3, f"{own} imports the entry point {name}"
+            assert level(name) <= level(own), f"{own} imports {name}, which stands above it"
+
+
+def test_entry_points_are_known_as_such() -> None:
+    for name, path in MODULES.items():
+        if '__name__ == "__main__"' in path.read_text():
+            assert name.partition(".")[2] in ENTRY_POINTS | {"zoo"}, f"add {name} to this file"
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, "a circle: " + " -> ".join([*way, name])
+        if name not in done:
+            for other in sorted(graph[name] - {name}):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def is_true(node: ast.Call, keyword: str) -> bool:
+    return any(
+        k.arg == keyword and isinstance(k.value, ast.Constant) and k.value.value is True
+        for k in node.keywords
+    )
+
+
+def safe_loaders(path: Path) -> set[str]:
+    """Classes of this file that extend PyYAML's safe loader."""
+    return {
+        node.name
+        for node in nodes(path)
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base) in ("yaml.SafeLoader", "yaml.CSafeLoader") for base in node.bases)
+    }
+
+
+def faults(path: Path) -> Iterator[str]:
+    for name, node in calls(path):
+        where = f"{name_of(path)}:{node.lineno}: {name}"
+        keywords = {k.arg: k.value for k in node.keywords}
+        if name in ("eval", "exec", "os.system", "os.popen"):
+            yield where
+        if "shell" in keywords and name.startswith("subprocess."):
+            yield f"{where} with shell"
+        if name == "torch.load" and not is_true(node, "weights_only"):
+            yield f"{where} without weights_only=True"
+        if name in ("np.load", "numpy.load") and "allow_pickle" in keywords:
+            value = keywords["allow_pickle"]
+            if not (isinstance(value, ast.Constant) and value.value is False):
+                yield f"{where} with allow_pickle"
+        if name in ("yaml.load", "yaml.load_all"):
+            loader = keywords.get("Loader")
+            if loader is None or ast.unparse(loader) not in safe_loaders(path):
+                yield f"{where} with a loader that is not safe"
+        if name in ("yaml.unsafe_load", "yaml.full_load"):
+            yield where
+        if name.startswith("pickle.load") and not path.is_relative_to(ROOT / "tests"):
+            yield where
+
+
+def test_nothing_executes_what_it_reads() -> None:
+    found = [fault for path in SOURCES for fault in faults(path)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eval(text)",
+        "subprocess.run(text, shell=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "pickle.loads(content)",
+    ],
+)
+def test_the_search_for_faults_finds_them(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "case.py"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ROOT", tmp_path)
+        assert len(list(faults(path))) == 1
+
+
+def test_no_file_grows_beyond_what_fits_the_head() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    long = {name: length for name, length in lengths.items() if length > 400}
+    assert not long, "more than 400 lines: does each have one job?"
+
+
+def test_pytest_finds_every_test() -> None:
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "tests"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+            has_tests = any(name.startswith("test_") for name in functions)
+            assert has_tests == path.name.startswith("test_"), name_of(path)
+            assert len(set(functions)) == len(functions), f"{name_of(path)}: a test hides another"
+
+
+DOCUMENTS = [path for path in FILES if path.suffix == ".md" and path.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_documents_name_what_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    files = r"`(?:[^`]*[ =])?((?:configs|docs|experiments|run|tests|tokenmixup)/[\w./-]+\.\w+)`"
+    missing = {name for name in re.findall(files, text) if not (ROOT / name).is_file()}
+    functions = r"`(functional|horizontal|vertical|scorenet|model)\.(?!py`)(\w+)`"
+    for module, name in re.findall(functions, text):
+        if not hasattr(importlib.import_module(f"tokenmixup.{module}"), name):
+            missing.add(f"{module}.{name}")
+    assert not missing
+
+
+# Pieces, so that this file does not contain what it looks for: folders of a developer's machine,
+# hosts of package registries, markers of unfinished work.
+UNWANTED = {
+    "a path of some machine": r"(?<![\w.])/(?:wo"
+    + r"rk|ro"
+    + r"ot|ho"
+    + r"me|fa"
+    + r"rm|Us"
+    + r"ers)/\w",
+    "the host of a registry": r"pypi\.o" + r"rg|python" + r"hosted|registry\.npm" + r"js|deb\.deb",
+    "unfinished work": r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b",
+}
+
+
+@pytest.mark.parametrize("what", UNWANTED)
+def test_text_files_are_free_of(what: str) -> None:
+    found = []
+    for path in FILES:
+        if path.stat().st_size > 2**20:
+            continue  # weights
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # an array, a picture
+        found += [
+            f"{name_of(path)}:{number}: {line.strip()[:80]}"
+            for number, line in enumerate(lines, 1)
+            if re.search(UNWANTED[what], line)
+        ]
+    assert not found, "\n".join(found)

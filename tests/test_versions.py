@@ -1,0 +1,146 @@
+"""What is in the environment: pyproject.toml, constraints.txt and env.yaml say the same."""
+
+import ast
+import importlib.metadata
+import itertools
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import cast
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import tokenmixup
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.lstrip().startswith("#")]
+
+
+def pins_for(python: str) -> dict[str, Version]:
+    """What constraints.txt demands on Linux under a version of Python."""
+    environment: dict[str, str] = {
+        **cast(dict[str, str], default_environment()),
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+    }
+    found: dict[str, Version] = {}
+    for pin in pins():
+        if pin.marker is None or pin.marker.evaluate(environment):
+            name = canonicalize_name(pin.name)
+            assert name not in found, f"two pins of {name} under Python {python}"
+            (specifier,) = pin.specifier
+            assert specifier.operator == "=="
+            found[name] = Version(specifier.version)
+    return found
+
+
+def demands() -> list[Requirement]:
+    """Every requirement that pyproject.toml names, that of the build included."""
+    extras = itertools.chain(*PROJECT["optional-dependencies"].values())
+    needed = [*PYPROJECT["build-system"]["requires"], *PROJECT["dependencies"], *extras]
+    return [Requirement(text) for text in needed]
+
+
+@pytest.mark.parametrize(
+    "folder, extras",
+    [("tokenmixup", ()), ("experiments", ("experiments",)), ("tests", ("experiments", "test"))],
+)
+def test_every_imported_package_is_declared(folder: str, extras: tuple[str, ...]) -> None:
+    """What an import finds only because something else happens to need it is gone one day."""
+    named = list(PROJECT["dependencies"])
+    named += itertools.chain(*(PROJECT["optional-dependencies"][extra] for extra in extras))
+    declared = {canonicalize_name(Requirement(text).name) for text in named}
+    own = {"tokenmixup", "experiments", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    if folder == "tokenmixup":
+        own |= {"timm", "torchvision", "transformers"}  # hosts: who has one has its library
+    providers = importlib.metadata.packages_distributions()
+    for path in (ROOT / folder).rglob("*.py"):
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+        for name in imported - own - sys.stdlib_module_names:
+            packages = {canonicalize_name(package) for package in providers.get(name, [])}
+            assert packages & declared, f"{path}: {name} is of {packages or 'nowhere'}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_has_a_pin_in_its_range(python: str) -> None:
+    found = pins_for(python)
+    for demand in demands():
+        name = canonicalize_name(demand.name)
+        assert name in found, f"constraints.txt has no pin of {name}; see CONTRIBUTING.md"
+        assert found[name] in demand.specifier, f"{name} {found[name]}: {demand.specifier}"
+
+
+def test_torch_and_torchvision_are_a_pair() -> None:
+    for python in PYTHONS:
+        found = pins_for(python)
+        torch, torchvision = found["torch"], found["torchvision"]
+        assert (torch.major, torch.minor + 15, torch.micro) == (
+            torchvision.major + 2,
+            torchvision.minor,
+            torchvision.micro,
+        ), f"torch 2.x goes with torchvision 0.(x + 15): {torch}, {torchvision}"
+        assert str(found["timm"]) == "1.0.31"
+        assert found["pillow"].major < 13
+
+
+def test_constraints_hold_versions_alone() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    command = re.search(r"^# +uv (pip compile .*) -o constraints\.txt$", text, re.MULTILINE)
+    assert command is not None, "the command that made the file stands at its top"
+    assert command[1] in (ROOT / "CONTRIBUTING.md").read_text()
+    assert not re.search(r"://|^ *-|--hash|\\$|@", text, re.MULTILINE)
+    assert all(not pin.extras and pin.url is None for pin in pins())
+
+
+def test_conda_gets_the_same_versions() -> None:
+    dependencies = yaml.safe_load((ROOT / "env.yaml").read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    extras = ",".join(PROJECT["optional-dependencies"])
+    assert pip == ["-c constraints.txt", f"-e .[{extras}]"]
+    conda = {r.name: r for r in (Requirement(e) for e in dependencies if isinstance(e, str))}
+    assert set(conda) == {"python", "pip"}, "all else comes from pip, at the versions of pip"
+    allowed = [f"3.{minor}" for minor in range(20) if f"3.{minor}.5" in conda["python"].specifier]
+    assert tuple(allowed) == PYTHONS
+
+
+def test_the_supported_pythons_are_named_once_for_all() -> None:
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+    prefix = "Programming Language :: Python :: "
+    named = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
+    assert tuple(named) == PYTHONS
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = PROJECT["version"]
+    assert tokenmixup.__version__ == version
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_only_the_library_is_installed_and_it_carries_its_types() -> None:
+    packages = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert packages == ["tokenmixup", "tokenmixup.*"]
+    assert (ROOT / "tokenmixup" / "py.typed").is_file()
+    light = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert light == {"torch", "numpy", "lapx"}
