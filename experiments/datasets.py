@@ -1,0 +1,239 @@
+"""Data sets as maps from an index to (PIL image, class), without any transform."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from experiments.config import DataConfig, RunConfig
+from experiments.errors import ConfigError, DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DOWNLOAD_TIMEOUT_SECONDS = 30
+STREAMED = ("wds", "tfds", "hfids")  # read front to back, so no image has an index
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before it is read."""
+
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FACTS = {
+    # of the training split, grey as three equal channels
+    "digits": Facts(10, (0.3054,) * 3, (0.3237,) * 3),
+    "torch/cifar10": Facts(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "torch/cifar100": Facts(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "torch/mnist": Facts(10, (0.1307,) * 3, (0.3081,) * 3),
+    "torch/fashion_mnist": Facts(10, (0.2860,) * 3, (0.3530,) * 3),
+}
+
+
+class Images(Protocol):
+    """A data set of this project: an image and its class under each index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def describe(self, index: int) -> str:
+        """Name one image in a message: its file where it has one."""
+
+
+class DigitImages:
+    """scikit-learn's 1,797 handwritten digits (8×8, grey) as 32×32 RGB images.
+
+    The splits are fixed: within each class, in the data set's own order, every fifth image
+    belongs to `validation` and the others to `train`. `tune_train` and `tune_validation` divide
+    `train` in the same way, so that settings can be chosen without a look at `validation`.
+    """
+
+    splits = ("train", "validation", "tune_train", "tune_validation")
+
+    def __init__(self, split: str) -> None:
+        if split not in self.splits:
+            raise DataError(
+                f"data set digits: split {split!r} is unknown; allowed: {', '.join(self.splits)}"
+            )
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self._split = split
+        self._indices = digits_split(digits.target, split)
+        self._labels = digits.target[self._indices]
+        grey = (digits.images[self._indices] * (255 / 16)).round().astype(np.uint8)
+        self._images = [
+            Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB")
+            for image in grey
+        ]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._images[index].copy(), int(self._labels[index])
+
+    def describe(self, index: int) -> str:
+        """The image's number within scikit-learn's data set."""
+        return f"digit {self._indices[index]}"
+
+
+def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
+    """Indices (ascending) of one split of the digits, stratified by a fixed rule."""
+    within = np.zeros(len(labels), dtype=np.int64)  # how many of its class came before
+    for digit in np.unique(labels):
+        members = labels == digit
+        within[members] = np.arange(members.sum())
+    held_out = within % 5 == 4
+    if split == "validation":
+        return np.flatnonzero(held_out)
+    train = np.flatnonzero(~held_out)
+    if split == "train":
+        return train
+    inner = digits_split(labels[train], "validation" if split == "tune_validation" else "train")
+    return train[inner]
+
+
+class TimmImages:
+    """A data set of timm's factory whose images have indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._reader = getattr(dataset, "reader", None)  # timm's; torchvision has none
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self._reader is None:
+            image, label = self._dataset[index]
+            return image.convert("RGB"), int(label)
+        # timm's own __getitem__ takes the next image for one that it cannot read
+        file, label, *_ = self._reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), int(label)
+
+    def describe(self, index: int) -> str:
+        """The image's file, where the data set has files."""
+        if self._reader is None:
+            return f"image {index}"
+        return str(self._reader.filename(index, absolute=True))
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, where the data set states it."""
+        for owner in (self._reader, self._dataset):
+            classes = getattr(owner, "class_to_idx", None)
+            if classes:
+                return len(classes)
+        return None
+
+
+def open_images(config: DataConfig, split: str) -> Images:
+    """Open one split of the configured data set.
+
+    Raises:
+        DataError: it is missing, unreadable or unknown; the message says where it is expected.
+    """
+    if config.dataset == "digits":
+        return DigitImages(split)
+    prefix = config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
+    if prefix in STREAMED:
+        raise DataError(
+            f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
+            "whose images have an index (digits, torch/NAME, hfds/NAME, a folder or a tar file)"
+        )
+    root = Path(config.root)
+    download = config.download and prefix == "torch"
+    if not root.exists() and not download and prefix != "hfds":
+        raise DataError(_missing(config, split, "the folder does not exist"))
+    from timm.data import create_dataset
+
+    try:
+        with _network_timeout():
+            try:
+                dataset = create_dataset(config.dataset, root=str(root), split=split)
+            except RuntimeError:
+                if not download:
+                    raise
+                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+    except AssertionError as error:
+        raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
+    except ImportError as error:
+        raise DataError(f"data.dataset: {config.dataset!r} needs a package: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = f"not there, and the download failed: {error}" if download else str(error)
+        raise DataError(_missing(config, split, reason)) from None
+    if len(dataset) == 0:
+        raise DataError(_missing(config, split, "it holds no images"))
+    return TimmImages(dataset)
+
+
+def known_num_classes(config: RunConfig) -> int | None:
+    """The number of classes, as far as the config alone tells it.
+
+    Raises:
+        ConfigError: the config says otherwise than the data set has.
+    """
+    wanted, facts = config.model.num_classes, FACTS.get(config.data.dataset)
+    if facts is not None and wanted not in (None, facts.num_classes):
+        raise _wrong_classes(config, facts.num_classes)
+    return facts.num_classes if facts is not None else None
+
+
+def stated_num_classes(config: RunConfig, images: Images) -> int:
+    """The number of classes of a data set that has been opened.
+
+    Raises:
+        ConfigError: the config says otherwise, or neither says anything.
+    """
+    wanted = config.model.num_classes
+    found = images.num_classes if isinstance(images, TimmImages) else None
+    if found is None and wanted is None:
+        raise ConfigError(
+            f"data.dataset: {config.data.dataset!r} does not state its number of classes; "
+            "set model.num_classes"
+        )
+    if found is not None and wanted not in (None, found):
+        raise _wrong_classes(config, found)
+    classes = found if found is not None else wanted
+    assert classes is not None
+    return classes
+
+
+def _wrong_classes(config: RunConfig, found: int) -> ConfigError:
+    return ConfigError(
+        f"model.num_classes: got {config.model.num_classes}; allowed: {found}, as many classes "
+        f"as the data set {config.data.dataset!r} has"
+    )
+
+
+def _missing(config: DataConfig, split: str, reason: str) -> str:
+    where = Path(config.root).resolve()
+    reason = " ".join(reason.split()).rstrip(".")
+    advice = "set data.root to the folder that holds it"
+    if config.dataset.lower().startswith("torch/"):
+        advice += ", or let data.download fetch it on a machine with a network"
+    elif "/" not in config.dataset:
+        advice += ", with one folder of images a class in the folder of each split"
+    name = config.dataset or "folder of images"
+    return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """A stalled download ends with an error instead of waiting for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,53 @@
+"""One process at a time at a file."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def exclusive(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Only one process at a time works on a path; the others wait, and a crash sets it free.
+
+    Args:
+        path: a file, which need not exist; its folder must.
+        on_wait: called once where another process works on it.
+    """
+    guard = path.with_name(f".{path.name}.lock")
+    descriptor = _open_locked(guard, on_wait)
+    try:
+        yield
+    finally:
+        guard.unlink(missing_ok=True)  # first, so that nobody finds it and waits for nothing
+        os.close(descriptor)
+
+
+def _open_locked(guard: Path, on_wait: Callable[[], object]) -> int:
+    told = False
+    while True:
+        descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    on_wait()
+                told = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # who was first has taken the guard away: then another one may already be in its place
+            if _is_named(descriptor, guard):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

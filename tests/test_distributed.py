@@ -1,0 +1,131 @@
+"""Several processes: the same training and exactly the same evaluation as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs_helper import HTM, VTM, write_config
+from safetensors.torch import load_file
+
+from experiments.config import DataConfig
+from experiments.data import EpochBatches, divide_batch
+from experiments.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(processes, module, *arguments):
+    """Run an entry point under torchrun, on loopback."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shares_of_all_processes_make_up_the_batch(size, micro_batch):
+    config = DataConfig(batch_size=16, micro_batch=micro_batch)
+    whole = list(EpochBatches(50, 16, 7, divide_batch(DataConfig(batch_size=16), 0, 1)))
+    shares = [
+        list(EpochBatches(50, 16, 7, divide_batch(config, rank, size))) for rank in range(size)
+    ]
+    assert len(whole) == 3
+    for step, batch in enumerate(whole):
+        assert [key for share in shares for key in share[step]] == batch
+
+
+@pytest.mark.parametrize(
+    "settings, size, message",
+    [
+        ({"batch_size": 16}, 3, "batch_size: got 16; .* 3 processes: a multiple of 3"),
+        ({"batch_size": 16, "micro_batch": 8}, 4, "8, which divides a batch of 16 into 2 parts"),
+    ],
+)
+def test_batches_that_cannot_be_shared_out(settings, size, message):
+    with pytest.raises(ConfigError, match=message):
+        divide_batch(DataConfig(**settings), 0, size)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run by one process and the same by two: 4 groups of 32 images a step, HTM and VTM."""
+    folder = tmp_path_factory.mktemp("runs")
+    sections = {
+        "data": {"micro_batch": 32},
+        "horizontal": HTM,
+        "vertical": VTM,
+        "model": {"attn_drop_rate": 0.1, "drop_path_rate": 0.1},
+        "schedule": {"epochs": 1},
+    }
+    config = write_config(folder, "shared", **sections)
+    outputs = []
+    for processes in (1, 2):
+        output = folder / f"by_{processes}"
+        done = launch(processes, "experiments.train", "--config", config, "--output", output)
+        assert done.returncode == 0, done.stderr
+        outputs.append((output, done.stdout))
+    return config, outputs
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_training_does_not_depend_on_the_number_of_processes(runs):
+    _, ((one, _), (two, text)) = runs
+    expected, found = (load_file(folder / "final.safetensors") for folder in (one, two))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    assert "2 × cpu" in text and text.count("epoch   1/1") == 1
+    for before, after in zip(rows(one), rows(two), strict=True):
+        assert before.keys() == after.keys()
+        for key in before.keys() - {"step_seconds", "data_seconds", "images_per_second"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-3, abs=1e-4), key
+
+
+def test_evaluation_by_two_counts_every_image_once(runs):
+    config, ((one, _), _) = runs
+    arguments = ["--config", config, "--checkpoint", one / "final.safetensors", "--json"]
+    # 355 images: two processes get 178 and 177, in batches of 50
+    results = []
+    for processes in (1, 2):
+        done = launch(processes, "experiments.evaluate", *arguments, "--data.eval_batch_size", 50)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    expected, found = results
+    assert found["images"] == expected["images"] == 355
+    assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    config = write_config(tmp_path, data={"batch_size": 127})
+    done = launch(2, "experiments.train", "--config", config, "--output", tmp_path / "run")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "data.batch_size: got 127" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["baseline", "HVTM"])
+def test_two_processes_reach_the_accuracy_of_one_on_digits(tmp_path, variant):
+    config = ROOT / "configs" / f"digits_{variant}.yaml"
+    done = launch(2, "experiments.train", "--config", config, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    last = [row for row in rows(tmp_path / "run") if row["split"] == "validation"][-1]
+    assert last["top1"] >= 96
