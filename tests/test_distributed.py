@@ -11,6 +11,7 @@ import torch
 from runs_helper import HTM, VTM, write_config
 from safetensors.torch import load_file
 
+from experiments import evaluate, train
 from experiments.config import DataConfig
 from experiments.data import EpochBatches, divide_batch
 from experiments.errors import ConfigError
@@ -18,11 +19,10 @@ from experiments.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 
 
-def launch(processes, module, *arguments):
-    """Run an entry point under torchrun, on loopback."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+def launch(module, *arguments):
+    """Run an entry point as two processes under torchrun, on loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, module, *map(str, arguments)],
@@ -71,13 +71,11 @@ def runs(tmp_path_factory):
         "schedule": {"epochs": 1},
     }
     config = write_config(folder, "shared", **sections)
-    outputs = []
-    for processes in (1, 2):
-        output = folder / f"by_{processes}"
-        done = launch(processes, "experiments.train", "--config", config, "--output", output)
-        assert done.returncode == 0, done.stderr
-        outputs.append((output, done.stdout))
-    return config, outputs
+    one, two = folder / "by_1", folder / "by_2"
+    train.main(["--config", str(config), "--output", str(one)])
+    done = launch("experiments.train", "--config", config, "--output", two)
+    assert done.returncode == 0, done.stderr
+    return config, one, two, done.stdout
 
 
 def rows(folder):
@@ -86,27 +84,28 @@ def rows(folder):
 
 
 def test_training_does_not_depend_on_the_number_of_processes(runs):
-    _, ((one, _), (two, text)) = runs
+    _, one, two, text = runs
     expected, found = (load_file(folder / "final.safetensors") for folder in (one, two))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
     assert "2 × cpu" in text and text.count("epoch   1/1") == 1
     for before, after in zip(rows(one), rows(two), strict=True):
         assert before.keys() == after.keys()
-        for key in before.keys() - {"step_seconds", "data_seconds", "images_per_second"}:
+        assert after["split"] == before["split"]
+        for key in before.keys() - {"split", "step_seconds", "data_seconds", "images_per_second"}:
             assert after[key] == pytest.approx(before[key], rel=1e-3, abs=1e-4), key
 
 
-def test_evaluation_by_two_counts_every_image_once(runs):
-    config, ((one, _), _) = runs
-    arguments = ["--config", config, "--checkpoint", one / "final.safetensors", "--json"]
+def test_evaluation_by_two_counts_every_image_once(runs, capsys):
+    config, one, _, _ = runs
     # 355 images: two processes get 178 and 177, in batches of 50
-    results = []
-    for processes in (1, 2):
-        done = launch(processes, "experiments.evaluate", *arguments, "--data.eval_batch_size", 50)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
-    expected, found = results
+    arguments = ["--config", config, "--checkpoint", one / "final.safetensors", "--json"]
+    arguments = [str(word) for word in (*arguments, "--data.eval_batch_size", 50)]
+    evaluate.main(arguments)
+    expected = json.loads(capsys.readouterr().out)
+    done = launch("experiments.evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["images"] == expected["images"] == 355
     assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -114,7 +113,7 @@ def test_evaluation_by_two_counts_every_image_once(runs):
 
 def test_a_mistake_is_told_once(tmp_path):
     config = write_config(tmp_path, data={"batch_size": 127})
-    done = launch(2, "experiments.train", "--config", config, "--output", tmp_path / "run")
+    done = launch("experiments.train", "--config", config, "--output", tmp_path / "run")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "data.batch_size: got 127" in lines[0]
@@ -125,7 +124,7 @@ def test_a_mistake_is_told_once(tmp_path):
 @pytest.mark.parametrize("variant", ["baseline", "HVTM"])
 def test_two_processes_reach_the_accuracy_of_one_on_digits(tmp_path, variant):
     config = ROOT / "configs" / f"digits_{variant}.yaml"
-    done = launch(2, "experiments.train", "--config", config, "--output", tmp_path / "run")
+    done = launch("experiments.train", "--config", config, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     last = [row for row in rows(tmp_path / "run") if row["split"] == "validation"][-1]
     assert last["top1"] >= 96
