@@ -4,6 +4,7 @@ Dimensions: B batch, H heads, N tokens with prefix, T patch tokens, D width, C c
 Q queries, K keys.
 """
 
+import dataclasses
 import inspect
 import itertools
 
@@ -154,25 +155,31 @@ def test_matches_oracle(scorenet_type, has_cls, cls_first, batch_first):
 def test_two_layers_of_an_encoder_match_the_numpy_encoder():
     x, y = random_batch(7, 10)
     blocks = [Block().double() for _ in range(3)]
+    kinds = {0: ("attention", 0.5), 2: ("average", 2.0)}
     wrappers = {
-        layer: wrap(blocks[layer], tau, 0.001, scorenet_lambda=scale, scorenet_type=kind)
-        for layer, tau, scale, kind in [
-            (0, 0.182, 0.5, "attention_pooling"),
-            (2, 0.199, 2.0, "average_pooling"),
-        ]
+        layer: wrap(
+            blocks[layer], 1.0, 0.001, scorenet_lambda=scale, scorenet_type=f"{kind}_pooling"
+        )
+        for layer, (kind, scale) in kinds.items()
     }
+
+    def by_numpy(taus):
+        horizontal = {
+            layer: Horizontal(taus[layer], 0.001, scorenet_of(wrappers[layer], kind), scale)
+            for layer, (kind, scale) in kinds.items()
+        }
+        arrays = [arrays_of(block) for block in blocks]
+        return encode(arrays, array(x), array(y), num_prefix_tokens=1, horizontal=horizontal)
+
+    taus = {0: 1.0, 2: 1.0}
+    for step, layer in enumerate(taus):  # each amid the difficulties that its layer sees
+        difficulty = np.sort(by_numpy(taus).steps[step].difficulty)
+        taus[layer] = float(difficulty[3:5].mean())
+        config = dataclasses.replace(wrappers[layer].config, tau=taus[layer])
+        wrappers[layer].config = config
+    expected = by_numpy(taus)
     encoder = Encoder([wrappers.get(layer, block) for layer, block in enumerate(blocks)])
     out, (targets, loss) = encoder(x, y)
-    expected = encode(
-        [arrays_of(block) for block in blocks],
-        array(x),
-        array(y),
-        num_prefix_tokens=1,
-        horizontal={
-            0: Horizontal(0.182, 0.001, scorenet_of(wrappers[0], "attention"), 0.5),
-            2: Horizontal(0.199, 0.001, scorenet_of(wrappers[2], "average"), 2.0),
-        },
-    )
     assert all(step.mixed.mask.any() and not step.easy.all() for step in expected.steps)
     np.testing.assert_allclose(array(out), expected.tokens, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(array(targets), expected.targets, rtol=1e-8)
