@@ -18,7 +18,7 @@ from tokenmixup._session import Session, StepRecord
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.functional import mix_tokens, query_key_saliency, salient_positions
 from tokenmixup.horizontal import horizontal_step, scorenet_loss
-from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, TokenLayout
+from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, Remembered, TokenLayout
 from tokenmixup.scorenet import ScoreNet
 from tokenmixup.vertical import remember, remembered_before
 
@@ -59,13 +59,9 @@ class _LayerHook(_Hook):
         record, again = self.shared.session.current()
         if record is None:
             return None
-        if record.grad_enabled and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"layer {self.index} runs without gradients inside a training step that has them. "
-                "Reentrant activation checkpointing does this, and loses ScoreNet's loss and the "
-                "remembered tokens' gradient: use use_reentrant=False"
-            )
+        _refuse_reentrant(record, self.index)
         tokens = self.shared.adapter.tokens(args, kwargs)
+        self._check(tokens)
         if self.mixes:
             tokens = self._mix(record, again, layer, tokens, args, kwargs)
         if self.remembers:
@@ -73,6 +69,14 @@ class _LayerHook(_Hook):
         if not self.mixes:
             return None
         return self.shared.adapter.with_tokens(tokens, args, kwargs)
+
+    def _check(self, tokens: Tensor) -> None:
+        layout = self.shared.layout
+        if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
+            raise ValueError(
+                f"layer {self.index} was called with tokens of shape {tuple(tokens.shape)}, but "
+                f"{self.shared.adapter.family} promises (B, N, {layout.width})"
+            )
 
     def _mix(
         self,
@@ -129,21 +133,35 @@ class _LayerHook(_Hook):
     @torch.no_grad()
     def _saliency(self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
         layout = self.shared.layout
-        query, key, scale = self.shared.adapter.query_key(
-            layer, tokens, args, kwargs, layout.class_token
-        )
+        adapter, class_row = self.shared.adapter, layout.class_token
+        query, key, scale = adapter.query_key(layer, tokens, args, kwargs, class_row)
         return query_key_saliency(
-            query, key, scale, layout.num_prefix_tokens, class_token=layout.class_token
+            query,
+            key,
+            scale,
+            layout.num_prefix_tokens,
+            class_token=class_row,
+            bias=adapter.score_bias(layer, args, kwargs, class_row),
         )
 
 
-class _AttendHook(_Hook):
-    """At the input of a VTM layer's attention: add the remembered tokens to its keys and values."""
+class _AttentionHook(_Hook):
+    """Base of the two hooks on a VTM layer's attention."""
 
     def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
         self.shared = shared
         self.index = index
         self.layer = layer
+
+    def _remembered(self, record: StepRecord) -> Remembered:
+        tokens = remembered_before(record.memory, self.index)
+        positions = remembered_before(record.positions, self.index)
+        assert tokens is not None and positions is not None, "layers before it remember theirs"
+        return Remembered(tokens, positions)
+
+
+class _AttendHook(_AttentionHook):
+    """At the input of a VTM layer's attention: add the remembered tokens to its keys and values."""
 
     def __call__(
         self, attention: nn.Module, args: Args, kwargs: Kwargs
@@ -151,30 +169,34 @@ class _AttendHook(_Hook):
         record, again = self.shared.session.current()
         if record is None:
             return None
-        memory = remembered_before(record.memory, self.index)
-        assert memory is not None, "layers before a VTM layer remember their tokens"
+        _refuse_reentrant(record, self.index)
+        remembered = self._remembered(record)
         if not again:
-            count = memory.new_full((), memory.shape[1], dtype=torch.float32)
+            tokens = remembered.tokens
+            count = tokens.new_full((), tokens.shape[1], dtype=torch.float32)
             record.stats[f"vtm/layer{self.index}/remembered_tokens"] = count
-        memory = self.shared.adapter.normalise(self.layer, memory)
-        return self.shared.adapter.with_memory(memory, args, kwargs)
+            record.attended.add(self.index)
+        return self.shared.adapter.with_memory(self.layer, remembered, args, kwargs)
 
 
-class _OwnTokensHook(_Hook):
+class _OwnTokensHook(_AttentionHook):
     """At the output of a VTM layer's attention: drop what belongs to the remembered tokens."""
-
-    def __init__(self, shared: Attachment, index: int) -> None:
-        self.shared = shared
-        self.index = index
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         record, _ = self.shared.session.current()
         if record is None:
             return None
-        remembered = sum(
-            tokens.shape[1] for layer, tokens in record.memory.items() if layer < self.index
+        remembered = self._remembered(record)
+        return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)
+
+
+def _refuse_reentrant(record: StepRecord, index: int) -> None:
+    if record.grad_enabled and not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"layer {index} runs without gradients inside a training step that has them. "
+            "Reentrant activation checkpointing does this, and loses ScoreNet's loss and the "
+            "remembered tokens' gradient: use use_reentrant=False"
         )
-        return self.shared.adapter.own_tokens(output, remembered)
 
 
 def install_hooks(
@@ -190,7 +212,7 @@ def install_hooks(
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if index in attending:
             attention = shared.adapter.attention(layer)
-            attend, own = _AttendHook(shared, index, layer), _OwnTokensHook(shared, index)
+            attend, own = _AttendHook(shared, index, layer), _OwnTokensHook(shared, index, layer)
             handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
             handles.append(attention.register_forward_hook(own, with_kwargs=True))
     return handles

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ class StepRecord:
         memory: remembered tokens (B, K, D) by layer.
         decisions: by HTM layer, the targets before its mixing and what it decided.
         positions: by layer, the positions (B, K) that it remembers.
+        attended: VTM layers whose attention got its remembered tokens.
         grad_enabled: whether the pass began with gradients on.
 
     Activation checkpointing runs layers again in the backward pass. They then find here what they
@@ -38,7 +38,16 @@ class StepRecord:
         self.memory: dict[int, Tensor] = {}
         self.decisions: dict[int, tuple[Tensor, MixingDecision]] = {}
         self.positions: dict[int, Tensor] = {}
+        self.attended: set[int] = set()
         self.grad_enabled = torch.is_grad_enabled()
+
+
+class _Thread(threading.local):
+    """What one thread is in."""
+
+    running: StepRecord | None = None
+    backward_of: weakref.ref[StepRecord] | None = None
+    backward_task: int = -1
 
 
 class Session:
@@ -48,23 +57,21 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self._running: dict[int, StepRecord] = {}
-        self._in_backward: dict[int, weakref.ref[StepRecord]] = {}
+        self._thread = _Thread()
         self._traced: StepRecord | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_running": {}, "_in_backward": {}, "_traced": None}
+    def __reduce__(self) -> tuple[type["Session"], tuple[()]]:
+        return Session, ()
 
     @contextmanager
     def step(self, targets: Tensor | None) -> Iterator[StepRecord]:
         """Run the host's forward pass in here; whatever happens, nothing of it stays behind."""
-        thread = threading.get_ident()
-        assert thread not in self._running, "a TokenMixupModel cannot run inside itself"
-        record = self._running[thread] = StepRecord(targets)
+        assert self._thread.running is None, "a TokenMixupModel cannot run inside itself"
+        record = self._thread.running = StepRecord(targets)
         try:
             yield record
         finally:
-            del self._running[thread]
+            self._thread.running = None
 
     def begin_traced(self, targets: Tensor | None) -> StepRecord:
         """As :meth:`step`, for torch.compile, which runs no other thread while it traces."""
@@ -79,27 +86,28 @@ class Session:
         """The step that this thread is in, and whether a backward pass is running it again."""
         if torch.compiler.is_compiling():
             return self._traced, False
-        thread = threading.get_ident()
-        record = self._running.get(thread)
-        if record is not None:
-            return record, False
-        # Activation checkpointing: outside of any forward pass, but inside a backward pass of one.
-        # torch.utils.checkpoint itself asks the engine in this way.
-        reference = self._in_backward.get(thread)
-        if reference is None or torch._C._current_graph_task_id() == -1:
+        thread = self._thread
+        if thread.running is not None:
+            return thread.running, False
+        # Activation checkpointing: outside of any forward pass, but inside a backward pass of one,
+        # and with gradients. torch.utils.checkpoint itself asks the engine in this way.
+        if thread.backward_of is None or not torch.is_grad_enabled():
             return None, False
-        record = reference()
+        if torch._C._current_graph_task_id() != thread.backward_task:
+            return None, False
+        record = thread.backward_of()
         return record, record is not None
 
-    def mark_backward(self, record: StepRecord, output: Tensor) -> None:
-        """Have the backward pass that starts at ``output`` announce its step before anything else.
+    def mark_backward(self, record: StepRecord | None, output: Tensor) -> None:
+        """Have the backward pass that reaches ``output`` announce its step before anything else.
 
         The graph of ``output`` keeps the record alive for exactly as long as it may be needed.
+        None stands for a pass in evaluation, which one backward pass may share with a step.
         """
-        self._in_backward = {t: ref for t, ref in self._in_backward.items() if ref() is not None}
         if output.requires_grad:
 
             def announce(_: Tensor) -> None:
-                self._in_backward[threading.get_ident()] = weakref.ref(record)
+                self._thread.backward_of = None if record is None else weakref.ref(record)
+                self._thread.backward_task = torch._C._current_graph_task_id()
 
             output.register_hook(announce)

@@ -77,12 +77,13 @@ def query_key_saliency(
     num_prefix_tokens: int = 0,
     *,
     class_token: bool | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Saliency as :func:`attention_saliency` gives it, from queries and keys alone.
 
-    The map softmax(scale * Q K^T) is never stored whole: with a class token only its row is
-    computed, without one the map of one head at a time. Fused attention can thus stay on in the
-    layer itself.
+    The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
+    is computed, without one the map of one head at a time. Fused attention can thus stay on in
+    the layer itself.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -90,6 +91,7 @@ def query_key_saliency(
         scale: factor of the scores, usually (D / H) ** -0.5.
         num_prefix_tokens: P.
         class_token: as in :func:`attention_saliency`.
+        bias: added to the scores, (B or 1, H, Q, N) for the Q queries that are given.
 
     Returns:
         Saliency, (B, T), without gradient, in float32 or wider.
@@ -98,11 +100,15 @@ def query_key_saliency(
     dtype = _wide(query)
     if _reads_class_token(num_prefix_tokens, class_token):
         scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias[:, :, :1]
         return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
     heads = query.shape[1]
     saliency = query.new_zeros((key.shape[0], key.shape[2]), dtype=dtype)
     for head in range(heads):
         scores = (query[:, head] * scale) @ key[:, head].transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias[:, head]
         saliency = saliency + scores.softmax(-1, dtype=dtype).mean(1)
     return (saliency / heads)[:, num_prefix_tokens:]
 

@@ -36,7 +36,7 @@ class TokenMixupModel(nn.Module):
     """A host with TokenMixup on it; made by :func:`attach`.
 
     In training ``model(images, targets)`` returns a :class:`TokenMixupOutput`; in evaluation
-    ``model(images)`` is ``model.backbone(images)`` and nothing else.
+    ``model(images)`` runs ``model.backbone(images)`` and nothing else, and returns its logits.
 
     Attributes:
         backbone: the host itself, its state-dict keys unchanged.
@@ -94,7 +94,10 @@ class TokenMixupModel(nn.Module):
                     "targets were given in evaluation mode, where nothing is mixed: call "
                     "model.train() before a training step, or model(images) to evaluate"
                 )
-            return self.backbone(images)
+            logits = self.adapter.logits(self.backbone(images))
+            if not torch.compiler.is_compiling():
+                self._session.mark_backward(None, logits)
+            return logits
         targets = self._soft_targets(images, targets)
         if torch.compiler.is_compiling():
             record = self._session.begin_traced(targets)
@@ -106,6 +109,7 @@ class TokenMixupModel(nn.Module):
         return self._collect(record, self.adapter.logits(output))
 
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
+        self._check_carried_out(record)
         loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         for losses in record.scorenet_losses:
             loss = loss + losses.mean()
@@ -113,6 +117,20 @@ class TokenMixupModel(nn.Module):
             for output in (loss, logits):
                 self._session.mark_backward(record, output)
         return TokenMixupOutput(logits, record.targets, loss, record.stats)
+
+    def _check_carried_out(self, record: StepRecord) -> None:
+        for name, config, done in (
+            ("HTM", self.horizontal, record.decisions.keys()),
+            ("VTM", self.vertical, record.attended),
+        ):
+            missing = [] if config is None else [i for i in config.layers if i not in done]
+            if missing:
+                raise RuntimeError(
+                    f"{name} was not carried out at layer(s) {', '.join(map(str, missing))}: the "
+                    "host did not call them as usual in this step. If parts of the model are "
+                    "compiled, attach first and then compile the whole TokenMixupModel with "
+                    "torch.compile(model, fullgraph=True), which names whatever breaks the graph"
+                )
 
     def _soft_targets(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
         if targets is None:

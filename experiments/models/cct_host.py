@@ -1,6 +1,6 @@
 """How TokenMixup attaches to a CCT.
 
-Dimensions: B batch, N tokens, D width, H heads, M remembered tokens.
+Dimensions: B batch, N tokens, D width, H heads.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from experiments.models.cct import CCT, Block
-from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, TokenLayout, joint_query_key
+from tokenmixup.hosts.base import (
+    Args,
+    HostAdapter,
+    Kwargs,
+    Remembered,
+    TokenLayout,
+    joint_query_key,
+)
 
 
 class CCTAdapter(HostAdapter):
@@ -53,15 +60,23 @@ class CCTAdapter(HostAdapter):
         """From the first two thirds of `qkv`."""
         attention = cast(Block, layer).attn
         query, key = joint_query_key(
-            self.normalise(layer, tokens), attention.qkv, attention.num_heads, class_row
+            self.normalise(layer, tokens),
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.num_heads,
+            class_row,
         )
         return query, key, attention.scale
 
-    def with_memory(self, memory: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def with_memory(
+        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         """Through the attention's own `memory` argument."""
-        return args, {**kwargs, "memory": memory}
+        return args, {**kwargs, "memory": self.normalise(layer, remembered.tokens)}
 
-    def own_tokens(self, output: Any, num_remembered: int) -> Any:
+    def own_tokens(
+        self, layer: nn.Module, remembered: Remembered, output: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
         """All of the output: remembered tokens have no queries."""
         return output
 

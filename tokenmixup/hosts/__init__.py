@@ -2,18 +2,38 @@
 
 from torch import nn
 
-from tokenmixup.hosts.base import HostAdapter, TokenLayout, UnsupportedHostError, class_name
+from tokenmixup.hosts.base import (
+    HostAdapter,
+    Remembered,
+    TokenLayout,
+    UnsupportedHostError,
+    class_name,
+)
+from tokenmixup.hosts.timm_beit import TimmBeit
+from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
+from tokenmixup.hosts.torchvision_vision_transformer import TorchvisionVisionTransformer
+from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
+from tokenmixup.hosts.unsupported import REASONS
 
 __all__ = [
     "HostAdapter",
+    "Remembered",
     "TokenLayout",
     "UnsupportedHostError",
     "find_adapter",
     "register_adapter",
 ]
 
-_adapters: list[HostAdapter] = [TimmVisionTransformer()]
+_adapters: list[HostAdapter] = [
+    TimmVisionTransformer(),
+    TimmEva(),
+    TimmBeit(),
+    TorchvisionVisionTransformer(),
+    TransformersViT(),
+    TransformersDeiT(),
+    TransformersDinov2(),
+]
 
 
 def register_adapter(adapter: HostAdapter) -> None:
@@ -39,14 +59,31 @@ def find_adapter(host: nn.Module) -> HostAdapter:
     """
     for adapter in _adapters:
         if adapter.takes(host):
-            adapter.check(host)
+            _check(adapter, host)
             return adapter
     supported = "; ".join(
         f"{known.family} ({', '.join(known.host_classes)})" for known in _adapters
     )
     raise UnsupportedHostError(
-        f"TokenMixup does not know the model class {class_name(type(host))}. Supported: "
-        f"{supported}. A model with one sequence of tokens through all its layers can be added "
-        "with tokenmixup.hosts.register_adapter, or built with HorizontalTokenMixupLayer and "
-        "VerticalTokenMixupLayer"
+        f"TokenMixup does not {_verdict(host)}. Supported: {supported}. A model with one sequence "
+        "of tokens through all its layers can be added with tokenmixup.hosts.register_adapter, or "
+        "built with HorizontalTokenMixupLayer and VerticalTokenMixupLayer"
     )
+
+
+def _check(adapter: HostAdapter, host: nn.Module) -> None:
+    try:
+        adapter.check(host)
+    except AttributeError as error:
+        raise UnsupportedHostError(
+            f"TokenMixup knows {adapter.family}, but not the installed version of its library, or "
+            f"this variant of it: {error}"
+        ) from error
+
+
+def _verdict(host: nn.Module) -> str:
+    name = class_name(type(host))
+    for base in type(host).__mro__:
+        if class_name(base) in REASONS:
+            return f"work with the model class {name}: {REASONS[class_name(base)]}"
+    return f"know the model class {name}"

@@ -1,13 +1,14 @@
 """What `attach` needs to know of a family of host models: the protocol each adapter satisfies.
 
-Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads, C classes,
-M remembered tokens.
+Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads, d head width,
+C classes, M remembered tokens.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+LINEAR = "torch.nn.modules.linear.Linear"
 
 
 class UnsupportedHostError(ValueError):
@@ -38,6 +41,18 @@ class TokenLayout:
     class_token: bool
     num_patch_tokens: int | None
     num_classes: int | None
+
+
+class Remembered(NamedTuple):
+    """What a VTM layer attends to besides its own tokens, lowest layer first.
+
+    Attributes:
+        tokens: (B, M, D), as they entered the layers that remembered them, before any norm.
+        positions: (B, M) int64, the place of each among the T patch tokens.
+    """
+
+    tokens: Tensor
+    positions: Tensor
 
 
 class HostAdapter(ABC):
@@ -98,6 +113,16 @@ class HostAdapter(ABC):
             Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), scale.
         """
 
+    def score_bias(
+        self, layer: nn.Module, args: Args, kwargs: Kwargs, class_row: bool
+    ) -> Tensor | None:
+        """What the layer adds to its scores, such as a relative-position bias; by default nothing.
+
+        Returns:
+            (B or 1, H, N, N), or (B or 1, H, 1, N) with ``class_row``.
+        """
+        return None
+
     def tokens(self, args: Args, kwargs: Kwargs) -> Tensor:
         """The tokens among the arguments of a layer's call."""
         return args[0]
@@ -106,17 +131,30 @@ class HostAdapter(ABC):
         """The arguments of a layer's call with other tokens."""
         return (tokens, *args[1:]), kwargs
 
-    def with_memory(self, memory: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Arguments of the attention's call that make it attend to memory (B, M, D) as well.
+    def with_memory(
+        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Arguments of the layer's attention that make it attend to remembered tokens as well.
 
-        By default the normalised memory follows the layer's own tokens; :meth:`own_tokens` then
-        drops its rows of the output.
+        By default these follow the layer's own tokens, normalised as those are, and
+        :meth:`own_tokens` drops their rows of the output.
         """
+        memory = self.normalise(layer, remembered.tokens)
         return (torch.cat((args[0], memory), dim=1), *args[1:]), kwargs
 
-    def own_tokens(self, output: Any, num_remembered: int) -> Any:
-        """The attention's output without the rows of the M remembered tokens."""
-        return output[:, :-num_remembered]
+    def own_tokens(
+        self, layer: nn.Module, remembered: Remembered, output: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """The attention's output for the layer's own tokens alone.
+
+        Args:
+            layer: the VTM layer.
+            remembered: what :meth:`with_memory` got.
+            output: what the attention returned.
+            args: positional arguments of the attention's call, as :meth:`with_memory` left them.
+            kwargs: keyword arguments of the attention's call, likewise.
+        """
+        return output[:, : -remembered.tokens.shape[1]]
 
     def logits(self, output: Any) -> Tensor:
         """Class logits (B, C) in what the host returns."""
@@ -132,14 +170,69 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def require_type(module: nn.Module, allowed: str, where: str) -> None:
-    """Check the exact class of a part of the host, named in full."""
-    found = class_name(type(module))
-    if found != allowed:
+def require_part(
+    part: nn.Module,
+    where: str,
+    classes: tuple[str, ...],
+    attributes: tuple[str, ...] = (),
+    arguments: tuple[str, ...] = (),
+) -> None:
+    """Check that a part of the host is as an adapter relies on.
+
+    Args:
+        part: the module.
+        where: its name in the host.
+        classes: full names of the classes that it may be of, subclasses not included.
+        attributes: what the adapter reads of it.
+        arguments: names of all arguments that its forward pass may have.
+
+    Raises:
+        UnsupportedHostError: it is otherwise.
+    """
+    found = class_name(type(part))
+    if found not in classes:
         raise UnsupportedHostError(
-            f"TokenMixup relies on {where} being a {allowed}, but it is a {found}: this variant "
-            "of the host (or this version of its library) is not supported"
+            f"TokenMixup relies on `{where}` being a {' or a '.join(classes)}, but it is a "
+            f"{found}: this variant of the host (or this version of its library) is not supported"
         )
+    parameters = inspect.signature(type(part).forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
+    unknown = [name for name in names if name not in arguments] if arguments else []
+    missing = [name for name in attributes if not hasattr(part, name)]
+    for names, complaint in ((missing, "lacks"), (unknown, "is called with")):
+        if names:
+            raise UnsupportedHostError(
+                f"`{where}` ({found}) {complaint} {', '.join(names)} in the installed version of "
+                "its library, which TokenMixup does not know"
+            )
+
+
+def refuse(name: str, value: Any) -> None:
+    """Raise ValueError where an attention mask, whatever its name, is not None or False."""
+    if value is not None and value is not False:
+        raise ValueError(
+            f"the host calls its layers with `{name}`, but TokenMixup's saliency and memory are "
+            "those of attention without a mask: leave it out in training"
+        )
+
+
+def argument(position: int, name: str, args: Args, kwargs: Kwargs) -> Any:
+    """An argument of a call, however it was passed; None where it was left out."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def with_argument(
+    position: int, name: str, value: Any, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """The arguments of a call with one exchanged, passed as it was before."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def linear_outputs(classifier: nn.Module) -> int | None:
+    """C of a host's last linear layer; None where it is something else."""
+    return classifier.out_features if isinstance(classifier, nn.Linear) else None
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -147,21 +240,27 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joint_query_key(
-    tokens: Tensor, qkv: nn.Linear, heads: int, class_row: bool
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, H, N, d) from a joint projection (queries, keys, values in thirds).
+def joint_projection(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, part: int, heads: int
+) -> Tensor:
+    """Queries (part 0), keys (1) or values (2) from a joint weight (3 H d, D) -> (B, H, N, d).
 
-    Only the rows of the projection that are needed are computed; with ``class_row`` the queries
-    are those of token 0 alone, (B, H, 1, d).
+    Only the rows of the projection that are needed are computed.
     """
-    width = qkv.out_features // 3
-    weight, bias = qkv.weight, qkv.bias
-    query = F.linear(
-        tokens[:, :1] if class_row else tokens,
-        weight[:width],
-        None if bias is None else bias[:width],
+    width = weight.shape[0] // 3
+    rows = slice(part * width, (part + 1) * width)
+    return split_heads(F.linear(tokens, weight[rows], None if bias is None else bias[rows]), heads)
+
+
+def joint_query_key(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int, class_row: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, N, d) from a joint projection.
+
+    With ``class_row`` the queries are those of token 0 alone, (B, H, 1, d).
+    """
+    queries = tokens[:, :1] if class_row else tokens
+    return (
+        joint_projection(queries, weight, bias, 0, heads),
+        joint_projection(tokens, weight, bias, 1, heads),
     )
-    keys = slice(width, 2 * width)
-    key = F.linear(tokens, weight[keys], None if bias is None else bias[keys])
-    return split_heads(query, heads), split_heads(key, heads)

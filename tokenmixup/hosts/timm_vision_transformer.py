@@ -1,6 +1,6 @@
-"""timm's `VisionTransformer` with its standard blocks.
+"""timm's `VisionTransformer` with one attention a block.
 
-Dimensions: B batch, N tokens, D width, H heads.
+Dimensions: B batch, N tokens, D width, H heads, C classes.
 """
 
 from collections.abc import Sequence
@@ -9,34 +9,53 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
+    LINEAR,
     Args,
     HostAdapter,
     Kwargs,
+    Remembered,
     TokenLayout,
     UnsupportedHostError,
+    argument,
+    class_name,
     joint_query_key,
-    require_type,
+    linear_outputs,
+    refuse,
+    require_part,
 )
+
+BLOCK = "timm.models.vision_transformer.Block"
+POST_NORM_BLOCK = "timm.models.vision_transformer.ResPostBlock"
+ATTENTION = "timm.layers.attention.Attention"
+ARGUMENTS = ("x", "attn_mask", "is_causal")
+"""Of blocks and of their attention."""
+READ = ("qkv", "num_heads", "attn_dim", "scale", "q_norm", "k_norm")
+"""Attributes of the attention."""
 
 
 class TimmVisionTransformer(HostAdapter):
-    """timm's ViT and DeiT, with or without class, distillation and register tokens."""
+    """timm's ViT, DeiT, DeiT-III, SigLIP, DINOv2 and whatever else is a `VisionTransformer`.
+
+    Class, distillation and register tokens are prefix tokens; there may be none. Refused are
+    blocks with two branches in parallel and differential attention, which have no single
+    attention map, and hosts that drop patches.
+    """
 
     family = "timm VisionTransformer"
     host_classes = ("timm.models.vision_transformer.VisionTransformer",)
 
     def check(self, host: nn.Module) -> None:
-        """Standard blocks with a joint qkv projection, and no dropping of patches."""
+        """Blocks with a joint qkv projection, and no dropping of patches."""
         vit = cast(Any, host)
-        require_type(vit.patch_drop, "torch.nn.modules.linear.Identity", "the host's `patch_drop`")
+        refuse_dropped_patches(vit.patch_drop)
         for index, block in enumerate(vit.blocks):
-            where = f"`blocks[{index}]"
-            require_type(block, "timm.models.vision_transformer.Block", f"{where}`")
-            require_type(block.attn, "timm.layers.attention.Attention", f"{where}.attn`")
-            require_type(block.attn.qkv, "torch.nn.modules.linear.Linear", f"{where}.attn.qkv`")
+            where = f"blocks[{index}]"
+            require_part(block, where, (BLOCK, POST_NORM_BLOCK), ("norm1", "attn"), ARGUMENTS)
+            require_part(block.attn, f"{where}.attn", (ATTENTION,), READ, ARGUMENTS)
+            require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
             if block.attn.qkv.out_features != 3 * block.attn.attn_dim:
                 raise UnsupportedHostError(
-                    f"TokenMixup relies on {where}.attn.qkv` giving queries, keys and values of "
+                    f"TokenMixup relies on `{where}.attn.qkv` giving queries, keys and values of "
                     f"{block.attn.attn_dim} each, but it gives {block.attn.qkv.out_features}"
                 )
 
@@ -52,7 +71,7 @@ class TimmVisionTransformer(HostAdapter):
             num_prefix_tokens=vit.num_prefix_tokens,
             class_token=vit.has_class_token,
             num_patch_tokens=None if vit.dynamic_img_size else vit.patch_embed.num_patches,
-            num_classes=vit.num_classes or None,
+            num_classes=linear_outputs(vit.head),
         )
 
     def attention(self, layer: nn.Module) -> nn.Module:
@@ -60,19 +79,58 @@ class TimmVisionTransformer(HostAdapter):
         return cast(Any, layer).attn
 
     def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """The block's `norm1`."""
+        """The block's `norm1`; post-norm blocks attend to their tokens as they are."""
+        if class_name(type(layer)) == POST_NORM_BLOCK:
+            return tokens
         return cast(Any, layer).norm1(tokens)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
         """From the first two thirds of `qkv`, with the query and key norms."""
+        _refuse_masks(args, kwargs)
         attention = cast(Any, layer).attn
         query, key = joint_query_key(
-            self.normalise(layer, tokens), attention.qkv, attention.num_heads, class_row
+            self.normalise(layer, tokens),
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.num_heads,
+            class_row,
         )
         return attention.q_norm(query), attention.k_norm(key), attention.scale
+
+    def with_memory(
+        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Remembered tokens follow the layer's own."""
+        _refuse_masks(args, kwargs)
+        return super().with_memory(layer, remembered, args, kwargs)
+
+    def logits(self, output: Any) -> Tensor:
+        """What the host returns, unless DeiT is in its training with a teacher."""
+        if isinstance(output, tuple):
+            raise ValueError(
+                "the distilled host returns the logits of both its heads, and TokenMixup does not "
+                "know what its teacher would say of mixed images: call "
+                "set_distilled_training(False), and the host returns their mean"
+            )
+        return output
 
     def no_weight_decay(self, host: nn.Module) -> set[str]:
         """As timm has it."""
         return set(cast(Any, host).no_weight_decay())
+
+
+def refuse_dropped_patches(patch_drop: nn.Module | None) -> None:
+    """Raise `UnsupportedHostError` where timm drops patches in training."""
+    if patch_drop is not None and not isinstance(patch_drop, nn.Identity):
+        raise UnsupportedHostError(
+            "the host drops patches in training (patch_drop_rate > 0), other ones in each image, "
+            "so that its n-th tokens come from different places; TokenMixup exchanges tokens of "
+            "one place: build the host with patch_drop_rate=0"
+        )
+
+
+def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
+    for position, name in enumerate(ARGUMENTS[1:], start=1):
+        refuse(name, argument(position, name, args, kwargs))

@@ -1,0 +1,150 @@
+"""timm's `Beit`, whose attention adds a relative-position bias to its scores.
+
+Dimensions: B batch, N tokens, D width, H heads, d head width, M remembered tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenmixup.hosts.base import (
+    LINEAR,
+    Args,
+    HostAdapter,
+    Kwargs,
+    Remembered,
+    TokenLayout,
+    argument,
+    joint_projection,
+    joint_query_key,
+    linear_outputs,
+    require_part,
+)
+
+BLOCK = "timm.models.beit.Block"
+ATTENTION = "timm.models.beit.Attention"
+ARGUMENTS = ("x", "shared_rel_pos_bias")
+"""Of blocks and of their attention."""
+READ = (
+    *("qkv", "q_bias", "k_bias", "v_bias", "num_heads", "scale"),
+    *("relative_position_bias_table", "relative_position_index"),
+    *("attn_drop", "proj", "proj_drop"),
+)
+"""Attributes of the attention."""
+PREFIX_TOKENS = 1
+
+
+class TimmBeit(HostAdapter):
+    """timm's BEiT and BEiT v2, with a bias of each block's own, a shared one, both or none.
+
+    The bias has a fixed size, so that the attention cannot be handed more tokens. At a VTM layer
+    the host's result is therefore replaced: its own projections attend to the layer's tokens and
+    the remembered ones, which have the bias of the position that they come from.
+    """
+
+    family = "timm Beit"
+    host_classes = ("timm.models.beit.Beit",)
+
+    def check(self, host: nn.Module) -> None:
+        """BEiT's own blocks and attention."""
+        for index, block in enumerate(cast(Any, host).blocks):
+            where = f"blocks[{index}]"
+            require_part(block, where, (BLOCK,), ("norm1", "attn"), ARGUMENTS)
+            require_part(block.attn, f"{where}.attn", (ATTENTION,), READ, ARGUMENTS)
+            require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
+
+    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(cast(Any, host).blocks)
+
+    def layout(self, host: nn.Module) -> TokenLayout:
+        """A class token and the patches."""
+        beit = cast(Any, host)
+        return TokenLayout(
+            width=beit.embed_dim,
+            num_prefix_tokens=PREFIX_TOKENS,
+            class_token=True,
+            num_patch_tokens=beit.patch_embed.num_patches,
+            num_classes=linear_outputs(beit.head),
+        )
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The block's `attn`."""
+        return cast(Any, layer).attn
+
+    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The block's `norm1`."""
+        return cast(Any, layer).norm1(tokens)
+
+    def query_key(
+        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """From the first two thirds of `qkv`."""
+        attention = cast(Any, layer).attn
+        query, key = joint_query_key(
+            self.normalise(layer, tokens),
+            attention.qkv.weight,
+            _joint_bias(attention),
+            attention.num_heads,
+            class_row,
+        )
+        return query, key, attention.scale
+
+    def score_bias(
+        self, layer: nn.Module, args: Args, kwargs: Kwargs, class_row: bool
+    ) -> Tensor | None:
+        """The relative-position bias, the block's own and the shared one, (1, H, N or 1, N)."""
+        rows = slice(1) if class_row else slice(None)
+        return _relative_bias(cast(Any, layer).attn, args, kwargs, rows)
+
+    def with_memory(
+        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Unchanged: see :meth:`own_tokens`."""
+        return args, kwargs
+
+    def own_tokens(
+        self, layer: nn.Module, remembered: Remembered, output: Any, args: Args, kwargs: Kwargs
+    ) -> Tensor:
+        """The layer's tokens (B, N, D) attending to themselves and to the remembered ones."""
+        attention, tokens = cast(Any, layer).attn, args[0]
+        everything = torch.cat((tokens, self.normalise(layer, remembered.tokens)), dim=1)
+        weight, bias = attention.qkv.weight, _joint_bias(attention)
+        query, key, value = (
+            joint_projection(inputs, weight, bias, part, attention.num_heads)
+            for part, inputs in enumerate((tokens, everything, everything))
+        )
+        mask = _relative_bias(attention, args, kwargs, slice(None))
+        if mask is not None:
+            more = mask[0, :, :, PREFIX_TOKENS + remembered.positions]  # (H, N, B, M)
+            own = mask.expand(len(tokens), -1, -1, -1)
+            mask = torch.cat((own, more.permute(2, 0, 1, 3)), dim=-1)
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
+
+    def no_weight_decay(self, host: nn.Module) -> set[str]:
+        """As timm has it."""
+        return set(cast(Any, host).no_weight_decay())
+
+
+def _joint_bias(attention: Any) -> Tensor | None:
+    """Bias of queries, keys and values; the one of the keys is a constant zero."""
+    if attention.q_bias is None:
+        return None
+    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+
+
+def _relative_bias(attention: Any, args: Args, kwargs: Kwargs, rows: slice) -> Tensor | None:
+    """Rows of the bias, (1, H, rows, N), from the arguments that block and attention share."""
+    bias = argument(1, "shared_rel_pos_bias", args, kwargs)
+    if bias is not None:
+        bias = bias[..., rows, :].reshape(1, attention.num_heads, -1, bias.shape[-1])
+    if attention.relative_position_bias_table is not None:
+        index = attention.relative_position_index[rows]
+        own = attention.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
+        bias = own if bias is None else bias + own
+    return bias

@@ -1,0 +1,156 @@
+"""ViT, DeiT and DINOv2 classifiers of Hugging Face's `transformers` (version 5 and later).
+
+Dimensions: B batch, N tokens, D width, H heads, M remembered tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from tokenmixup.hosts.base import (
+    Args,
+    HostAdapter,
+    Kwargs,
+    Remembered,
+    TokenLayout,
+    UnsupportedHostError,
+    argument,
+    linear_outputs,
+    refuse,
+    require_part,
+    split_heads,
+)
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+"""Attention implementations that TokenMixup is tested with."""
+ARGUMENTS = ("hidden_states", "attention_mask")
+"""Of layers and of their attention."""
+READ = ("q_proj", "k_proj", "num_attention_heads", "scaling")
+"""Attributes of the attention."""
+
+
+class TransformersViT(HostAdapter):
+    """`ViTForImageClassification`: a class token, then the patches."""
+
+    family = "transformers ViTForImageClassification"
+    host_classes = ("transformers.models.vit.modeling_vit.ViTForImageClassification",)
+    layer_class: ClassVar[str] = "transformers.models.vit.modeling_vit.ViTLayer"
+    attention_class: ClassVar[str] = "transformers.models.vit.modeling_vit.ViTAttention"
+    norm: ClassVar[str] = "layernorm_before"
+    num_prefix_tokens: ClassVar[int] = 1
+
+    def encoder(self, host: nn.Module) -> nn.Module:
+        """The model without its classifier."""
+        return cast(Any, host).vit
+
+    def check(self, host: nn.Module) -> None:
+        """Layers with separate projections, and an implementation that the tests cover."""
+        implementation = cast(Any, host).config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            raise UnsupportedHostError(
+                f"TokenMixup supports the attention implementations {', '.join(IMPLEMENTATIONS)} "
+                f"of {self.family}, got {implementation!r}: "
+                'host.set_attn_implementation("sdpa") sets it'
+            )
+        for index, layer in enumerate(self.layers(host)):
+            where = f"layers[{index}]"
+            require_part(layer, where, (self.layer_class,), (self.norm, "attention"), ARGUMENTS)
+            attention = cast(Any, layer).attention
+            where = f"{where}.attention"
+            require_part(attention, where, (self.attention_class,), READ, ARGUMENTS)
+
+    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
+        """The encoder's layers."""
+        return list(cast(Any, self.encoder(host)).layers)
+
+    def layout(self, host: nn.Module) -> TokenLayout:
+        """As the host's config tells."""
+        return TokenLayout(
+            width=cast(Any, host).config.hidden_size,
+            num_prefix_tokens=self.num_prefix_tokens,
+            class_token=True,
+            num_patch_tokens=self.num_patch_tokens(host),
+            num_classes=linear_outputs(cast(Any, host).classifier),
+        )
+
+    def num_patch_tokens(self, host: nn.Module) -> int | None:
+        """T: without `interpolate_pos_encoding`, images have one size."""
+        return cast(Any, self.encoder(host)).embeddings.patch_embeddings.num_patches
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The layer's `attention`."""
+        return cast(Any, layer).attention
+
+    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The layer's first norm."""
+        return getattr(layer, self.norm)(tokens)
+
+    def query_key(
+        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """From the separate projections."""
+        refuse("attention_mask", argument(1, "attention_mask", args, kwargs))
+        attention = cast(Any, layer).attention
+        tokens = self.normalise(layer, tokens)
+        query = attention.q_proj(tokens[:, :1] if class_row else tokens)
+        key = attention.k_proj(tokens)
+        heads = attention.num_attention_heads
+        return split_heads(query, heads), split_heads(key, heads), attention.scaling
+
+    def with_memory(
+        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Remembered tokens follow the layer's own."""
+        refuse("attention_mask", argument(1, "attention_mask", args, kwargs))
+        return super().with_memory(layer, remembered, args, kwargs)
+
+    def own_tokens(
+        self, layer: nn.Module, remembered: Remembered, output: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """The layer's own rows of the output, and of the attention map where there is one."""
+        tokens, attention_map = output
+        count = remembered.tokens.shape[1]
+        if attention_map is not None:
+            attention_map = attention_map[:, :, :-count]
+        return tokens[:, :-count], attention_map
+
+    def logits(self, output: Any) -> Tensor:
+        """The output's `logits`."""
+        return output.logits
+
+
+class TransformersDeiT(TransformersViT):
+    """`DeiTForImageClassification`: a class and a distillation token, then the patches."""
+
+    family = "transformers DeiTForImageClassification"
+    host_classes = ("transformers.models.deit.modeling_deit.DeiTForImageClassification",)
+    layer_class = "transformers.models.deit.modeling_deit.DeiTLayer"
+    attention_class = "transformers.models.deit.modeling_deit.DeiTAttention"
+    num_prefix_tokens = 2
+
+    def encoder(self, host: nn.Module) -> nn.Module:
+        """The model without its classifier."""
+        return cast(Any, host).deit
+
+
+class TransformersDinov2(TransformersViT):
+    """`Dinov2ForImageClassification`: a class token, then the patches of images of any size."""
+
+    family = "transformers Dinov2ForImageClassification"
+    host_classes = ("transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification",)
+    layer_class = "transformers.models.dinov2.modeling_dinov2.Dinov2Layer"
+    attention_class = "transformers.models.dinov2.modeling_dinov2.Dinov2Attention"
+    norm = "norm1"
+
+    def encoder(self, host: nn.Module) -> nn.Module:
+        """The model without its classifier."""
+        return cast(Any, host).dinov2
+
+    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
+        """The encoder's layers."""
+        return list(cast(Any, self.encoder(host)).encoder.layer)
+
+    def num_patch_tokens(self, host: nn.Module) -> int | None:
+        """None: the position embedding is resized to whatever image comes."""
+        return None
