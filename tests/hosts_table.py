@@ -1,7 +1,7 @@
-"""The table of supported hosts, made from the cases that the tests run over.
+"""The tables of supported hosts, made from the cases that the tests run over.
 
-`python tests/hosts_table.py` writes it into docs/hosts.md, and the refused classes with their
-reasons, each between two comments.
+`python tests/hosts_table.py` writes them into docs/hosts.md, with the refused classes and their
+reasons, and a short one into the README, each between two comments.
 """
 
 import sys
@@ -9,10 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "hosts.md"
+README = ROOT / "README.md"
 BEGIN = "<!-- table of hosts: begin -->\n"
 END = "<!-- table of hosts: end -->"
 REFUSED = "<!-- refused: begin -->\n"
 REFUSED_END = "<!-- refused: end -->"
+SUMMARY = "<!-- hosts: begin -->\n"
+SUMMARY_END = "<!-- hosts: end -->"
 
 
 def table() -> str:
@@ -28,6 +31,16 @@ def table() -> str:
     return "\n".join(line.replace("|  |", "| |") for line in lines) + "\n"
 
 
+def summary() -> str:
+    """One row a family, with the number of variants that the tests run over."""
+    from host_cases import CASES
+
+    lines = ["| supported hosts | variants tested |", "| --- | --- |"]
+    for family in dict.fromkeys(case.family for case in CASES):
+        lines.append(f"| {family} | {sum(case.family == family for case in CASES)} |")
+    return "\n".join(lines) + "\n"
+
+
 def refusals() -> str:
     """One line a reason, with the classes that it is given for."""
     from tokenmixup.hosts.unsupported import REASONS
@@ -40,9 +53,15 @@ def refusals() -> str:
 
 
 def with_tables(text: str) -> str:
-    """The document with both parts made anew."""
-    for begin, end, part in ((BEGIN, END, table()), (REFUSED, REFUSED_END, refusals())):
-        before, _, rest = text.partition(begin)
+    """A document with those of the parts that it has made anew."""
+    for begin, end, part in (
+        (BEGIN, END, table()),
+        (REFUSED, REFUSED_END, refusals()),
+        (SUMMARY, SUMMARY_END, summary()),
+    ):
+        before, found, rest = text.partition(begin)
+        if not found:
+            continue
         _, _, after = rest.partition(end)
         text = before + begin + part + end + after
     return text
@@ -50,4 +69,5 @@ def with_tables(text: str) -> str:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (DOCUMENT, README):
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

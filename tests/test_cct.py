@@ -1,4 +1,4 @@
-"""CCT against a plain re-implementation of DESIGN section 4, and under timm's interface."""
+"""CCT against a plain re-implementation of its equations, and under timm's interface."""
 
 import math
 

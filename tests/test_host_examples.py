@@ -58,7 +58,7 @@ def documented(tmp_path_factory):
 
 
 def documented_case():
-    import my_vit
+    my_vit = importlib.import_module("my_vit")
 
     return HostCase("my_vit", "MyViT", "MyViT", "class", lambda dropout: my_vit.MyViT())
 
@@ -88,8 +88,10 @@ def test_documented_saliency_is_right(documented, monkeypatch):
     test_hosts.test_saliency_is_that_of_the_explicit_map(documented_case(), monkeypatch)
 
 
-def test_table_of_hosts_is_up_to_date():
-    text = DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [DOCUMENT, hosts_table.README], ids=lambda path: path.name)
+def test_table_of_hosts_is_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert "begin -->" in text
     assert hosts_table.with_tables(text) == text, "run `python tests/hosts_table.py`"
 
 

@@ -54,7 +54,7 @@ def scorenet_loss(
 def horizontal_step(
     targets: Tensor, saliency: Tensor, logits: Tensor | None, config: HorizontalConfig
 ) -> HorizontalStep:
-    """Difficulty, partners, mask and relabelling of one layer (DESIGN: steps 1, 3 to 5).
+    """Difficulty, partners, mask and relabelling of one layer.
 
     Args:
         targets: soft targets before this layer's mixing, (B, C).

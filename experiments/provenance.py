@@ -1,0 +1,94 @@
+"""Where a figure comes from: hardware, versions, commit, time."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenmixup
+
+ROOT = Path(__file__).parent.parent
+_CODE = ("tokenmixup", "experiments")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def hardware(device: torch.device) -> str:
+    """The device that computes, in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    found = {"python": platform.python_version(), "tokenmixup": tokenmixup.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "+changes" where its code was changed since, or None."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    changed = _git("status", "--porcelain", "--", *_CODE, "configs")
+    return f"{head}+changes" if changed else head
+
+
+def code_hash() -> str:
+    """A hash of this project's Python files: another one, and a figure may be another one."""
+    digest = hashlib.sha256()
+    for folder in _CODE:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What every figure carries beside its command."""
+    return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "time": now()}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str | None:
+    """What git says, or None where this is no checkout or there is no git."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(ROOT), *words],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=environment,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,72 @@
+"""Headless Chromium for the tests of pages."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--enable-logging=stderr",
+)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a page became: its document, and what went to the console."""
+
+    document: str
+    console: list[str]
+
+
+def visit(address: str, profile: Path, *flags: str) -> Visit:
+    """Open a page with a fresh profile."""
+    done = subprocess.run(
+        [PROGRAM, *_FLAGS, f"--user-data-dir={profile}", *flags, address],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    console = re.findall(r":CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
+    return Visit(done.stdout, console)
+
+
+def framed(address: str, width: int, height: int) -> str:
+    """A page that shows another one at a width, which a window cannot have below 500 pixels.
+
+    It notes as JSON how large the content became, what sticks out of the page or of its drawing,
+    the size of the drawings' letters, and the colour of the paper.
+    """
+    return f"""<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
+<style>body {{ margin: 0 }}</style>
+<iframe id="frame" src="{address}" style="border:0;width:{width}px;height:{height}px"></iframe>
+<p id="facts"></p>
+<script>
+document.getElementById("frame").onload = function () {{
+  const inner = this.contentDocument, root = inner.documentElement;
+  const box = element => element.getBoundingClientRect();
+  const out = [...inner.querySelectorAll("body *:not(thead *):not(thead)")]
+    .filter(element => box(element).right > {width} + 0.5 || box(element).left < -0.5);
+  const cut = [...inner.querySelectorAll("svg text")].filter(text =>
+    box(text).left < box(text.closest("svg")).left - 0.5 ||
+    box(text).right > box(text.closest("svg")).right + 0.5);
+  const letters = [...inner.querySelectorAll("figure > svg")].map(drawing =>
+    12 * box(drawing).width / drawing.viewBox.baseVal.width);
+  document.getElementById("facts").textContent = JSON.stringify({{
+    width: root.scrollWidth, height: root.scrollHeight, letters: letters,
+    out: out.map(element => element.outerHTML.slice(0, 80)),
+    cut: cut.map(text => text.textContent),
+    paper: getComputedStyle(inner.body).backgroundColor }});
+}};
+</script>"""

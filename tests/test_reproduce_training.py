@@ -1,0 +1,208 @@
+"""`reproduce --train`: rows over seeds, kept one by one, and taken up again."""
+
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs_helper import HTM, write_config
+from standins import write_yaml
+
+from experiments import cli, reproduce, train
+from experiments.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Two rows of digits, trained for two epochs."""
+    few = {"train_split": "tune_validation", "val_split": "tune_validation", "batch_size": 64}
+    write_config(tmp_path, "plain", data=few)
+    write_config(tmp_path, "mixed", data=few, horizontal=HTM)
+    rows = {
+        "plain": {"dataset": "digits", "method": "baseline", "published_top1": 97.0},
+        "mixed": {"dataset": "digits", "method": "HTM"},
+    }
+    content = {
+        "configs": ".",
+        "tables": {"digits": {"title": "Digits"}},
+        "datasets": {"digits": {"table": "digits", "images": 284}},
+        "baselines": rows,
+        "checkpoints": {},
+    }
+    return write_yaml(tmp_path / "zoo.yaml", content)
+
+
+@pytest.fixture
+def words(tmp_path, manifest):
+    def make(*more):
+        places = {"--manifest": manifest, "--results": tmp_path / "r", "--runs": tmp_path / "runs"}
+        named = [str(word) for pair in places.items() for word in pair]
+        return ["--train", *map(str, more), *named]
+
+    return make
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Trainings run inside this process; `fail` lists the seeds that end badly."""
+    seen: list[list[str]] = []
+    fail: dict[str, int] = {}
+
+    def run(command):
+        assert command[:3] == [sys.executable, "-m", "experiments.train"]
+        seed = command[command.index("--seed") + 1]
+        seen.append(command[3:])
+        return fail.get(seed) or cli.run(train.main, command[3:])
+
+    monkeypatch.setattr("experiments.reproduction_training._run", run)
+    return seen, fail
+
+
+def training_of(tmp_path, name="plain"):
+    content = json.loads((tmp_path / "r" / "digits.json").read_text())
+    return next(entry for entry in content["training"] if entry["name"] == name)
+
+
+def test_seeds_are_trained_and_summed_up(tmp_path, words, calls, capsys):
+    seen, _ = calls
+    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1,2")) == 0
+    out = capsys.readouterr().out
+    seeds = [(call[call.index("--seed") + 1], Path(call[1]).stem) for call in seen]
+    assert seeds == [("1", "plain"), ("1", "mixed"), ("2", "plain"), ("2", "mixed")]
+    plain = training_of(tmp_path)
+    figures = []
+    for seed, entry in zip((1, 2), plain["seeds"], strict=True):
+        folder = tmp_path / "runs" / "plain" / f"seed{seed}"
+        rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
+        assert entry["seed"] == seed and entry["folder"] == str(folder)
+        assert entry["top1"] == round(rows[-1]["top1"], 4)
+        assert entry["best_top1"] == round(max(row["top1"] for row in rows), 4)
+        assert (entry["epochs"], entry["steps"]) == (2, rows[-1]["step"])
+        assert entry["hardware"] and entry["versions"] and entry["time"]
+        figures.append(entry["top1"])
+        # the recorded command is the one that a person would give
+        said = shlex.split(entry["command"])
+        assert said[:3] == ["python", "-m", "experiments.train"] and said[3:] in seen
+    assert plain["mean"] == pytest.approx(statistics.fmean(figures))
+    assert plain["std"] == pytest.approx(statistics.stdev(figures))
+    text = f"{plain['mean']:.2f} ± {plain['std']:.2f}"
+    assert text in out
+    assert text in (tmp_path / "r" / "digits.md").read_text()
+    assert text in (tmp_path / "r" / "digits.html").read_text()
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path, words, calls, capsys):
+    seen, _ = calls
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 0
+    first = training_of(tmp_path)
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2")) == 0
+    assert [call[call.index("--seed") + 1] for call in seen] == ["1", "2"]
+    both = training_of(tmp_path)
+    assert both["seeds"][0] == first["seeds"][0] and first["std"] is None
+    assert ", trained 20" in capsys.readouterr().out
+    # with another setting it is another training: the run folder refuses to go on with it
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1", "--schedule.lr", "0.001")) == 2
+    assert "the training ended with status 2" in capsys.readouterr().err
+    assert training_of(tmp_path) == both
+
+
+def test_a_training_that_fails_stops_and_is_taken_up_again(tmp_path, words, calls, capsys):
+    seen, fail = calls
+    fail["2"] = 3
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2,3")) == 3
+    assert "plain, seed 2: the training ended with status 3" in capsys.readouterr().err
+    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
+    fail.clear()
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2,3")) == 0
+    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2, 3]
+    assert [call[call.index("--seed") + 1] for call in seen] == ["1", "2", "2", "3"]
+
+
+def test_a_config_that_cannot_be_used_is_told_before_anything_is_trained(
+    tmp_path, words, calls, capsys
+):
+    seen, _ = calls
+    (tmp_path / "mixed.yaml").write_text("sched: {}")
+    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1")) == 2
+    assert "mixed.yaml: 'sched': unknown key" in capsys.readouterr().err
+    assert seen == []
+
+
+def test_pretrained_weights_come_from_their_folder(tmp_path, words, calls, monkeypatch):
+    seen, fail = calls
+    fail["1"] = 2
+    write_config(tmp_path, "plain", model={"weights": "weights/ViT.npz"})
+    monkeypatch.setenv("WEIGHTS", "/elsewhere")
+    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1")) == 2
+    fail["1"] = 2
+    assert cli.run(reproduce.main, words("mixed", "--seeds", "1")) == 2
+    assert seen[0][seen[0].index("--model.weights") + 1] == "/elsewhere/ViT.npz"
+    assert "--model.weights" not in seen[1]
+
+
+def test_several_processes_a_training(words, calls, capsys, monkeypatch):
+    from experiments.reproduction_training import launcher
+
+    assert launcher() == []
+    monkeypatch.setenv("NPROC", "4")
+    assert launcher()[1:] == ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    for text in ("0", "many", "-1"):
+        monkeypatch.setenv("NPROC", text)
+        assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 2
+        assert f"NPROC: got {text!r}" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.run(reproduce.main, words("plain")) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+def started(words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.reproduce", *words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(path, process, seconds=120):
+    for _ in range(seconds * 20):
+        if path.exists():
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"{path} did not come: {process.communicate()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, capsys):
+    """Real processes: the second training is stopped in its middle."""
+    given = words("plain", "--seeds", "1,2", "--schedule.epochs", "10")
+    process = started(given)
+    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "last.pt", process)
+    process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal does, which tells the whole group
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, None), out + err
+    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
+    again = started(given)
+    out, err = again.communicate(timeout=180)
+    assert again.returncode == 0, out + err
+    assert "going on after epoch" in out
+    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
+    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [10, 10]
