@@ -5,6 +5,7 @@ host.
 """
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 needs_cpp = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler"
+    not any(map(shutil.which, ("g++", "clang++"))) or " " in sys.prefix,
+    reason="inductor needs a C++ compiler, and torch in a folder without a space in its path",
 )
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
