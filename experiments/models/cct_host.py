@@ -3,7 +3,6 @@
 Dimensions: B batch, N tokens, D width, H heads.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 from experiments.models.cct import CCT, Block
 from tokenmixup.hosts.base import (
     Args,
-    HostAdapter,
     Kwargs,
     Remembered,
     TokenLayout,
     joint_query_key,
 )
+from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
 
-class CCTAdapter(HostAdapter):
+class CCTAdapter(TimmNamesAdapter):
     """CCT: no class token, saliency is the mean over the queries.
 
     Its attention takes remembered tokens as keys and values only, so no query is wasted on them.
@@ -31,10 +30,6 @@ class CCTAdapter(HostAdapter):
     def check(self, host: nn.Module) -> None:
         """Nothing to check: the model lives in this repository, beside its adapter."""
 
-    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
-        """The blocks."""
-        return list(cast(CCT, host).blocks)
-
     def layout(self, host: nn.Module) -> TokenLayout:
         """All tokens are patch tokens."""
         cct = cast(CCT, host)
@@ -45,14 +40,6 @@ class CCTAdapter(HostAdapter):
             num_patch_tokens=cct.num_tokens,
             num_classes=cct.num_classes or None,
         )
-
-    def attention(self, layer: nn.Module) -> nn.Module:
-        """The block's `attn`."""
-        return cast(Block, layer).attn
-
-    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """The block's `norm1`."""
-        return cast(Block, layer).norm1(tokens)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
@@ -79,7 +66,3 @@ class CCTAdapter(HostAdapter):
     ) -> Any:
         """All of the output: remembered tokens have no queries."""
         return output
-
-    def no_weight_decay(self, host: nn.Module) -> set[str]:
-        """As the model has it."""
-        return cast(CCT, host).no_weight_decay()

@@ -3,7 +3,6 @@
 Dimensions: B batch, N tokens, D width, H heads, d head width, M remembered tokens.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from tokenmixup.hosts.base import (
     LINEAR,
     Args,
-    HostAdapter,
     Kwargs,
     Remembered,
     TokenLayout,
@@ -23,6 +21,7 @@ from tokenmixup.hosts.base import (
     linear_outputs,
     require_part,
 )
+from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
 BLOCK = "timm.models.beit.Block"
 ATTENTION = "timm.models.beit.Attention"
@@ -37,7 +36,7 @@ READ = (
 PREFIX_TOKENS = 1
 
 
-class TimmBeit(HostAdapter):
+class TimmBeit(TimmNamesAdapter):
     """timm's BEiT and BEiT v2, with a bias of each block's own, a shared one, both or none.
 
     The bias has a fixed size, so that the attention cannot be handed more tokens. At a VTM layer
@@ -56,10 +55,6 @@ class TimmBeit(HostAdapter):
             require_part(block.attn, f"{where}.attn", (ATTENTION,), READ, ARGUMENTS)
             require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
 
-    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
-        """The blocks."""
-        return list(cast(Any, host).blocks)
-
     def layout(self, host: nn.Module) -> TokenLayout:
         """A class token and the patches."""
         beit = cast(Any, host)
@@ -70,14 +65,6 @@ class TimmBeit(HostAdapter):
             num_patch_tokens=beit.patch_embed.num_patches,
             num_classes=linear_outputs(beit.head),
         )
-
-    def attention(self, layer: nn.Module) -> nn.Module:
-        """The block's `attn`."""
-        return cast(Any, layer).attn
-
-    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """The block's `norm1`."""
-        return cast(Any, layer).norm1(tokens)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
@@ -125,10 +112,6 @@ class TimmBeit(HostAdapter):
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
-
-    def no_weight_decay(self, host: nn.Module) -> set[str]:
-        """As timm has it."""
-        return set(cast(Any, host).no_weight_decay())
 
 
 def _joint_bias(attention: Any) -> Tensor | None:

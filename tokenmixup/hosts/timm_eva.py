@@ -3,7 +3,6 @@
 Dimensions: B batch, N tokens, T patch tokens, D width, H heads, d head width, M remembered tokens.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from tokenmixup.hosts.base import (
     LINEAR,
     Args,
-    HostAdapter,
     Kwargs,
     Remembered,
     TokenLayout,
@@ -25,6 +23,7 @@ from tokenmixup.hosts.base import (
     split_heads,
     with_argument,
 )
+from tokenmixup.hosts.timm_names import TimmNamesAdapter
 from tokenmixup.hosts.timm_vision_transformer import refuse_dropped_patches
 
 BLOCK = "timm.models.eva.EvaBlock"
@@ -40,7 +39,7 @@ READ = (
 """Attributes of both attentions."""
 
 
-class TimmEva(HostAdapter):
+class TimmEva(TimmNamesAdapter):
     """timm's Eva.
 
     Patch tokens carry the rotary embedding of their position, remembered tokens that of the
@@ -49,6 +48,7 @@ class TimmEva(HostAdapter):
 
     family = "timm Eva"
     host_classes = ("timm.models.eva.Eva",)
+    post_norm_block = POST_NORM_BLOCK
 
     def check(self, host: nn.Module) -> None:
         """Eva's own blocks and attentions, and no dropping of patches."""
@@ -62,10 +62,6 @@ class TimmEva(HostAdapter):
             if block.attn.qkv is not None:
                 require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
 
-    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
-        """The blocks."""
-        return list(cast(Any, host).blocks)
-
     def layout(self, host: nn.Module) -> TokenLayout:
         """As the host's own attributes tell."""
         eva = cast(Any, host)
@@ -76,16 +72,6 @@ class TimmEva(HostAdapter):
             num_patch_tokens=None if eva.dynamic_img_size else eva.patch_embed.num_patches,
             num_classes=linear_outputs(eva.head),
         )
-
-    def attention(self, layer: nn.Module) -> nn.Module:
-        """The block's `attn`."""
-        return cast(Any, layer).attn
-
-    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """The block's `norm1`; post-norm blocks attend to their tokens as they are."""
-        if class_name(type(layer)) == POST_NORM_BLOCK:
-            return tokens
-        return cast(Any, layer).norm1(tokens)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
@@ -124,10 +110,6 @@ class TimmEva(HostAdapter):
         more = own[:, remembered.positions].transpose(0, 1)  # (B, 1 or H, M, 2 d)
         own = own.expand(len(more), -1, -1, -1)
         return with_argument(1, "rope", torch.cat((own, more), dim=2), args, kwargs)
-
-    def no_weight_decay(self, host: nn.Module) -> set[str]:
-        """As timm has it."""
-        return set(cast(Any, host).no_weight_decay())
 
 
 def _joint_bias(attention: Any) -> Tensor | None:

@@ -3,7 +3,6 @@
 Dimensions: B batch, N tokens, D width, H heads, C classes.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,18 +10,17 @@ from torch import Tensor, nn
 from tokenmixup.hosts.base import (
     LINEAR,
     Args,
-    HostAdapter,
     Kwargs,
     Remembered,
     TokenLayout,
     UnsupportedHostError,
     argument,
-    class_name,
     joint_query_key,
     linear_outputs,
     refuse,
     require_part,
 )
+from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
 BLOCK = "timm.models.vision_transformer.Block"
 POST_NORM_BLOCK = "timm.models.vision_transformer.ResPostBlock"
@@ -33,7 +31,7 @@ READ = ("qkv", "num_heads", "attn_dim", "scale", "q_norm", "k_norm")
 """Attributes of the attention."""
 
 
-class TimmVisionTransformer(HostAdapter):
+class TimmVisionTransformer(TimmNamesAdapter):
     """timm's ViT, DeiT, DeiT-III, SigLIP, DINOv2 and whatever else is a `VisionTransformer`.
 
     Class, distillation and register tokens are prefix tokens; there may be none. Refused are
@@ -43,6 +41,7 @@ class TimmVisionTransformer(HostAdapter):
 
     family = "timm VisionTransformer"
     host_classes = ("timm.models.vision_transformer.VisionTransformer",)
+    post_norm_block = POST_NORM_BLOCK
 
     def check(self, host: nn.Module) -> None:
         """Blocks with a joint qkv projection, and no dropping of patches."""
@@ -59,10 +58,6 @@ class TimmVisionTransformer(HostAdapter):
                     f"{block.attn.attn_dim} each, but it gives {block.attn.qkv.out_features}"
                 )
 
-    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
-        """The blocks."""
-        return list(cast(Any, host).blocks)
-
     def layout(self, host: nn.Module) -> TokenLayout:
         """As the host's own attributes tell."""
         vit = cast(Any, host)
@@ -73,16 +68,6 @@ class TimmVisionTransformer(HostAdapter):
             num_patch_tokens=None if vit.dynamic_img_size else vit.patch_embed.num_patches,
             num_classes=linear_outputs(vit.head),
         )
-
-    def attention(self, layer: nn.Module) -> nn.Module:
-        """The block's `attn`."""
-        return cast(Any, layer).attn
-
-    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """The block's `norm1`; post-norm blocks attend to their tokens as they are."""
-        if class_name(type(layer)) == POST_NORM_BLOCK:
-            return tokens
-        return cast(Any, layer).norm1(tokens)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
@@ -115,10 +100,6 @@ class TimmVisionTransformer(HostAdapter):
                 "set_distilled_training(False), and the host returns their mean"
             )
         return output
-
-    def no_weight_decay(self, host: nn.Module) -> set[str]:
-        """As timm has it."""
-        return set(cast(Any, host).no_weight_decay())
 
 
 def refuse_dropped_patches(patch_drop: nn.Module | None) -> None:
