@@ -27,6 +27,9 @@ done
 
 bash run/setup.sh
 unset PYTHONPATH PYTHONHOME
+# Threads that wait for each other sleep instead of spinning: little is lost on an idle machine, and a
+# lot is won where something else runs beside (docs/log.md).
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 started=$SECONDS
 
 # Shows a command of the project, then runs it.
