@@ -5,7 +5,7 @@ import re
 
 _SIGNS = (
     (
-        "the owner's download quota is used up for now (it is given back within a day)",
+        "the owner's download quota is used up (it is given back within a day)",
         ("quota exceeded", "too many users have viewed or downloaded", "download quota"),
     ),
     (
