@@ -65,8 +65,8 @@ class DataConfig:
     """The images, how they are read and how they are augmented (timm's names)."""
 
     dataset: str = "digits"
-    """digits, or a name of timm's create_dataset: torch/cifar100, torch/fashion_mnist, "" for
-    a folder of images, and so on."""
+    """digits, or a name of timm's create_dataset: torch/cifar100, torch/fashion_mnist, hfds/NAME,
+    wds/NAME for WebDataset shards, "" for folders of images or one tar file a split."""
     root: str = "data"
     """Folder that holds the data set; digits needs none."""
     train_split: str = "train"

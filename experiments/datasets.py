@@ -1,6 +1,7 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
 import socket
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from PIL import Image
 
 from experiments.config import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError
+from experiments.shards import ShardImages
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNLOAD_TIMEOUT_SECONDS = 30
-STREAMED = ("wds", "tfds", "hfids")  # read front to back, so no image has an index
+STREAMED = ("tfds", "hfids")  # read front to back, so no image has an index
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,10 @@ class TimmImages:
     def num_classes(self) -> int | None:
         """The number of classes, where the data set states it."""
         for owner in (self._reader, self._dataset):
-            classes = getattr(owner, "class_to_idx", None)
-            if classes:
-                return len(classes)
+            # timm's reader of a tar file has its own name for it
+            for name in ("class_to_idx", "class_name_to_idx"):
+                if classes := getattr(owner, name, None):
+                    return len(classes)
         return None
 
 
@@ -149,12 +152,22 @@ def open_images(config: DataConfig, split: str) -> Images:
     if prefix in STREAMED:
         raise DataError(
             f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
-            "whose images have an index (digits, torch/NAME, hfds/NAME, a folder or a tar file)"
+            "whose images have an index (digits, torch/NAME, hfds/NAME, wds/NAME, folders, a tar "
+            "file)"
         )
     root = Path(config.root)
+    if not prefix and (root / f"{split}.tar").is_file():
+        root = root / f"{split}.tar"  # timm takes a tar file, but knows no splits of one
     download = config.download and prefix == "torch"
     if not root.exists() and not download and prefix != "hfds":
         raise DataError(_missing(config, split, "the folder does not exist"))
+    if prefix == "wds":
+        images = ShardImages(root, split)
+        if not len(images):
+            raise DataError(_missing(config, split, "the shards hold no images"))
+        return images
+    if root.suffix == ".tar" and root.is_file():
+        return _tar_images(root)
     from timm.data import create_dataset
 
     try:
@@ -175,6 +188,19 @@ def open_images(config: DataConfig, split: str) -> Images:
     if len(dataset) == 0:
         raise DataError(_missing(config, split, "it holds no images"))
     return TimmImages(dataset)
+
+
+def _tar_images(path: Path) -> TimmImages:
+    """A tar file with one folder of images a class."""
+    from timm.data import ImageDataset
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    try:
+        # by itself timm keeps an index beside a large archive as a pickle, which it would run
+        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+    except (OSError, AssertionError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot read the tar file of images: {error}") from None
+    return TimmImages(ImageDataset(str(path), reader=reader))
 
 
 def known_num_classes(config: RunConfig) -> int | None:
@@ -223,7 +249,7 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
     if config.dataset.lower().startswith("torch/"):
         advice += ", or let data.download fetch it on a machine with a network"
     elif "/" not in config.dataset:
-        advice += ", with one folder of images a class in the folder of each split"
+        advice += ", with one folder of images a class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
 

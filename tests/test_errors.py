@@ -163,8 +163,8 @@ IN_THE_FILE = {
         "torch/nonsense",
     ),
     "streamed data set": (
-        "data: {dataset: wds/a}\nmodel: {num_classes: 3}",
-        "'wds/a', which is read as a stream",
+        "data: {dataset: hfids/a}\nmodel: {num_classes: 3}",
+        "'hfids/a', which is read as a stream",
     ),
     "missing data set": (
         "data: {dataset: torch/cifar100, download: false, root: nowhere}",
