@@ -1,18 +1,18 @@
 """Checkpoints of a run, and weights put into a model, strictly."""
 
 import math
-import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.errors import CheckpointError, ConfigError
-from experiments.files import atomic_file, write_atomically
+from experiments.files import write_atomically
 from experiments.released import is_released, load_released
+from experiments.sealed import refuse_damaged, save_sealed
 from experiments.weight_files import NPZ, RUN_FORMAT, load_plain, read_weights, recognise
 from tokenmixup import TokenMixupModel
 
@@ -21,20 +21,19 @@ __all__ = [
     "load_checkpoint",
     "load_released",
     "load_weights",
-    "random_state",
     "refuse_changed_config",
-    "restore_random_state",
     "save_checkpoint",
     "save_final_weights",
 ]
 
-CHECKPOINT_FOLDER = "checkpoints"
-LAST, BEST = "last.pt", "best.pt"
-FINAL_WEIGHTS = "final.safetensors"
-_VERSION = 1
+_VERSION = 2
 
-# keys that change where and how fast a run computes and what it reports, never its weights
-_FREE_KEYS = ("output", "data.root", "data.workers", "data.download", "logging.", "checkpoint.")
+# keys that change where and how fast a run computes, what it reports and which faults it bears,
+# never the weights of a run without faults
+_FREE_KEYS = (
+    *("output", "data.root", "data.workers", "data.download", "data.max_bad_images", "logging."),
+    *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
+)
 
 _HOST, _SCORENETS = "backbone.", "scorenets."
 
@@ -54,18 +53,18 @@ class Loaded:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a run's state, atomically: tensors and plain types alone."""
-    with atomic_file(path) as file:
-        torch.save({"format": RUN_FORMAT, "version": _VERSION, **content}, file)
+    """Write a run's state, atomically and with a checksum: tensors and plain types alone."""
+    save_sealed(path, {"format": RUN_FORMAT, "version": _VERSION, **content})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: the file is damaged or is no checkpoint of a run.
+        CheckpointError: the file is damaged, be it by one bit, or is no checkpoint of a run.
     """
     recognise(path)
+    refuse_damaged(path)
     content = load_plain(path)
     if not isinstance(content, dict) or content.get("format") != RUN_FORMAT:
         raise CheckpointError(f"{path}: is no checkpoint of a run")
@@ -77,43 +76,40 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_changed_config(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise a ConfigError that lists every key in which the run to be resumed differs."""
+def refuse_changed_config(
+    path: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()
+) -> list[str]:
+    """Compare the config of a run to be resumed with the one that is asked for.
+
+    Args:
+        path: of the checkpoint, for the message.
+        saved: the config in the checkpoint.
+        now: the config that is asked for.
+        allowed: keys that may differ.
+
+    Returns:
+        The allowed keys that do differ, each with its two values.
+
+    Raises:
+        ConfigError: other keys differ, which the message lists; or an allowed one does not.
+    """
     before, after = _flat(saved), _flat(now)
-    changed = [
-        f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
+    changed = {
+        key: f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(_FREE_KEYS)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{path} is of another experiment, so it cannot be continued: {'; '.join(changed)}; "
-            "choose another --output, or set these keys back"
-        )
-
-
-def random_state() -> dict[str, Any]:
-    """Python's, NumPy's and torch's generators, as tensors and plain types."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    name, key, position, has_gauss, cached = numpy_state
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo everything random since `random_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, key, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    refused = [text for key, text in changed.items() if key not in allowed]
+    if refused:
+        names = ",".join(changed)
+        raise ConfigError(
+            f"{path} is of another experiment, so it cannot be continued: {'; '.join(refused)}; "
+            f"choose another --output, set these keys back, or name them: --allow-changed {names}"
+        )
+    for key in allowed:
+        if key not in changed:
+            raise ConfigError(f"command line: --allow-changed: {key} is as it was in {path}")
+    return list(changed.values())
 
 
 def save_final_weights(path: Path, model: nn.Module) -> None:

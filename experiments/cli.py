@@ -14,7 +14,14 @@ from experiments.config_file import (
     nearest,
     optional_sections,
 )
-from experiments.errors import ConfigError, DataError, TrainingStopped, UserError
+from experiments.errors import (
+    ConfigError,
+    DataError,
+    ProcessLost,
+    SavedAndStopped,
+    TrainingStopped,
+    UserError,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,17 @@ class Command:
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Call an entry point; give its exit code: 2 after a person's mistake, 3 after a stop."""
+    """Call an entry point and give its exit code, which `docs/reliability.md` lists."""
     try:
         main(sys.argv[1:] if argv is None else argv)
+    except SavedAndStopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        # torchrun takes any other code for a failure, and would start the processes again
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else stop.exit_code
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except (UserError, TrainingStopped) as error:
         # of several processes, all make the same mistake and one tells it
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
@@ -103,6 +118,8 @@ def split_options(
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
+        if name not in known and name.replace("-", "_") in known:
+            name = name.replace("-", "_")  # no key has a hyphen
         if not word.startswith("--") or not name:
             others.append(word)
             continue

@@ -85,6 +85,9 @@ class DataConfig:
     """Images a batch in evaluation; null takes batch_size."""
     workers: int = 2
     """Data-loader processes; 0 loads in the main process. Results do not depend on it."""
+    max_bad_images: int = 0
+    """Training images of one process that may turn out unreadable: each is named and counted, and
+    another one, drawn from (seed, epoch, index), takes its place. In evaluation there is none."""
     mean: tuple[float, float, float] | None = None
     """Mean of each channel; null takes the data set's, or ImageNet's for an unknown one."""
     std: tuple[float, float, float] | None = None
@@ -126,6 +129,7 @@ class DataConfig:
             raise FieldError("micro_batch", self.micro_batch, allowed)
         integer(self, "eval_batch_size", low=1, optional=True)
         integer(self, "workers", low=0, high=1024)
+        integer(self, "max_bad_images", low=0)
         numbers(self, "mean", count=3, optional=True)
         numbers(self, "std", count=3, above=0, optional=True)
         choice(self, "interpolation", get_args(Interpolation))
@@ -262,9 +266,15 @@ class CheckpointConfig:
 
     every: int = 1
     """Epochs between two checkpoints; the last epoch is always saved."""
+    every_steps: int | None = None
+    """Optimiser steps between two further checkpoints within an epoch; null makes none."""
+    keep: int = 3
+    """How many of the newest checkpoints stay, besides the best."""
 
     def __post_init__(self) -> None:
         integer(self, "every", low=1)
+        integer(self, "every_steps", low=1, optional=True)
+        integer(self, "keep", low=2)  # one to fall back to
 
 
 @dataclass(frozen=True)
@@ -283,6 +293,13 @@ class RunConfig:
     """Compile the model with torch.compile."""
     channels_last: bool = False
     """Keep images and convolutions in the memory format that is often faster for them."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite stops the run; or its step is left out and counted,
+    which costs one exchange with the device a step."""
+    skip_limit: int = 10
+    """Steps that may be left out so over the whole run."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others before it takes them for lost."""
     output: str | None = None
     """Run folder; null is output/NAME for a config file NAME.yaml."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -302,6 +319,9 @@ class RunConfig:
         choice(self, "eval_precision", get_args(Precision))
         flag(self, "compile")
         flag(self, "channels_last")
+        choice(self, "on_nonfinite", ("stop", "skip"))
+        integer(self, "skip_limit", low=0)
+        number(self, "timeout_minutes", above=0)
         text(self, "output", optional=True)
         name = "batch_size" if self.data.micro_batch is None else "micro_batch"
         images = getattr(self.data, name)

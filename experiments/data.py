@@ -3,21 +3,26 @@
 Neither the number of loader processes nor where a run was cut changes them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from experiments.config import DataConfig, MixupConfig, RunConfig
 from experiments.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD, Images
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, seeded
+from experiments.stopping import outlive_the_main_process
 
 Key = tuple[int, int]  # epoch, index
+Sample = tuple[Tensor, int, str]  # image (3, H, W), label, what was wrong with the one in its place
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,)
+
+_SUBSTITUTES = 10  # images that are tried in the place of an unreadable one
 
 
 @dataclass(frozen=True)
@@ -113,29 +118,54 @@ def eval_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tenso
     )
 
 
-class SeededImages(Dataset[tuple[Tensor, int]]):
+class _UnreadableImage(Exception):
+    """An image that cannot be read; says which, and why."""
+
+
+class SeededImages(Dataset[Sample]):
     """Transformed images whose randomness depends on (seed, epoch, index) alone.
 
-    A key carries the epoch, so that loader processes that live through all epochs know it.
+    A key carries the epoch, so that loader processes that live through all epochs know it. Where
+    unreadable images are allowed, another one takes the place of such an image, and the sample says
+    why.
     """
 
     def __init__(
-        self, images: Images, transform: Callable[[Any], Tensor], seed: int, num_classes: int
+        self,
+        images: Images,
+        transform: Callable[[Any], Tensor],
+        seed: int,
+        num_classes: int,
+        bad_allowed: bool = False,
     ) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
         self.num_classes = num_classes
+        self.bad_allowed = bad_allowed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
+        try:
+            return *self._read(epoch, index), ""
+        except _UnreadableImage as error:
+            problem = str(error)
+        for attempt in range(_SUBSTITUTES if self.bad_allowed else 0):
+            parts = (self.seed, "in its place", epoch, index, attempt)
+            try:
+                return *self._read(epoch, derive_seed(*parts) % len(self)), problem
+            except _UnreadableImage:
+                continue
+        raise DataError(problem)
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.images[index]
         except Exception as error:  # whatever a reader or a decoder raises: name the image
-            raise DataError(
+            raise _UnreadableImage(
                 f"cannot read {self.images.describe(index)}: {type(error).__name__}: {error}"
             ) from error
         if not 0 <= label < self.num_classes:
@@ -194,7 +224,11 @@ class TrainBatches:
                 f"of the split {data.train_split!r}"
             )
         dataset = SeededImages(
-            images, train_transform(data, config.model.image_size), config.seed, num_classes
+            images,
+            train_transform(data, config.model.image_size),
+            config.seed,
+            num_classes,
+            bad_allowed=data.max_bad_images > 0,
         )
         self.division = divide_batch(data, rank, size)
         self._batches = EpochBatches(len(images), data.batch_size, config.seed, self.division)
@@ -203,11 +237,34 @@ class TrainBatches:
         )
         self.num_images = len(images)
         self.steps_per_epoch = len(images) // data.batch_size
+        self.max_bad_images = data.max_bad_images
+        self.bad_images: dict[str, None] = {}
+        """What was wrong with each image that could not be read so far, in order."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0), from a step within it on."""
+        """The batches of one epoch (counted from 0), from a step within it on.
+
+        Raises:
+            DataError: more images than allowed cannot be read; the message names the last.
+        """
         self._batches.epoch, self._batches.first_step = epoch, first_step
-        return _readable_errors(self._loader)
+        for images, labels, problems in _readable_errors(self._loader):
+            for problem in problems:
+                self._count_bad(problem)
+            yield images, labels
+
+    def close(self) -> None:
+        """End the loader's processes, which otherwise live until Python's own end."""
+        del self._loader
+
+    def _count_bad(self, problem: str) -> None:
+        if not problem or problem in self.bad_images:
+            return
+        self.bad_images[problem] = None
+        count = f"{len(self.bad_images)} of {self.max_bad_images} allowed (data.max_bad_images)"
+        if len(self.bad_images) > self.max_bad_images:
+            raise DataError(f"{problem}; unreadable images: {count}")
+        print(f"warning: {problem}; unreadable images: {count}", file=sys.stderr, flush=True)
 
 
 class EvalBatches:
@@ -231,9 +288,16 @@ class EvalBatches:
         batches = [keys[start : start + length] for start in range(0, len(keys), length)]
         self._loader = _loader(dataset, data.workers, pin_memory, config.seed, batches)
         self.num_images = len(images)
+        self.common_batches = -(-(len(images) // size) // length)
+        """Batches that every process has at least."""
 
     def __iter__(self) -> Iterator[Batch]:
-        return _readable_errors(self._loader)
+        for images, labels, _ in _readable_errors(self._loader):
+            yield images, labels
+
+    def close(self) -> None:
+        """End the loader's processes, which otherwise live until Python's own end."""
+        del self._loader
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -275,7 +339,7 @@ class BatchMixer:
 
 def _loader(
     dataset: SeededImages, workers: int, pin_memory: bool, seed: int, batch_sampler: Any
-) -> DataLoader[tuple[Tensor, int]]:
+) -> DataLoader[Sample]:
     # the loader draws a number for its processes at every epoch: from a generator of its own
     generator = torch.Generator()
     generator.manual_seed(derive_seed(seed, "loader"))
@@ -286,10 +350,21 @@ def _loader(
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=generator,
+        collate_fn=_collate,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _readable_errors(loader: DataLoader[Any]) -> Iterator[Batch]:
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels = default_collate([sample[:2] for sample in samples])
+    return images, labels, [sample[2] for sample in samples]
+
+
+def _begin_worker(number: int) -> None:
+    outlive_the_main_process()
+
+
+def _readable_errors(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     try:
         yield from loader
     except DataError as error:

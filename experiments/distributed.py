@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, ProcessLost
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that waits longer than this ends the process: some other process is gone."""
+# what torch's backends say where another process does not answer
+_SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return tensor
 
+    def from_main(self, number: int) -> int:
+        """The number that the main process gives, in all processes."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.broadcast(tensor, src=0)
+        return int(tensor.item())
+
+    def gather(self, plain: Any) -> list[Any]:
+        """What each process gives, in the order of ranks; empty outside the main process."""
+        if self.size == 1:
+            return [plain]
+        gathered: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(plain, gathered)
+        return gathered or []
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """What stands inside is done by the main process before any other begins it."""
@@ -56,42 +73,89 @@ class World:
             dist.barrier()
 
 
+class Agreement:
+    """Whether any process wants something, the same answer in all of them.
+
+    The answer is that to the question before: it travels while the processes compute, and nobody
+    waits for it. A process alone has it at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._underway: tuple[Any, torch.Tensor] | None = None
+
+    def ask(self, wish: bool) -> bool:
+        """Every process asks equally often."""
+        if self._world.size == 1:
+            return wish
+        answer = self.finish()
+        votes = torch.tensor(float(wish))  # on the CPU, whatever the device
+        self._underway = (dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes)
+        return answer
+
+    def finish(self) -> bool:
+        """Wait for the last answer; in all processes before they part."""
+        if self._underway is None:
+            return False
+        work, votes = self._underway
+        self._underway = None
+        work.wait()
+        return bool(votes.item())
+
+
 ONE_PROCESS = World(0, 1, torch.device("cpu"))
 """This process alone, on the CPU."""
 
 
 @contextmanager
-def joined_world(device: str) -> Iterator[World]:
+def joined_world(device: str, timeout_minutes: float) -> Iterator[World]:
     """Join the processes that torchrun started, and leave them at the end.
 
     Models must live in functions called from inside, so that they are gone when it ends.
 
     Args:
         device: cpu, cuda, or auto for cuda where there is one.
+        timeout_minutes: how long a process waits for the others.
 
     Raises:
         ConfigError: the device is not there, or there are fewer of them than processes.
+        ProcessLost: another process died or did not answer in time.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
     if size == 1:
         yield World(0, 1, chosen)
         return
+    backend = "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=chosen)
-    else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        # gloo as well: what the host alone must know never waits for the device
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(
+        backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None
+    )
     try:
         yield World(rank, size, chosen)
     except BaseException as error:
         _forget_frames(error)
+        if isinstance(error, RuntimeError) and _tells_of_a_lost_process(error):
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ProcessLost(
+                f"process {rank} of {size}: another process is gone, or has not answered for "
+                f"{timeout_minutes:g} minutes (timeout_minutes); torch says: {reason}"
+            ) from None
         raise
     finally:
         # A parallel model must go before the group: the group's threads wait for Python's lock when
         # the model, as the last to hold the group, takes the group with it, and the exit hangs.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(s in text for s in _SIGNS_OF_A_LOST_PROCESS)
 
 
 def _forget_frames(error: BaseException | None) -> None:

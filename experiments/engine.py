@@ -23,6 +23,9 @@ from experiments.seeding import derive_seed
 from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
 
+CHECKED = ("training loss", "ScoreNet's loss", "norm of the gradient")
+"""What must be finite at each step."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -47,14 +50,27 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], world: World, config: RunConfig
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    config: RunConfig,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on every image once, over all processes; the model's mode is left as it came."""
+    """Evaluate on every image once, over all processes; the model's mode is left as it came.
+
+    Args:
+        model: on the device of the world.
+        batches: this process's share of the images.
+        world: all processes.
+        config: of the run.
+        on_batch: called after each batch, as often in every process.
+    """
     was_training, device = model.training, world.device
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for images, labels in batches:
+            on_batch()
             images = images.to(device, non_blocking=True, memory_format=memory_format(config))
             labels = labels.to(device, non_blocking=True)
             with autocast(device, config.eval_precision):
@@ -108,10 +124,14 @@ class Learner:
             self._forward = DistributedDataParallel(
                 self._forward, devices, gradient_as_bucket_view=True
             )
+        self.skipped = 0
+        """Steps that were left out so far, since something was not finite."""
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> "StepResult":
         """One optimiser step; everything random in it depends on (seed, step, part) alone.
+
+        Where `on_nonfinite` is skip, a step whose loss or gradient is not finite changes nothing.
 
         Args:
             images: (B, 3, H, W), this process's share of the batch, on the device.
@@ -121,7 +141,7 @@ class Learner:
         """
         parts = self.division.count
         statistics: list[dict[str, Tensor]] = []
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        losses: list[Tensor] = []
         for index, (some_images, some_labels) in enumerate(
             zip(images.chunk(parts), labels.chunk(parts), strict=True)
         ):
@@ -135,19 +155,36 @@ class Learner:
                 loss = soft_cross_entropy(output.logits, output.targets).mean()
                 total = loss + output.scorenet_loss
                 self.scaler.scale(total / parts).backward()
-            finite = finite & total.detach().isfinite()
+            losses.append(torch.stack((loss.detach(), output.scorenet_loss.detach().float())))
             values = {"loss": loss.detach(), **output.stats}
             if self.config.horizontal is not None:
                 values["scorenet_loss"] = output.scorenet_loss.detach()
             statistics.append(values)
-        norm = self._clip()
-        if norm is not None:
-            for values in statistics:
-                values["gradient_norm"] = norm
-        self.scaler.step(self.optimizer)
+        norm = self._gradient_norm()
+        for values in statistics:
+            values["gradient_norm"] = norm
+        # an overflow of fp16 is no fault: the scaler leaves the step out and lowers its scale
+        measured = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
+        finite = torch.cat((torch.stack(losses).isfinite().all(0), measured.isfinite().view(1)))
+        skipped = False
+        if self.config.on_nonfinite == "skip":
+            finite = self.world.minimum(finite.float()).bool()
+            skipped = not finite.all().item()
+        if not skipped:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(statistics, finite)
+        return StepResult(statistics, finite, skipped)
+
+    def count_skipped(self, number: int, epoch: int, result: "StepResult") -> None:
+        """Count a step that was left out; raise TrainingStopped where there are too many."""
+        self.skipped += 1
+        if self.skipped > self.config.skip_limit:
+            raise TrainingStopped(
+                f"step {number} (epoch {epoch + 1}): the {_not_finite(result.finite.tolist())} is "
+                f"not finite, and {self.config.skip_limit} steps were left out for that already "
+                "(skip_limit)"
+            )
 
     def _gradients_stay_here(self, yes: bool) -> AbstractContextManager[Any]:
         """Where further parts follow, gradients of all processes are averaged with theirs."""
@@ -155,22 +192,25 @@ class Learner:
             return self._forward.no_sync()
         return nullcontext()
 
-    def _clip(self) -> Tensor | None:
-        limit = self.config.optimizer.clip_grad
-        if limit is None:
-            return None
+    def _gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, which is clipped where the config says so."""
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self._parameters, limit)
+        limit = self.config.optimizer.clip_grad
+        if limit is not None:
+            return nn.utils.clip_grad_norm_(self._parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step gives back; all of it stays on the device."""
+    """What one optimiser step gives back; its tensors stay on the device."""
 
     statistics: list[dict[str, Tensor]]
     """0-d tensors by name, for each part of the batch."""
     finite: Tensor
-    """0-d bool: whether the loss was finite."""
+    """(3,) bool: whether each of `CHECKED` was finite."""
+    skipped: bool = False
+    """Whether the step was left out, since something was not finite."""
 
 
 @dataclass(frozen=True)
@@ -181,57 +221,117 @@ class Report:
     values: dict[str, float]
 
 
-def train_epoch(
-    learner: Learner,
-    batches: TrainBatches,
-    epoch: int,
-    first_step: int = 0,
-    on_step: Callable[[], object] = lambda: None,
-) -> Iterator[Report]:
-    """Train one epoch and give a report at every `logging.interval` steps and at the end.
+class Tally:
+    """What was measured since the last report; a checkpoint within an interval keeps it."""
 
-    Between two reports nothing waits for the device.
+    def __init__(self, device: torch.device) -> None:
+        self.steps = 0
+        """Optimiser steps since the last report."""
+        self._statistics = RunningStatistics()
+        self._device = device
+        self._restart()
+
+    def _restart(self) -> None:
+        self.steps = 0
+        self._finite = torch.ones(len(CHECKED), dtype=torch.bool, device=self._device)
+        self._good_steps = torch.zeros(len(CHECKED), device=self._device)  # before a bad one
+
+    def add(self, result: StepResult) -> None:
+        """Take in a step, without waiting for the device."""
+        self.steps += 1
+        if result.skipped:
+            self._good_steps = self._good_steps + 1
+            return
+        self._finite = self._finite & result.finite
+        self._good_steps = self._good_steps + self._finite
+        for values in result.statistics:
+            self._statistics.add(values)
+
+    def refuse_not_finite(self, world: World, done: int, epoch: int) -> None:
+        """Raise TrainingStopped where a value of these steps was not finite.
+
+        Args:
+            world: all processes, each of which calls this.
+            done: optimiser steps of the whole run so far.
+            epoch: counted from 0.
+        """
+        good = [round(value) for value in world.minimum(self._good_steps.clone()).tolist()]
+        first = min(good)
+        if first < self.steps:
+            raise TrainingStopped(
+                f"step {done - self.steps + first + 1} (epoch {epoch + 1}): the "
+                f"{_not_finite([steps > first for steps in good])} is not finite"
+            )
+
+    def read(self, world: World) -> dict[str, float]:
+        """The means since the last report, over all processes; then anew."""
+        values = {**self._statistics.read(world), "steps": self.steps}
+        self._restart()
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, once `refuse_not_finite` has found nothing."""
+        return {"steps": self.steps, "statistics": self._statistics.state_dict()}
+
+    def load_state_dicts(self, states: list[dict[str, Any]], steps: int) -> None:
+        """Go on from what `state_dict` gave in one or several processes.
+
+        Args:
+            states: those that this process takes on.
+            steps: optimiser steps since the last report, the same in every process.
+        """
+        self._restart()
+        self.steps = steps
+        self._good_steps = self._good_steps + steps
+        self._statistics.load_state_dicts([s["statistics"] for s in states], self._device)
+
+
+def _not_finite(finite: list[bool]) -> str:
+    return CHECKED[finite.index(False)]
+
+
+def train_epoch(
+    learner: Learner, batches: TrainBatches, epoch: int, tally: Tally, first_step: int = 0
+) -> Iterator[Report | None]:
+    """Train one epoch: after each step comes a report, or None between two reports.
+
+    A report is due at every `logging.interval` steps and at the end. Between two of them nothing
+    waits for the device.
 
     Args:
         learner: the model and what changes it.
         batches: the training images.
         epoch: counted from 0.
+        tally: what was measured since the last report.
         first_step: steps of this epoch that were done before.
-        on_step: called after each step, for a progress bar.
 
     Raises:
-        TrainingStopped: the loss was not finite; the message names the first such step.
+        TrainingStopped: the loss or the gradient was not finite, or too many steps were left out
+            for that; the message names the step.
     """
     learner.model.train()
     config, device = learner.config, learner.device
-    statistics, timer = RunningStatistics(), StepTimer(device)
+    timer = StepTimer(device)
     start = epoch * batches.steps_per_epoch
-    done = reported = start + first_step
-    all_finite = torch.ones((), dtype=torch.bool, device=device)
-    good_steps = torch.zeros((), device=device)  # since the last report, before a bad one
+    done = start + first_step
     for images, labels in batches.epoch(epoch, first_step):
         timer.got_data()
         rate = learner.schedule.set_step(done)
         images = images.to(device, non_blocking=True, memory_format=memory_format(config))
         labels = labels.to(device, non_blocking=True)
         result = learner.step(images, labels, epoch, done)
-        all_finite = all_finite & result.finite
-        good_steps = good_steps + all_finite
-        for values in result.statistics:
-            statistics.add(values)
+        tally.add(result)
         done += 1
-        on_step()
+        if result.skipped:
+            learner.count_skipped(done, epoch, result)
         timer.step_done()
         in_epoch = done - start
-        if in_epoch < batches.steps_per_epoch and in_epoch % config.logging.interval:
-            continue
-        good = round(learner.world.minimum(good_steps).item())
-        means = statistics.read(learner.world)
-        if good < done - reported:
-            raise TrainingStopped(
-                f"step {reported + good + 1} (epoch {epoch + 1}): the training loss is not finite"
-            )
-        timing = timer.read(config.data.batch_size)
-        yield Report(done, {**means, "lr": rate, "steps": done - reported, **timing})
-        reported, good_steps = done, torch.zeros_like(good_steps)
+        report = None
+        if in_epoch == batches.steps_per_epoch or in_epoch % config.logging.interval == 0:
+            tally.refuse_not_finite(learner.world, done, epoch)
+            values = {**tally.read(learner.world), "lr": rate}
+            if config.on_nonfinite == "skip":
+                values["skipped_steps"] = learner.skipped
+            report = Report(done, {**values, **timer.read(config.data.batch_size)})
+        yield report
         timer.restart()

@@ -25,6 +25,18 @@ class TrainingStopped(RuntimeError):
     exit_code = 3
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run died or does not answer. Exit code 4."""
+
+    exit_code = 4
+
+
+class SavedAndStopped(Exception):
+    """A run was asked to stop and has saved itself: the same command goes on. Exit code 75."""
+
+    exit_code = 75  # "try again later" in sysexits.h, which schedulers can act on
+
+
 class FieldError(ValueError):
     """An impossible value, raised by the section in which the field is born.
 

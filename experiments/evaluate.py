@@ -22,10 +22,10 @@ def main(argv: Sequence[str]) -> None:
     if command is None:
         return
     # torch and timm only once the config is read
+    from experiments.assessment import Assessment
     from experiments.distributed import joined_world
-    from experiments.runs import Assessment
 
-    with joined_world(command.config.device) as world:
+    with joined_world(command.config.device, command.config.timeout_minutes) as world:
         with cli.mistakes_in(command.config_file):
             assessment = Assessment(command.config, command.options["checkpoint"], world)
         start = time.perf_counter()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.checkpoint import FINAL_WEIGHTS
+from experiments.assessment import Assessment
 from experiments.config_file import load_config
 from experiments.data import eval_transform, normalisation
 from experiments.datasets import open_images
@@ -21,7 +21,7 @@ from experiments.distributed import ONE_PROCESS
 from experiments.errors import DataError
 from experiments.files import atomic_file
 from experiments.recording import HorizontalRecord, Recording, VerticalRecord, record
-from experiments.runs import CONFIG_FILE, Assessment
+from experiments.run_folder import CONFIG_FILE, FINAL_WEIGHTS
 
 matplotlib.use("Agg")  # files only: no window, no display
 

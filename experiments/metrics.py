@@ -5,6 +5,7 @@ Dimensions: B batch, C classes.
 
 import json
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 from experiments.distributed import World
+from experiments.errors import DataError
 from experiments.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+CLOCK_VALUES = ("time", "step_seconds", "data_seconds", "images_per_second")
+"""Values of a row that a clock gives; all others are the same whenever a run is repeated."""
+_PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
 
 # tokenmixup gives these as means over the easy samples of a batch
 _PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")
@@ -51,14 +57,37 @@ class RunningStatistics:
             self._high = torch.maximum(self._high, stacked)
         self.steps += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of an interval keeps of it."""
+        values = {
+            name: rows.tolist()  # float32 as Python's floats: exact, and back again
+            for name, rows in (("sums", self._sums), ("low", self._low), ("high", self._high))
+        }
+        return {"steps": self.steps, "names": self._names if self.steps else [], **values}
+
+    def load_state_dicts(self, states: list[dict[str, Any]], device: torch.device) -> None:
+        """Go on from what `state_dict` gave, in one process or in several together."""
+        states = [state for state in states if state["steps"]]
+        self.steps = sum(state["steps"] for state in states)
+        if not self.steps:
+            return
+        self._names = list(states[0]["names"])
+        sums, low, high = (
+            torch.tensor([state[name] for state in states], dtype=torch.float32, device=device)
+            for name in ("sums", "low", "high")
+        )
+        self._sums, self._low, self._high = sums.sum(0), low.amin(0), high.amax(0)
+
     def read(self, world: World) -> dict[str, float]:
         """The values so far, over all processes, in one exchange with the device; then anew."""
         if not self.steps:
             return {}
-        total = world.sum(self._sums.clone())
-        extremes = world.minimum(torch.stack((self._low, -self._high)))
-        rows = torch.cat((total.unsqueeze(0), extremes)).tolist()
-        sums, low, minus_high = (dict(zip(self._names, row, strict=True)) for row in rows)
+        count = self._sums.new_tensor([self.steps])
+        *totals, steps = world.sum(torch.cat((self._sums, count))).tolist()
+        extremes = world.minimum(torch.stack((self._low, -self._high))).tolist()
+        sums, low, minus_high = (
+            dict(zip(self._names, row, strict=True)) for row in (totals, *extremes)
+        )
         result = {}
         for name in self._names:
             if name.endswith("_min"):
@@ -69,7 +98,7 @@ class RunningStatistics:
                 easy = sums[_weight_of(name)]
                 result[name] = sums[name] / easy if easy else 0.0
             else:
-                result[name] = sums[name] / (self.steps * world.size)
+                result[name] = sums[name] / steps
         self.steps = 0
         return result
 
@@ -104,8 +133,10 @@ class StepTimer:
         self._last = now
 
     def restart(self) -> None:
-        """Leave out what happened since the last step, such as an evaluation."""
-        self._start = self._last = time.perf_counter()
+        """Leave out what happened since the last step, such as an evaluation or a checkpoint."""
+        now = time.perf_counter()
+        self._start += now - self._last
+        self._last = now
 
     def read(self, images_per_step: int) -> dict[str, float]:
         """Medians of the interval, right after an exchange with the device; then start anew."""
@@ -125,39 +156,57 @@ class StepTimer:
 
 
 class Recorder:
-    """Writes rows of values to `metrics.jsonl` and to TensorBoard.
+    """Writes rows of values to `metrics.jsonl`, and shows the same in TensorBoard.
 
-    Rows later than `resume_step` are what an interrupted run did after its last checkpoint: they
-    are taken out, since the same steps are about to be run again.
+    A run that goes on keeps the first `rows` rows, which its checkpoint counted; later ones are
+    what was done after it, and is about to be done again. TensorBoard's events are made anew from
+    the rows then: those of a killed process may be missing, those of undone steps too many.
     """
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, rows: int, tensorboard: bool) -> None:
         self.path = folder / METRICS_FILE
-        rows = [row for row in read_metrics(folder) if row["step"] <= resume_step]
-        write_atomically(self.path, "".join(_json_line(row) for row in rows).encode())
+        kept = read_metrics(folder)[:rows]
+        self.missing = rows - len(kept)
+        """Rows that the checkpoint counted and the file does not have."""
+        self.rows = len(kept)
+        write_atomically(self.path, "".join(_json_line(row) for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # steps from the purge on are hidden where an earlier writer has them already
-            self._writer = SummaryWriter(
-                str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1
-            )
+            events = folder / TENSORBOARD_FOLDER
+            for file in events.glob("events.out.tfevents.*"):
+                file.unlink()
+            self._writer = SummaryWriter(str(events))
+            for row in kept:
+                self._show(row)
 
     def write(self, split: str, epoch: int, step: int, values: dict[str, float]) -> None:
         """Add one row: after `step` optimiser steps, within `epoch` (both counted from 1)."""
-        self._file.write(_json_line({"split": split, "epoch": epoch, "step": step, **values}))
+        row = {"split": split, "epoch": epoch, "step": step, "time": time.time(), **values}
+        self._file.write(_json_line(row))
         self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{split}/{name}", value, step)
+        self.rows += 1
+        self._show(row)
+
+    def to_disk(self) -> None:
+        """Have the rows on the disk before a checkpoint counts them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish writing."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for name, value in row.items():
+            if name not in _PLACE_OF_A_ROW:
+                shown = math.nan if value is None else value
+                self._writer.add_scalar(f"{row['split']}/{name}", shown, row["step"], row["time"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -172,19 +221,27 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: is not JSON") from None
+                raise DataError(
+                    f"{path}, line {number}: is not JSON, so the file was damaged or edited; the "
+                    "rows after it cannot be trusted: set it aside to go on without them"
+                ) from None
     return rows
 
 
 def mean_of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means over rows, each counted by its number of steps; means over easy samples by these."""
-    names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+    names = {name: None for row in rows for name, value in row.items() if _is_number(value)}
     result = {}
     for name in names:
-        weights = [row["steps"] * row.get(_weight_of(name), 1.0) for row in rows]
-        total = sum(weight * row[name] for weight, row in zip(weights, rows, strict=True))
+        having = [row for row in rows if _is_number(row.get(name))]
+        weights = [row["steps"] * row.get(_weight_of(name), 1.0) for row in having]
+        total = sum(weight * row[name] for weight, row in zip(weights, having, strict=True))
         result[name] = total / sum(weights) if sum(weights) else 0.0
     return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _json_line(row: dict[str, Any]) -> str:

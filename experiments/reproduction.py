@@ -12,12 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments import provenance, records
+from experiments.assessment import Assessment
 from experiments.config import RunConfig, as_plain
 from experiments.config_file import COMMAND_LINE, load_config
 from experiments.distributed import choose_device, one_process
 from experiments.errors import ConfigError, UserError
 from experiments.records import Result, TableRecord
-from experiments.runs import Assessment
 from experiments.zoo_files import MissingFileError, Zoo
 from experiments.zoo_manifest import Checkpoint, Manifest, Row
 

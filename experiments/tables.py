@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.checkpoint import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.metrics import METRICS_FILE, TENSORBOARD_FOLDER, mean_of_rows, read_metrics
+from experiments.run_folder import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,16 @@ ENTRY_POINTS = {"train", "evaluate", "compare", "reproduce", "visualize"}
 # What the rest stands on; modules of neither set are what runs, tables and figures are made of.
 BASE = {
     *("checkpoint", "checks", "config", "config_file", "errors", "files", "models", "released"),
-    *("exclusive", "seeding", "shards", "vit_npz", "weight_files", "zoo_lock"),
+    *(
+        "exclusive",
+        "sealed",
+        "seeding",
+        "shards",
+        "stopping",
+        "vit_npz",
+        "weight_files",
+        "zoo_lock",
+    ),
 }
 
 LIBRARY_NEEDS = {"torch", "numpy", "lap", "tokenmixup"}

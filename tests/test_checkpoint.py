@@ -20,9 +20,7 @@ from experiments.checkpoint import (
     load_checkpoint,
     load_released,
     load_weights,
-    random_state,
     refuse_changed_config,
-    restore_random_state,
     save_checkpoint,
     save_final_weights,
 )
@@ -30,6 +28,8 @@ from experiments.config import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, write_atomically
 from experiments.models.build import build_model
+from experiments.sealed import save_sealed
+from experiments.seeding import random_state, restore_random_state
 from experiments.weight_files import read_weights
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
@@ -110,7 +110,19 @@ def test_a_changed_config_is_refused_with_its_keys(tmp_path):
     assert "horizontal.tau: 0.3 there, None now" in message
     assert "output" not in message.replace("--output", "")
     assert "workers" not in message
-    refuse_changed_config(tmp_path / "last.pt", saved, saved)
+    assert "--allow-changed horizontal.layers" in message
+    assert refuse_changed_config(tmp_path / "last.pt", saved, saved) == []
+
+
+def test_named_keys_of_a_config_may_change(tmp_path):
+    saved = as_plain(small_config(tmp_path))
+    now = as_plain(small_config(tmp_path, seed=5, schedule={"lr": 1.0}))
+    told = refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed", "schedule.lr"])
+    assert told == ["schedule.lr: 0.002 there, 1.0 now", "seed: 42 there, 5 now"]
+    with pytest.raises(ConfigError, match=r"schedule\.lr: 0\.002 there, 1\.0 now; choose"):
+        refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed"])
+    with pytest.raises(ConfigError, match=r"--allow-changed: data\.rot is as it was"):
+        refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed", "schedule.lr", "data.rot"])
 
 
 def test_final_weights_are_plain_and_repeat_byte_for_byte(tmp_path, model):
@@ -233,8 +245,20 @@ def malicious_newer_pickle(path, trap):
     path.write_bytes(pickle.dumps(Gadget(trap), protocol=4))
 
 
-@pytest.mark.parametrize("write", [malicious_zip, malicious_pickle, malicious_newer_pickle])
-@pytest.mark.parametrize("load", [read_weights, load_checkpoint])
+def malicious_and_sealed(path, trap):
+    save_sealed(path, {"format": "tokenmixup.run", "version": 2, "model": Gadget(trap)})
+
+
+@pytest.mark.parametrize(
+    ("load", "write"),
+    [
+        (read_weights, malicious_zip),
+        (read_weights, malicious_pickle),
+        (read_weights, malicious_newer_pickle),
+        (read_weights, malicious_and_sealed),
+        (load_checkpoint, malicious_and_sealed),
+    ],
+)
 def test_nothing_in_a_file_runs(tmp_path, write, load):
     path, trap = tmp_path / "a.pth.tar", tmp_path / "trap"
     write(path, trap)

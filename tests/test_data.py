@@ -107,7 +107,7 @@ def test_augmentation_leaves_the_global_generators_alone():
         num_classes=10,
     )
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first, _ = dataset[(0, 5)]
+    first, *_ = dataset[(0, 5)]
     assert torch.equal(first, dataset[(0, 5)][0])
     assert not torch.equal(first, dataset[(1, 5)][0])
     assert not torch.equal(first, dataset[(0, 6)][0])

@@ -258,14 +258,15 @@ def test_a_device_that_is_not_there(tmp_path, capsys):
 def damaged_run(tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / "last.pt").write_bytes(b"PK\x03\x04 cut off")
+    (checkpoints / "step-00000011.pt").write_bytes(b"PK\x03\x04 cut off")
     return tmp_path / "run"
 
 
 def test_a_damaged_checkpoint_of_the_run(tmp_path, capsys):
     run = damaged_run(tmp_path)
     error = fails(capsys, "train", "--config", write_config(tmp_path), "--output", run)
-    assert "last.pt: is damaged or cut off" in error
+    assert "step-00000011.pt: is damaged or cut off" in error
+    assert "no checkpoint of" in error and "choose another --output" in error
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from runs_helper import HTM, VTM, small_config, write_config
+from safetensors.torch import load_file
 
 from experiments import cli, evaluate, runs
 from experiments.checkpoint import load_checkpoint
@@ -66,7 +67,7 @@ def test_a_person_gets_a_line(trained, capsys):
 
 def test_a_plain_hosts_file_says_what_it_left_out(trained, capsys, tmp_path):
     config, folder = trained
-    state = load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
+    state = load_file(folder / "final.safetensors")
     host = {
         name.removeprefix("backbone."): value
         for name, value in state.items()

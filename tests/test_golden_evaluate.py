@@ -7,8 +7,8 @@ import pytest
 import torch
 from runs_helper import small_config
 
+from experiments.assessment import Assessment
 from experiments.distributed import ONE_PROCESS
-from experiments.runs import Assessment
 
 CCT = {
     "model": {"name": "cct_2_3x2_32", "image_size": 32, "kwargs": {}},

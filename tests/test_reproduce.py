@@ -15,7 +15,7 @@ from reproduce_world import IMAGES, accept_cifar, copy_world, make_world
 from standins import cct_config, save_vit, vit_state, write_yaml
 
 from experiments import cli, evaluate, reproduce
-from experiments.runs import Assessment
+from experiments.assessment import Assessment
 from experiments.zoo_lock import LOCK_FILE
 from experiments.zoo_manifest import read_manifest
 

@@ -191,7 +191,7 @@ def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, 
     """Real processes: the second training is stopped in its middle."""
     given = words("plain", "--seeds", "1,2", "--schedule.epochs", "10")
     process = started(given)
-    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "last.pt", process)
+    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "step-00000011.pt", process)
     process.send_signal(number)
     if number == signal.SIGINT:  # as a terminal does, which tells the whole group
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -203,6 +203,6 @@ def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, 
     again = started(given)
     out, err = again.communicate(timeout=180)
     assert again.returncode == 0, out + err
-    assert "going on after epoch" in out
+    assert "going on after step" in out
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
     assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [10, 10]

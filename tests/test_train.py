@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from experiments.checkpoint import load_checkpoint
 from experiments.config_file import load_config
 from experiments.distributed import ONE_PROCESS
 from experiments.errors import ConfigError, TrainingStopped
-from experiments.metrics import read_metrics
+from experiments.metrics import CLOCK_VALUES, read_metrics
 
 DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}
 BOTH = {"horizontal": HTM, "vertical": VTM, "model": DROPOUT}
@@ -27,32 +26,16 @@ def fit(tmp_path, name, **sections):
     return Path(config.output)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(monkeypatch, epoch, where):
-    """Have the run die in the given epoch (counted from 0), before or after its evaluation."""
-    original = getattr(runs, where)
-    calls = iter(range(100))
-
-    def dying(*args, **kwargs):
-        result = original(*args, **kwargs)
-        if next(calls) == epoch:
-            raise Interrupted
-        return result
-
-    monkeypatch.setattr(runs, where, dying)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("undisturbed"), "run", **BOTH, schedule={"epochs": 3})
 
 
 def test_the_run_folder_holds_what_is_promised(undisturbed):
-    assert (undisturbed / "checkpoints" / "last.pt").exists()
-    assert (undisturbed / "checkpoints" / "best.pt").exists()
+    names = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    assert names == ["best.pt", "step-00000011.pt", "step-00000022.pt", "step-00000033.pt"]
+    heartbeat = json.loads((undisturbed / "heartbeat.json").read_text())
+    assert (heartbeat["state"], heartbeat["epochs_done"], heartbeat["step"]) == ("finished", 3, 33)
     config = load_config(undisturbed / "config.yaml")
     assert config.output == str(undisturbed)
     assert config.schedule.epochs == 3
@@ -87,31 +70,9 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, undisturbed):
     assert (other / name).read_bytes() != (undisturbed / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("epoch", "where"), [(1, "evaluate"), (0, "save_checkpoint"), (1, "mean_of_rows")]
-)
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    tmp_path, monkeypatch, undisturbed, epoch, where
-):
-    sections = {**BOTH, "schedule": {"epochs": 3}}
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, epoch, where)
-        with pytest.raises(Interrupted):
-            fit(tmp_path, "cut", **sections)
-    assert not (tmp_path / "output" / "cut" / "final.safetensors").exists()
-    torch.rand(3)  # whatever another process has drawn
-    resumed = fit(tmp_path, "cut", **sections)
-    name = "final.safetensors"
-    assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert values(resumed) == values(undisturbed)
-    saved = [load_checkpoint(run / "checkpoints" / "last.pt") for run in (resumed, undisturbed)]
-    assert saved[0]["progress"] == saved[1]["progress"]
-
-
 def values(run):
     """The rows of metrics without what a clock says."""
-    clocks = ("step_seconds", "data_seconds", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(run)]
+    return [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(run)]
 
 
 def test_a_finished_run_is_left_alone(tmp_path, undisturbed, capsys):
@@ -175,13 +136,12 @@ def test_evaluation_and_checkpoints_at_their_intervals(tmp_path):
     assert [row["epoch"] for row in rows] == [2, 3]
 
 
-def test_a_stop_names_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_stop_names_the_last_checkpoint(tmp_path):
     run = runs.Run(small_config(tmp_path, "bad"), ONE_PROCESS)
     with torch.no_grad():
         run.learner.model.backbone.head.weight.fill_(torch.nan)
     with pytest.raises(TrainingStopped, match=r"^step 1 \(epoch 1\).*there is no checkpoint yet"):
         run.fit()
-    monkeypatch.setattr(sys, "argv", ["train"])
 
 
 def test_the_entry_point(tmp_path, capsys):

@@ -1,0 +1,41 @@
+"""Weights of any file in the model of a config, evaluated on its validation split."""
+
+from experiments.checkpoint import load_weights
+from experiments.config import RunConfig
+from experiments.data import EvalBatches
+from experiments.datasets import known_num_classes, open_images, stated_num_classes
+from experiments.distributed import World
+from experiments.engine import Evaluation, evaluate, place
+from experiments.models.build import build_model
+
+
+class Assessment:
+    """Weights from a file in the model of a config, ready to be evaluated.
+
+    Raises:
+        UserError: whatever of the config or of the file cannot work.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: str, world: World) -> None:
+        self.config = config
+        self.world = world
+        num_classes = known_num_classes(config)
+        if num_classes is not None:
+            model = build_model(config, num_classes)
+            self.loaded = load_weights(model, checkpoint)  # its mistakes need no data
+        with world.main_first():  # which may have to fetch it
+            images = open_images(config.data, config.data.val_split)
+        if num_classes is None:
+            num_classes = stated_num_classes(config, images)
+            model = build_model(config, num_classes)
+            self.loaded = load_weights(model, checkpoint)
+        self.model = place(model, world.device, config)
+        pin_memory = world.device.type == "cuda"
+        self.batches = EvalBatches(config, images, num_classes, pin_memory, world.rank, world.size)
+
+    def evaluate(self) -> Evaluation:
+        """Top-1, top-5 and loss over the whole validation split; once."""
+        try:
+            return evaluate(self.model, self.batches, self.world, self.config)
+        finally:
+            self.batches.close()

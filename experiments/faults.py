@@ -1,0 +1,73 @@
+"""What ends a training from outside, told so that a person knows what to do."""
+
+import errno
+import re
+
+import torch
+
+from experiments.config import RunConfig
+from experiments.data import Division
+
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def explain(
+    error: BaseException, config: RunConfig, division: Division, evaluating: bool
+) -> str | None:
+    """Say what happened and what to do, or None where it is no fault from outside.
+
+    Args:
+        error: what ended the training.
+        config: of the run.
+        division: of its batches.
+        evaluating: whether it happened in the evaluation.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return _out_of_memory(text, config, division, evaluating)
+    if isinstance(error, RuntimeError) and (killed := _KILLED_WORKER.search(text)):
+        return (
+            f"data-loader process {killed[1]} was ended from outside ({killed[2].strip(' .')}), "
+            "most often by the kernel for want of memory: fewer of them need less (data.workers, "
+            f"now {config.data.workers})"
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}"
+    return None
+
+
+def _out_of_memory(text: str, config: RunConfig, division: Division, evaluating: bool) -> str:
+    said = text.strip().splitlines()[0][:200]
+    if evaluating:
+        size = config.data.eval_batch_size or config.data.batch_size
+        return (
+            f"out of memory in evaluation, at {size} images a batch in {config.eval_precision} "
+            f"({said}); try --data.eval_batch_size {max(1, size // 2)}"
+        )
+    size = division.micro_batch
+    line = (
+        f"out of memory, at {size} images a forward pass (data.batch_size "
+        f"{config.data.batch_size}) in {config.precision} ({said})"
+    )
+    smaller = _next_smaller(config, division)
+    if smaller is None:
+        return f"{line}; a smaller model, smaller images or a lower precision need less"
+    line += (
+        f"; try --data.micro_batch {smaller}, which computes the same batch in "
+        f"{config.data.batch_size // smaller} parts one after another"
+    )
+    if config.horizontal is not None:
+        line += " (HTM finds partners within a part)"
+    return line
+
+
+def _next_smaller(config: RunConfig, division: Division) -> int | None:
+    """The largest forward pass of at most half the images that the batch can be divided into."""
+    processes = config.data.batch_size // (division.micro_batch * division.count)
+    even = 2 if config.mixup.active else 1
+    for size in range(division.micro_batch // 2, 0, -1):
+        if config.data.batch_size % (size * processes) == 0 and size % even == 0:
+            return size
+    return None
