@@ -69,11 +69,18 @@ class RunState:
             "optimizer": self.learner.optimizer.state_dict(),
             "scaler": self.learner.scaler.state_dict(),
             "progress": asdict(self.progress),
-            "steps_per_epoch": self.batches.steps_per_epoch,
+            "data": self._data(),
             "reports": self.reports,
             "processes": processes,
             "config": as_plain(self.config),
             "versions": {"torch": str(torch.__version__), "tokenmixup": tokenmixup.__version__},
+        }
+
+    def _data(self) -> dict[str, int]:
+        """What the order of the images depends on, besides the seed."""
+        return {
+            "images": self.batches.num_images,
+            "steps an epoch": self.batches.steps_per_epoch,
         }
 
     def restore(
@@ -95,11 +102,11 @@ class RunState:
         changed = refuse_changed_config(path, content["config"], now, allow_changed)
         for text in changed:
             warn(f"goes on with another config: {text}")
-        if content["steps_per_epoch"] != self.batches.steps_per_epoch:
+        if content["data"] != self._data():
+            before, now = (_facts(facts) for facts in (content["data"], self._data()))
             raise ConfigError(
-                f"{path}: an epoch of that run has {content['steps_per_epoch']} steps, and now "
-                f"{self.batches.steps_per_epoch}: the data or data.batch_size are others, with "
-                "which it cannot go on"
+                f"{path}: that run had {before}, and now there are {now}: the order of the images "
+                "would be another, so it cannot go on"
             )
         learner = self.learner
         groups = [dict(group) for group in learner.optimizer.param_groups]
@@ -160,3 +167,7 @@ def _set_changed(
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             if name in wanted:
                 group[name] = wanted[name]
+
+
+def _facts(facts: dict[str, int]) -> str:
+    return " and ".join(f"{number} {name}" for name, number in facts.items())

@@ -21,7 +21,7 @@ _COMMENT_LENGTH = len(_LABEL) + 2 * hashlib.sha256().digest_size
 def save_sealed(path: Path, content: Any) -> None:
     """Write `content` with its checksum, atomically."""
     with atomic_file(path) as file:
-        torch.save(content, file)
+        _save(content, file)
         # a zip file without a comment ends in the length of it, two bytes
         file.seek(-2, os.SEEK_END)
         file.write(_COMMENT_LENGTH.to_bytes(2, "little"))
@@ -43,6 +43,16 @@ def refuse_damaged(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
     reason = "its content does not match its checksum" if whole else "its end is missing"
     raise CheckpointError(f"{path}: is damaged or cut off: {reason}")
+
+
+def _save(content: Any, file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # where the file cannot be written, torch's closing of its archive hides why
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _digest(file: BinaryIO, length: int) -> bytes:

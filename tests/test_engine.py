@@ -1,6 +1,7 @@
 """The training step and the evaluation against plain ones written here."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -190,6 +191,47 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     batches = Batches(*[(images, labels)] * 4, (bad, labels), (images, labels))
     with pytest.raises(TrainingStopped, match=r"^step 11 \(epoch 2\): the training loss is not"):
         reports_of(learner, batches, epoch=1)
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
+    learner = learner_of(small_config(tmp_path, logging={"interval": 3}))
+    calls = itertools.count(1)
+    weight = learner.model.backbone.head.weight
+    weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) == 2 else 1.0))
+    with pytest.raises(TrainingStopped, match=r"^step 2 \(epoch 1\): the norm of the gradient is"):
+        reports_of(learner, Batches(*[batch()] * 4))
+
+
+def test_fp16_may_overflow(tmp_path):
+    """The scaler leaves such a step out and lowers its scale: no fault."""
+    learner = learner_of(small_config(tmp_path, precision="fp16"))
+    before = weights(learner.model)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    (report,) = reports_of(learner, Batches(batch()))
+    assert report.values["loss"] > 0
+    assert learner.scaler.get_scale() == 2.0**119
+    assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision):
+    sections = {"on_nonfinite": "skip", "skip_limit": 2, "schedule": {"name": "constant"}}
+    config = small_config(tmp_path, precision=precision, logging={"interval": 4}, **sections)
+    images, labels = batch()
+    bad = images.clone()
+    bad[0] = torch.nan
+    with_bad, without = learner_of(config, 5), learner_of(config, 3)
+    good = (images, labels)
+    with_bad_batches = Batches(good, (bad, labels), good, (bad, labels), good)
+    reports = reports_of(with_bad, with_bad_batches)
+    assert [report.values["skipped_steps"] for report in reports] == [2, 2]
+    expected = reports_of(without, Batches(good, good, good))
+    if precision == "fp32":  # in fp16 the scale falls, which rounds otherwise
+        for name, value in weights(without.model).items():
+            assert torch.equal(weights(with_bad.model)[name], value), name
+    assert reports[-1].values["loss"] == pytest.approx(expected[-1].values["loss"], rel=0.1)
+    with pytest.raises(TrainingStopped, match=r"^step 7 .*2 steps were left out for that already"):
+        reports_of(with_bad, with_bad_batches, epoch=1)
 
 
 def test_an_epoch_can_be_begun_in_its_middle(tmp_path):

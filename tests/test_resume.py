@@ -157,7 +157,9 @@ def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):
 
 
 def test_an_epoch_of_another_length_cannot_be_continued(cut):
-    with pytest.raises(ConfigError, match="an epoch of that run has 11 steps, and now 5"):
+    with pytest.raises(
+        ConfigError, match=r"had 285 images and 11 steps an epoch, and .* 285 images and 5"
+    ):
         fit(cut, allow_changed=["data.batch_size"], data={**SECTIONS["data"], "batch_size": 50})
 
 
