@@ -22,6 +22,9 @@ from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, Remembered, TokenLa
 from tokenmixup.scorenet import ScoreNet
 from tokenmixup.vertical import remember, remembered_before
 
+QueryKey = tuple[Tensor, Tensor, float]
+"""Queries, keys and the scale of their scores, as an adapter gives them."""
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -42,18 +45,60 @@ class _Hook:
     """
 
 
-class _LayerHook(_Hook):
-    """At a layer's input: mix (HTM), then remember (VTM)."""
+class _SaliencyHook(_Hook):
+    """Base of the two hooks that look at the tokens of a layer."""
 
-    def __init__(
-        self, shared: Attachment, index: int, mixes: bool, scorenet: ScoreNet | None
-    ) -> None:
+    def __init__(self, shared: Attachment, index: int) -> None:
         self.shared = shared
         self.index = index
+
+    def _saliency(
+        self, layer: nn.Module, query_key: QueryKey, args: Args, kwargs: Kwargs
+    ) -> Tensor:
+        layout = self.shared.layout
+        query, key, scale = query_key
+        return query_key_saliency(
+            query,
+            key,
+            scale,
+            layout.num_prefix_tokens,
+            class_token=layout.class_token,
+            bias=self.shared.adapter.score_bias(layer, args, kwargs, layout.class_token),
+        )
+
+    def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
+        """Keep the tokens at the positions that were chosen."""
+        config = self.shared.vertical
+        assert config is not None
+        remembered = remember(
+            tokens, record.positions[self.index], config, self.shared.layout.num_prefix_tokens
+        )
+        if not again:
+            record.memory[self.index] = remembered
+
+    def _choose(self, record: StepRecord, saliency: Tensor) -> None:
+        """Choose the positions that are remembered."""
+        config = self.shared.vertical
+        assert config is not None
+        record.positions[self.index] = salient_positions(saliency, config.kappa)
+
+
+class _LayerHook(_SaliencyHook):
+    """At a layer's input: mix (HTM), then remember (VTM) or leave that to its projection's hook."""
+
+    def __init__(
+        self,
+        shared: Attachment,
+        index: int,
+        mixes: bool,
+        scorenet: ScoreNet | None,
+        projected: bool,
+    ) -> None:
+        super().__init__(shared, index)
         self.mixes = mixes
         self.scorenet = scorenet
-        vertical = shared.vertical
-        self.remembers = vertical is not None and index < vertical.layers[-1]
+        self.remembers = _remembers(shared, index)
+        self.projected = projected
 
     def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
@@ -64,8 +109,12 @@ class _LayerHook(_Hook):
         self._check(tokens)
         if self.mixes:
             tokens = self._mix(record, again, layer, tokens, args, kwargs)
-        if self.remembers:
-            self._remember(record, again, layer, tokens, args, kwargs)
+        if self.projected:
+            record.entering[self.index] = (tokens, args, kwargs)
+        elif self.remembers:
+            if not again:
+                self._choose(record, self._input_saliency(layer, tokens, args, kwargs))
+            self._remember(record, again, tokens)
         if not self.mixes:
             return None
         return self.shared.adapter.with_tokens(tokens, args, kwargs)
@@ -98,7 +147,7 @@ class _LayerHook(_Hook):
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
-            saliency = self._saliency(layer, tokens, args, kwargs)
+            saliency = self._input_saliency(layer, tokens, args, kwargs)
             step = horizontal_step(targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
             record.targets = step.targets
@@ -107,42 +156,41 @@ class _LayerHook(_Hook):
         decision = record.decisions[self.index][1]
         return mix_tokens(tokens, decision, self.shared.layout.num_prefix_tokens)
 
-    def _remember(
-        self,
-        record: StepRecord,
-        again: bool,
-        layer: nn.Module,
-        tokens: Tensor,
-        args: Args,
-        kwargs: Kwargs,
-    ) -> None:
-        config = self.shared.vertical
-        assert config is not None
+    @torch.no_grad()
+    def _input_saliency(
+        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs
+    ) -> Tensor:
+        adapter, class_row = self.shared.adapter, self.shared.layout.class_token
+        query_key = adapter.query_key(layer, tokens, args, kwargs, class_row)
+        return self._saliency(layer, query_key, args, kwargs)
+
+
+class _ProjectionHook(_SaliencyHook):
+    """At the output of a layer's projection: remember by the queries and keys that it holds."""
+
+    def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
+        super().__init__(shared, index)
+        self.layer = layer
+
+    def __call__(self, projection: nn.Module, args: Args, output: Tensor) -> None:
+        record, again = self.shared.session.current()
+        if record is None or self.index not in record.entering:
+            return
+        tokens, layer_args, layer_kwargs = record.entering.pop(self.index)
         if not again:
-            saliency = self._saliency(layer, tokens, args, kwargs)
-            record.positions[self.index] = salient_positions(saliency, config.kappa)
-        remembered = remember(
-            tokens,
-            record.positions[self.index],
-            config,
-            self.shared.layout.num_prefix_tokens,
-        )
-        if not again:
-            record.memory[self.index] = remembered
+            own = output[:, : tokens.shape[1]]  # without the remembered tokens of a VTM layer
+            self._choose(record, self._projected_saliency(own, layer_args, layer_kwargs))
+        self._remember(record, again, tokens)
 
     @torch.no_grad()
-    def _saliency(self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        layout = self.shared.layout
-        adapter, class_row = self.shared.adapter, layout.class_token
-        query, key, scale = adapter.query_key(layer, tokens, args, kwargs, class_row)
-        return query_key_saliency(
-            query,
-            key,
-            scale,
-            layout.num_prefix_tokens,
-            class_token=class_row,
-            bias=adapter.score_bias(layer, args, kwargs, class_row),
-        )
+    def _projected_saliency(self, projected: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+        adapter, class_row = self.shared.adapter, self.shared.layout.class_token
+        query_key = adapter.projected_query_key(self.layer, projected, class_row)
+        return self._saliency(self.layer, query_key, args, kwargs)
+
+
+def _remembers(shared: Attachment, index: int) -> bool:
+    return shared.vertical is not None and index < shared.vertical.layers[-1]
 
 
 class _AttentionHook(_Hook):
@@ -207,9 +255,15 @@ def install_hooks(
     attending = shared.vertical.layers if shared.vertical is not None else ()
     handles = []
     for index, layer in enumerate(layers):
-        if index in mixing or index < max(attending, default=0):
-            hook = _LayerHook(shared, index, index in mixing, scorenets.get(str(index)))
+        remembers = _remembers(shared, index)
+        projection = shared.adapter.projection(layer) if remembers else None
+        if index in mixing or remembers:
+            scorenet, projected = scorenets.get(str(index)), projection is not None
+            hook = _LayerHook(shared, index, index in mixing, scorenet, projected)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if projection is not None:
+            reading = _ProjectionHook(shared, index, layer)
+            handles.append(projection.register_forward_hook(reading))
         if index in attending:
             attention = shared.adapter.attention(layer)
             attend, own = _AttendHook(shared, index, layer), _OwnTokensHook(shared, index, layer)

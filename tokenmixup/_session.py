@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class StepRecord:
         scorenet_losses: losses of each sample (B,), one of each HTM layer.
         stats: 0-d tensors by name.
         memory: remembered tokens (B, K, D) by layer.
+        entering: by layer that is under way, its tokens (B, N, D) and its arguments.
         decisions: by HTM layer, the targets before its mixing and what it decided.
         positions: by layer, the positions (B, K) that it remembers.
         attended: VTM layers whose attention got its remembered tokens.
@@ -36,6 +38,7 @@ class StepRecord:
         self.scorenet_losses: list[Tensor] = []
         self.stats: dict[str, Tensor] = {}
         self.memory: dict[int, Tensor] = {}
+        self.entering: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
         self.decisions: dict[int, tuple[Tensor, MixingDecision]] = {}
         self.positions: dict[int, Tensor] = {}
         self.attended: set[int] = set()

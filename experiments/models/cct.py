@@ -67,10 +67,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Attend from x (B, N, D) to x and memory (B, M, D), both normalised -> (B, N, D)."""
-        query, key, value = self._project(x, self.qkv.weight).chunk(3, dim=1)
+        query, key, value = self._heads(self.qkv(x)).chunk(3, dim=1)
         if memory is not None:
-            more = self._project(memory, self.qkv.weight[x.shape[-1] :])
-            more_key, more_value = more.chunk(2, dim=1)
+            more = F.linear(memory, self.qkv.weight[x.shape[-1] :])  # keys and values alone
+            more_key, more_value = self._heads(more).chunk(2, dim=1)
             key = torch.cat((key, more_key), dim=2)
             value = torch.cat((value, more_value), dim=2)
         out = F.scaled_dot_product_attention(
@@ -78,10 +78,10 @@ class Attention(nn.Module):
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(B, N, D) -> (B, parts * H, N, D / H) for the parts that the rows of weight hold."""
-        head_width = x.shape[-1] // self.num_heads
-        return F.linear(x, weight).unflatten(-1, (-1, head_width)).transpose(1, 2)
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(B, N, parts * D) -> (B, parts * H, N, D / H)."""
+        head_width = self.qkv.in_features // self.num_heads
+        return projected.unflatten(-1, (-1, head_width)).transpose(1, 2)
 
 
 class Block(nn.Module):

@@ -14,6 +14,7 @@ from tokenmixup.hosts.base import (
     Remembered,
     TokenLayout,
     joint_query_key,
+    split_query_key,
 )
 from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
@@ -53,6 +54,18 @@ class CCTAdapter(TimmNamesAdapter):
             attention.num_heads,
             class_row,
         )
+        return query, key, attention.scale
+
+    def projection(self, layer: nn.Module) -> nn.Module:
+        """The attention's `qkv`."""
+        return cast(Block, layer).attn.qkv
+
+    def projected_query_key(
+        self, layer: nn.Module, projected: Tensor, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """The first two thirds."""
+        attention = cast(Block, layer).attn
+        query, key = split_query_key(projected, attention.num_heads, class_row)
         return query, key, attention.scale
 
     def with_memory(

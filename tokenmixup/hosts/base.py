@@ -113,6 +113,26 @@ class HostAdapter(ABC):
             Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), scale.
         """
 
+    def projection(self, layer: nn.Module) -> nn.Module | None:
+        """The module whose output, in the layer's own pass, holds the queries and keys.
+
+        A layer that only remembers then reads them there, instead of computing them once more. It
+        must be called once in each pass, on the normalised tokens. By default there is none.
+        """
+        return None
+
+    def projected_query_key(
+        self, layer: nn.Module, projected: Tensor, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """What :meth:`query_key` gives, from the output of :meth:`projection`.
+
+        Args:
+            layer: one of :meth:`layers`.
+            projected: the rows (B, N, ...) of the layer's own tokens.
+            class_row: only the class token's query is needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a projection, and no way to read it")
+
     def score_bias(
         self, layer: nn.Module, args: Args, kwargs: Kwargs, class_row: bool
     ) -> Tensor | None:
@@ -263,4 +283,14 @@ def joint_query_key(
     return (
         joint_projection(queries, weight, bias, 0, heads),
         joint_projection(tokens, weight, bias, 1, heads),
+    )
+
+
+def split_query_key(projected: Tensor, heads: int, class_row: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`joint_query_key`, from what the joint projection has given, (B, N, 3 H d)."""
+    width = projected.shape[-1] // 3
+    queries = projected[:, :1] if class_row else projected
+    return (
+        split_heads(queries[..., :width], heads),
+        split_heads(projected[..., width : 2 * width], heads),
     )

@@ -19,6 +19,7 @@ from tokenmixup.hosts.base import (
     linear_outputs,
     refuse,
     require_part,
+    split_query_key,
 )
 from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
@@ -82,6 +83,18 @@ class TimmVisionTransformer(TimmNamesAdapter):
             attention.num_heads,
             class_row,
         )
+        return attention.q_norm(query), attention.k_norm(key), attention.scale
+
+    def projection(self, layer: nn.Module) -> nn.Module:
+        """The attention's `qkv`."""
+        return cast(Any, layer).attn.qkv
+
+    def projected_query_key(
+        self, layer: nn.Module, projected: Tensor, class_row: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """The first two thirds, with the query and key norms."""
+        attention = cast(Any, layer).attn
+        query, key = split_query_key(projected, attention.num_heads, class_row)
         return attention.q_norm(query), attention.k_norm(key), attention.scale
 
     def with_memory(
