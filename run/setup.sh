@@ -51,7 +51,7 @@ setup() (
   describe() {
     local version
     version=$(python_version "$venv/bin/python") || return 1
-    printf 'project %s\n' "$(cd "$root" && cat pyproject.toml constraints.txt run/setup.sh | sha256sum)"
+    printf 'project %s\n' "$(cd "$root" && cat pyproject.toml constraints.txt run/setup.sh tokenmixup/*.c | sha256sum)"
     printf 'checkout %s\n' "$root"
     printf 'python %s\n' "$version"
   }

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
+from tokenmixup._gain import gain_rows
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
-
-_GAIN_CHUNK_ELEMENTS = 1 << 20
-"""Elements of the largest temporary of the gain matrix: 4 MiB in float32, which stays in cache."""
 
 
 class HorizontalMixup(NamedTuple):
@@ -169,7 +167,7 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    return _gain_rows(saliency[easy], saliency, rho)
+    return gain_rows(saliency[easy], saliency, rho)
 
 
 def assign_partners(gain: Tensor) -> Tensor:
@@ -242,7 +240,7 @@ def decide_mixing(saliency: Tensor, targets: Tensor, easy: Tensor, rho: float) -
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    gain = _gain_rows(saliency, saliency, rho) * easy.unsqueeze(1)
+    gain = gain_rows(saliency, saliency, rho) * easy.unsqueeze(1)
     # 0 * x is nan where x is not finite: bad targets reach the check inside the solver, which has
     # to read the gains anyway, so that finding them costs no device synchronisation of its own.
     gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
@@ -309,19 +307,6 @@ def salient_positions(saliency: Tensor, kappa: int) -> Tensor:
     if not 1 <= kappa <= saliency.shape[1]:
         raise ValueError(f"kappa must lie in 1..T = {saliency.shape[1]}, got {kappa}")
     return saliency.argsort(dim=1, descending=True, stable=True)[:, :kappa]
-
-
-def _gain_rows(rows: Tensor, saliency: Tensor, rho: float) -> Tensor:
-    """Gain of each of the rows (R, T) from each of the columns (B, T) -> (R, B)."""
-    if torch.compiler.is_compiling():  # fused by the compiler, so there are no temporaries to bound
-        return (saliency.unsqueeze(0) - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
-    chunk = max(1, _GAIN_CHUNK_ELEMENTS // max(1, saliency.numel()))
-    gain = rows.new_empty((rows.shape[0], saliency.shape[0]))
-    for start in range(0, rows.shape[0], chunk):
-        part = slice(start, start + chunk)
-        difference = saliency.unsqueeze(0) - rows[part].unsqueeze(1)
-        gain[part] = difference.sub_(rho).clamp_min_(0).sum(-1)
-    return gain
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
