@@ -174,7 +174,7 @@ PYTHON_CODE
     follow_pip
     # Bytecode now rather than at each first import, and also where PYTHONDONTWRITEBYTECODE is set.
     "$venv/bin/python" -m uv pip install --python "$venv/bin/python" --compile-bytecode \
-      --constraints constraints.txt --build-constraints constraints.txt --editable '.[experiments,test]' ||
+      --constraints constraints.txt --build-constraints constraints.txt --editable '.[experiments,test,docs]' ||
       fail "the installation stopped (see above). Run again when the cause is gone; it starts anew."
     check_imports || exit 1
     # Last, and moved into place: an interrupted set-up leaves no stamp.

@@ -22,7 +22,14 @@ DIFFICULTY_SCALE = 10.0
 
 
 class HorizontalMixup(NamedTuple):
-    """What :func:`horizontal_mixup` returns; sample i of each field is sample i of the input."""
+    """What :func:`horizontal_mixup` returns; sample i of each field is sample i of the input.
+
+    Attributes:
+        tokens: (B, N, D).
+        targets: soft targets, (B, C).
+        partner: (B,) int64; a sample's own index where none of its tokens was replaced.
+        mask: (B, T) bool, whether a token is the partner's.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -31,7 +38,12 @@ class HorizontalMixup(NamedTuple):
 
 
 class MixingDecision(NamedTuple):
-    """Which tokens come from where: ``partner`` (B,) int64 and ``mask`` (B, T) bool."""
+    """Which tokens come from where.
+
+    Attributes:
+        partner: (B,) int64; a sample's own index where none of its tokens is replaced.
+        mask: (B, T) bool, whether a token is taken from the partner.
+    """
 
     partner: Tensor
     mask: Tensor
@@ -214,9 +226,7 @@ def horizontal_mixup(
         num_prefix_tokens: P.
 
     Returns:
-        :class:`HorizontalMixup` of ``tokens`` (B, N, D), ``targets`` (B, C), ``partner`` (B,)
-        int64 (a sample's own index where none of its tokens was replaced) and ``mask`` (B, T)
-        bool. Gradient flows through ``tokens`` only.
+        :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
 
     Raises:
         ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
