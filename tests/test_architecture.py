@@ -6,7 +6,6 @@ tokenmixup.
 
 import ast
 import functools
-import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -256,21 +255,6 @@ def test_pytest_finds_every_test() -> None:
             has_tests = any(name.startswith("test_") for name in functions)
             assert has_tests == path.name.startswith("test_"), name_of(path)
             assert len(set(functions)) == len(functions), f"{name_of(path)}: a test hides another"
-
-
-DOCUMENTS = [path for path in FILES if path.suffix == ".md" and path.name != "CHANGELOG.md"]
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_documents_name_what_exists(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    files = r"`(?:[^`]*[ =])?((?:configs|docs|experiments|run|tests|tokenmixup)/[\w./-]+\.\w+)`"
-    missing = {name for name in re.findall(files, text) if not (ROOT / name).is_file()}
-    functions = r"`(functional|horizontal|vertical|scorenet|model)\.(?!py`)(\w+)`"
-    for module, name in re.findall(functions, text):
-        if not hasattr(importlib.import_module(f"tokenmixup.{module}"), name):
-            missing.add(f"{module}.{name}")
-    assert not missing
 
 
 # Pieces, so that this file does not contain what it looks for: folders of a developer's machine,

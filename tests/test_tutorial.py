@@ -44,7 +44,7 @@ def test_what_it_trains_has_learnt(executed: NotebookNode) -> None:
     for notebook in (COMMITTED, executed):
         accuracies = re.findall(r"test accuracy ([\d.]+)", printed(notebook))
         assert len(accuracies) == 2
-        assert all(float(accuracy) > 0.8 for accuracy in accuracies), accuracies
+        assert all(float(accuracy) > 0.7 for accuracy in accuracies), accuracies
         mixed = re.search(r"easy_share +([\d.]+)", printed(notebook))
         assert mixed is not None
         assert 0.1 < float(mixed[1]) < 1, "a notebook that mixes nothing shows nothing"
