@@ -126,7 +126,7 @@ def skip_tuple_fields(app: Sphinx, what: str, name: str, value: Any, skip: bool,
 def tidy_docstring(app: Sphinx, what: str, name: str, value: Any, opts: Any, lines: Any) -> None:
     """Keep "P." from being the first point of a list, and types short, as in signatures."""
     for number, line in enumerate(lines):
-        line = re.sub(r"^(:\w+ \w+: [A-Z])\.$", r"\1\\.", line)
+        line = re.sub(r"^(:\w+ \w+: [A-Z]|\s+[A-Z])\.$", r"\1\\.", line)
         if line.startswith(":vartype "):
             line = re.sub(r"(?<![\w.])(?=[a-z]\w*\.)", "~", line)
         lines[number] = line
