@@ -1,9 +1,11 @@
 """Checks of one field of a config section; each raises FieldError with what is allowed."""
 
-import math
+import sys
 from typing import Any
 
 from experiments.errors import FieldError
+
+_LARGEST = sys.float_info.max
 
 
 def text(section: Any, name: str, empty: bool = False, optional: bool = False) -> None:
@@ -51,7 +53,7 @@ def _in_range(value: Any, low: Any, above: Any, high: Any, below: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return (
-        math.isfinite(value)
+        -_LARGEST <= value <= _LARGEST  # neither nan nor a whole number that no float holds
         and (low is None or value >= low)
         and (above is None or value > above)
         and (high is None or value <= high)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from experiments.checks import choice, flag, integer, interval, number, numbers, text
 from experiments.errors import FieldError
+from experiments.strict_yaml import is_plain_argument
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -54,6 +55,8 @@ class ModelConfig:
             number(self, name, low=0, below=1, optional=True)
         if not isinstance(self.kwargs, dict):
             raise FieldError("kwargs", self.kwargs, "names with values")
+        if not is_plain_argument(self.kwargs):
+            raise FieldError("kwargs", self.kwargs, "names with finite, plain values")
         taken = {"num_classes", "img_size", "drop_rate", "attn_drop_rate", "drop_path_rate"}
         clash = sorted(taken.intersection(self.kwargs))
         if clash:

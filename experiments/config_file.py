@@ -7,6 +7,7 @@ been checked for keys that do not exist, so that an error can name the file and 
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from argparse import ArgumentError
@@ -15,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from experiments.config import RunConfig
 from experiments.errors import ConfigError, FieldError
+from experiments.strict_yaml import parse_yaml, read_yaml, refuse_strange
 
 COMMAND_LINE = "command line"
 _FILE_OF_A_SECTION = "Path to a configuration file."
+_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
             settings = {k: v for k, v in settings.items() if not k.startswith(f"{key}.")}
             continue
         _check_key(key, COMMAND_LINE)
+        refuse_strange(text, f"{COMMAND_LINE}: {key}")
         settings[key] = Setting(text, COMMAND_LINE)
     config = build_config(settings, str(path))
     if config.output is None:
@@ -85,28 +88,42 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 def read_settings(path: str | Path) -> dict[str, Setting]:
     """The settings of a YAML file under their dotted keys, checked against the known ones."""
-    content = _read_yaml(path)
+    return settings_of(read_yaml(path), str(path))
+
+
+def settings_of(content: Any, origin: str) -> dict[str, Setting]:
+    """The settings in plain values that came from anywhere, such as a checkpoint.
+
+    Raises:
+        ConfigError: they are not sections with known keys and values that YAML could hold.
+    """
+    refuse_strange(content, origin)
     settings: dict[str, Setting] = {}
     if content is None:
         return settings
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {_shown(content)}; allowed: keys with values")
+        raise ConfigError(f"{origin}: got {_shown(content)}; allowed: keys with values")
     for name, value in content.items():
         if name not in sections():
-            _check_key(name, str(path))
-            settings[name] = Setting(value, str(path))
+            _add(settings, name, value, origin)
             continue
         if value is None:
             continue  # a section that is named and left empty keeps its defaults
         if not isinstance(value, dict):
             known = ", ".join(field.name for field in dataclasses.fields(sections()[name]))
             raise ConfigError(
-                f"{path}: {name}: got {_shown(value)}; allowed: a section with the keys {known}"
+                f"{origin}: {name}: got {_shown(value)}; allowed: a section with the keys {known}"
             )
         for field, inner in value.items():
-            _check_key(f"{name}.{field}", str(path))
-            settings[f"{name}.{field}"] = Setting(inner, str(path))
+            _add(settings, f"{name}.{field}", inner, origin)
     return settings
+
+
+def _add(settings: dict[str, Setting], key: Any, value: Any, origin: str) -> None:
+    _check_key(key, origin)
+    if key in settings:  # once as `section.key`, once within the section
+        raise ConfigError(f"{origin}: the key {key!r} stands twice")
+    settings[key] = Setting(value, origin)
 
 
 def build_config(settings: Mapping[str, Setting], file: str) -> RunConfig:
@@ -128,8 +145,14 @@ def build_config(settings: Mapping[str, Setting], file: str) -> RunConfig:
 def _typed(settings: Mapping[str, Setting], file: str, present: set[str]) -> Namespace:
     """All values in their types, by jsonargparse; defaults where nothing was written."""
     parser = make_parser(frozenset(present & optional_sections()))
+    understood = {key: _understood(key, setting) for key, setting in settings.items()}
+    ready = {key: value for key, value in understood.items() if isinstance(value, str | dict)}
     try:
-        return parser.parse_object({key: setting.value for key, setting in settings.items()})
+        # jsonargparse would read text and the values of a dict as YAML once more
+        found = parser.parse_object({k: v for k, v in understood.items() if k not in ready})
+        for key, value in ready.items():
+            found[key] = value
+        return found
     except (ArgumentError, RecursionError) as error:
         message = " ".join(str(error).split())
     missing = message.partition("arguments are required: ")[2]
@@ -138,8 +161,49 @@ def _typed(settings: Mapping[str, Setting], file: str, present: set[str]) -> Nam
     key = message.partition('Parser key "')[2].partition('"')[0]
     if key not in settings:
         raise ConfigError(f"{file}: {message}")
-    raise ConfigError(
-        f"{settings[key].origin}: {key}: got {_shown(settings[key].value)}; "
+    raise _wrong(key, settings[key])
+
+
+def _understood(key: str, setting: Setting) -> Any:
+    """A setting's value, with text in it read where something else than text is meant."""
+    value, kinds = setting.value, _alternatives(known_keys()[key])
+    choices = [c for kind in kinds if typing.get_origin(kind) is typing.Literal for c in
+               typing.get_args(kind)]  # fmt: skip
+    if isinstance(value, str):
+        if value == "null" and type(None) in kinds:
+            return None
+        if str in kinds or value in choices:
+            return value
+        value = _read_text(key, setting, value)
+    if isinstance(value, list):
+        value = [_read_text(key, setting, v) if isinstance(v, str) else v for v in value]
+    takes_keys = any(dict in (kind, typing.get_origin(kind)) for kind in kinds)
+    parts = value if isinstance(value, list) else [value]
+    if not takes_keys and any(isinstance(part, list | dict) for part in parts):
+        raise _wrong(key, setting)
+    return value
+
+
+def _read_text(key: str, setting: Setting, text: str) -> Any:
+    """What text stands for: YAML, and decimals such as 1e-3, which YAML takes for text."""
+    try:
+        value = float(text) if _DECIMAL.fullmatch(text) else parse_yaml(text, setting.origin)
+    except ConfigError:
+        raise _wrong(key, setting) from None
+    if isinstance(value, str):
+        raise _wrong(key, setting)
+    return value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that it is."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _wrong(key: str, setting: Setting) -> ConfigError:
+    return ConfigError(
+        f"{setting.origin}: {key}: got {_shown(setting.value)}; "
         f"allowed: {describe(known_keys()[key])}"
     )
 
@@ -192,7 +256,7 @@ def describe(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
+    if len(_alternatives(hint)) > 1:
         words_of = [describe(argument) for argument in arguments if argument is not type(None)]
         return " or ".join((["null"] if type(None) in arguments else []) + words_of)
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -230,52 +294,6 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _shown(value: Any) -> str:
+    """A value as Python writes it, cut off; plain values alone, whose depth is known."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, and with each key once."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be plain text", key_node.start_mark
-                )
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: str | Path) -> Any:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text; a config is a YAML file in UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{path}: cannot read the config: {reason}") from None
-    try:
-        # _StrictLoader is a SafeLoader: it builds plain types alone
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{path}{line}: {' '.join(problem.split())}") from None
-    except (RecursionError, ValueError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError(f"{path}: cannot read the config: {reason}") from None

@@ -13,7 +13,7 @@ from safetensors.torch import save
 import tokenmixup
 from experiments.checkpoint import load_weights
 from experiments.config import RunConfig, as_plain
-from experiments.config_file import Setting, build_config, load_config, sections
+from experiments.config_file import build_config, load_config, settings_of
 from experiments.datasets import known_num_classes
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
@@ -49,7 +49,7 @@ def config_of(path: Path) -> RunConfig | None:
         text = read_metadata(path).get(CONFIG, "null")
         try:
             plain = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(f"{path}: the config in its metadata is no JSON") from None
     elif kind == "torch":
         content = load_plain(path)
@@ -150,15 +150,7 @@ def _classes_in(path: Path) -> int:
 
 
 def _from_plain(plain: Mapping[str, Any], origin: str) -> RunConfig:
-    settings: dict[str, Setting] = {}
-    for key, value in plain.items():
-        if key not in sections():
-            settings[key] = Setting(value, origin)
-        elif not isinstance(value, dict | None):
-            raise ConfigError(f"{origin}: {key}: got {value!r}; allowed: a section")
-        elif value is not None:
-            settings.update({f"{key}.{field}": Setting(v, origin) for field, v in value.items()})
-    return build_config(settings, origin)
+    return build_config(settings_of(plain, origin), origin)
 
 
 def _in_one_order(content: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from experiments.config import RunConfig, as_plain
 from experiments.data import TrainBatches
 from experiments.distributed import World
 from experiments.engine import Learner, Tally
-from experiments.errors import CheckpointError, ConfigError
+from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.run_folder import SavedRun
 from experiments.seeding import random_state, restore_random_state
 
@@ -97,7 +98,25 @@ class RunState:
             ConfigError: it is of another experiment.
             CheckpointError: it does not fit the model or the optimiser.
         """
-        path, content = saved.path, saved.content
+        try:
+            self._restore(saved.path, saved.content, allow_changed, warn)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError,
+                OverflowError) as error:  # fmt: skip
+            # what a checkpoint that another program wrote lacks shows wherever it is used first
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise CheckpointError(
+                f"{saved.path}: does not hold the state of a run: {reason[:200]}"
+            ) from None
+
+    def _restore(
+        self,
+        path: Path,
+        content: dict[str, Any],
+        allow_changed: Collection[str],
+        warn: Callable[[str], object],
+    ) -> None:
         now = as_plain(self.config)
         changed = refuse_changed_config(path, content["config"], now, allow_changed)
         for text in changed:

@@ -5,13 +5,18 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; also the 
 Dimensions: D width, H heads, d = D / H, L layer index, P patch size.
 """
 
+import math
 import re
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_LARGEST_UNPACKED = 1 << 24  # bytes that any file may unpack to
+_LARGEST_RATIO = 8  # weights hardly compress at all
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 _RULES = (
     (r"cls", "cls_token"),
@@ -29,6 +34,34 @@ _RULES = (
     (r"Transformer/encoder_norm/(scale|bias)", r"norm.\1"),
     (r"head/(kernel|bias)", r"head.\1"),
 )
+
+
+def refuse_inflated_npz(path: Path) -> None:
+    """Compare what the arrays of an npz claim with what it holds, before any is read.
+
+    Raises:
+        ValueError: an array is not of numbers, is larger than its part of the archive, or the whole
+            unpacks to a multiple of the file that no weights reach.
+    """
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                if version == (1, 0):
+                    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+                else:
+                    shape, _, kind = np.lib.format.read_array_header_2_0(file)
+            if kind.hasobject:
+                raise ValueError("Object arrays cannot be loaded: they are pickles")
+            if kind.kind not in "fiu":
+                raise ValueError(f"{member.filename} is of the type {kind}, not numbers")
+            count = math.prod(shape)
+            if min(shape, default=0) < 0 or count * kind.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} claims the shape {shape}, which it lacks")
+            total += member.file_size
+    if total > _LARGEST_UNPACKED + _LARGEST_RATIO * path.stat().st_size:
+        raise ValueError(f"it unpacks to {total:,} bytes, far more than weights would")
 
 
 def is_vit_npz(arrays: Mapping[str, np.ndarray]) -> bool:

@@ -56,7 +56,7 @@ def read_lock(folder: Path) -> dict[str, Recorded]:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot read the recorded hashes: {error}") from None
     try:
         return {str(name): Recorded(**entry) for name, entry in (content or {}).items()}

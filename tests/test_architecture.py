@@ -22,10 +22,12 @@ BASE = {
     *("checkpoint", "checks", "config", "config_file", "errors", "files", "models", "released"),
     *(
         "exclusive",
+        "pickle_check",
         "sealed",
         "seeding",
         "shards",
         "stopping",
+        "strict_yaml",
         "vit_npz",
         "weight_files",
         "zoo_lock",

@@ -46,7 +46,10 @@ IN_THE_FILE = {
         "schedule: 3",
         "schedule: got 3; allowed: a section with the keys name",
     ),
-    "python object": ("seed: !!python/object:os.system {}", "could not determine a constructor"),
+    "python object": (
+        "seed: !!python/object:os.system {}",
+        "the tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",
+    ),
     "nesting": ("data: " + "[" * 3000, "nested too deeply"),
     "text for a number": (
         "schedule: {epochs: many}",

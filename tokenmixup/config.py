@@ -1,12 +1,13 @@
 """Settings of Horizontal and Vertical TokenMixup, checked where they are made."""
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 ScoreNetType = Literal["attention", "cls", "average"]
 SCORENET_TYPES: tuple[str, ...] = get_args(ScoreNetType)
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def layer_indices(name: str, layers: Iterable[int], lowest: int) -> tuple[int, .
 
 def _check_number(owner: str, field: str, value: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
+    if not is_number or not 0 <= value <= _LARGEST:
         raise ValueError(f"{owner}.{field} must be a finite number >= 0, got {value!r}")
 
 

@@ -1,0 +1,339 @@
+"""Files that try to run something, to fill the memory or to keep the reader waiting."""
+
+import argparse
+import builtins
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.sealed import save_sealed
+
+GIB = 1 << 30
+BOMB = 160 << 20  # bytes that a small file unpacks to
+
+
+class Runs:
+    """Calls something while it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def gadgets(trap):
+    """What would leave the trap behind, each by another way."""
+    code = f"open({str(trap)!r}, 'w')"
+    return {
+        "os.system": Runs(os.system, f"touch {trap}"),
+        "builtins.eval": Runs(builtins.eval, code),
+        "builtins.exec": Runs(builtins.exec, code),
+        "builtins.open": Runs(builtins.open, str(trap), "w"),
+        "torch.load": Runs(torch.load, str(trap)),
+        "bytearray": Runs(bytearray, 8 * GIB),
+        "torch.FloatTensor": Runs(torch.FloatTensor, GIB, 4),
+    }
+
+
+class Subclass(torch.nn.Parameter):
+    """A parameter that brings a function for its own rebuilding."""
+
+    def __reduce_ex__(self, protocol):
+        return self.call
+
+
+def subclass(gadget):
+    value = Subclass(torch.ones(2))
+    value.call = gadget.call
+    return value
+
+
+def with_gadget(place):
+    def write(path, trap, gadget):
+        weights = {"w": torch.ones(2)}
+        if place == "value":
+            torch.save({**weights, "x": gadget}, path)
+        elif place == "key":
+            torch.save({"state_dict": {**weights, Hashed(gadget): torch.ones(1)}}, path)
+        elif place == "tensor":
+            torch.save({**weights, "x": subclass(gadget)}, path)
+        elif place == "namespace":
+            torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1, x=gadget)}, path)
+        elif place == "legacy":
+            torch.save({"x": gadget}, path, _use_new_zipfile_serialization=False)
+        elif place == "pickle":
+            path.write_bytes(pickle.dumps({"x": gadget}, protocol=2))
+        elif place == "pickle 4":
+            path.write_bytes(pickle.dumps({"x": gadget}, protocol=4))
+        elif place == "sealed":
+            save_sealed(path, {"format": "tokenmixup.run", "version": 2, "config": gadget})
+        elif place == "npz":
+            with path.open("wb") as file:
+                np.savez(file, a=np.array([gadget], dtype=object))
+
+    return write
+
+
+class Hashed(Runs):
+    """A gadget that may be a key of a dict."""
+
+    def __init__(self, gadget):
+        self.call = gadget.call
+
+
+PLACES = ("value", "key", "tensor", "namespace", "legacy", "pickle", "pickle 4", "sealed", "npz")
+
+
+def archive(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as opened:
+        for name, content in members:
+            opened.writestr(name, content)
+
+
+def torch_zip(path, program, storage=b"\0" * 16, name="archive"):
+    """A file in torch's format around a pickle that was written by hand."""
+    members = [("data.pkl", program), ("byteorder", b"little"), ("data/0", storage)]
+    members.append(("version", b"3\n"))
+    archive(path, [(f"{name}/{part}", content) for part, content in members])
+
+
+def whole(number):
+    """A number as an instruction of a pickle."""
+    content = pickle.encode_long(number)
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def tensor(size, stride, numel=4, offset=0):
+    """Instructions that build a tensor over the storage `0` of so many numbers."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    storage += whole(numel) + b"tQ"
+    sizes, strides = (b"(" + b"".join(map(whole, s)) + b"t" for s in (size, stride))
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole(offset) + sizes + strides + (
+        b"\x89" + hooks + b"tR"
+    )  # fmt: skip
+
+
+def seal(path):
+    """Give a file the right checksum of a run's checkpoint, as whoever writes one can."""
+    content = path.read_bytes()
+    if content.startswith(b"PK") and content.endswith(b"\0\0"):
+        content = content[:-2] + struct.pack("<H", len("sha256:") + 64)
+        path.write_bytes(content + b"sha256:" + hashlib.sha256(content).hexdigest().encode())
+
+
+def state_dict(*values):
+    items = b"".join(text(f"w{n}") + value for n, value in enumerate(values))
+    return b"\x80\x02}(" + items + b"u."
+
+
+def with_tensor(*arguments, **more):
+    return lambda path: torch_zip(path, state_dict(tensor(*arguments, **more)))
+
+
+def many_names(path):
+    """A thousand names of one tensor, each of which would be copied."""
+    first = text("w0") + tensor([1 << 20], [1], 1 << 20) + b"q\x01"
+    rest = b"".join(text(f"w{n}") + b"h\x01" for n in range(1, 5000))
+    torch_zip(path, b"\x80\x02}(" + first + rest + b"u.", b"\0" * (4 << 20))
+
+
+def nested_keys(path):
+    torch_zip(path, b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
+
+
+def repeated_keys(path):
+    """A tuple of 2 ** 60 parts, which hashing would visit one by one."""
+    doubling = b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))
+    torch_zip(path, b"\x80\x02})" + doubling + b"K\x01s.")
+
+
+def nested_lists(path):
+    torch_zip(path, b"\x80\x02}" + text("a") + b"]" * 20_000 + b"a" * 19_999 + b"s.")
+
+
+def byte_array(path):
+    torch_zip(path, b"\x80\x02}" + text("a") + b"c__builtin__\nbytearray\n" + whole(8 * GIB)
+              + b"\x85Rs.")  # fmt: skip
+
+
+def huge_storage_of_legacy(path):
+    file = io.BytesIO()
+    torch.save({"w": torch.ones(4)}, file, _use_new_zipfile_serialization=False)
+    # the number of elements, in the storage's persistent id
+    content = file.getvalue()
+    place = content.index(b"K\x04", content.index(b"cpu"))
+    path.write_bytes(content[:place] + whole(1 << 40) + content[place + 2 :])
+
+
+@functools.cache
+def bomb(write):
+    """The bytes that another function writes, compressed once."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def compressed(file):
+    archive(file, [("archive/data.pkl", b"\0" * BOMB)], zipfile.ZIP_DEFLATED)
+
+
+def nested_archive(path):
+    inner = io.BytesIO()
+    archive(inner, [("archive/data.pkl", b"\0" * (16 << 20))], zipfile.ZIP_DEFLATED)
+    archive(path, [("archive/inner.zip", inner.getvalue())])
+
+
+def nested_in_storage(path):
+    inner = io.BytesIO()
+    archive(inner, [("../../x", b"x")])
+    torch_zip(path, state_dict(tensor([1 << 30], [0])), inner.getvalue())
+
+
+def overlapping_parts(path):
+    """A thousand names in the archive's directory for the same bytes of it."""
+    torch_zip(path, state_dict(tensor([4], [1])), b"\0" * (1 << 20))
+    with zipfile.ZipFile(path, "a") as opened:
+        first = opened.getinfo("archive/data/0")
+        for number in range(1, 1000):
+            entry = zipfile.ZipInfo(f"archive/data/{number}")
+            for field in ("CRC", "compress_size", "file_size", "header_offset"):
+                setattr(entry, field, getattr(first, field))
+            opened.filelist.append(entry)
+        opened._didModify = True
+
+
+def twice(path):
+    torch_zip(path, state_dict(tensor([4], [1])))
+    with zipfile.ZipFile(path, "a") as opened:
+        opened.writestr("archive/DATA.pkl", pickle.dumps(Runs(os.system, "true"), 2))
+
+
+def named(name):
+    def write(path):
+        torch_zip(path, state_dict(tensor([4], [1])))
+        with zipfile.ZipFile(path, "a") as opened:
+            opened.writestr(name, b"outside")
+
+    return write
+
+
+def tar(path):
+    """A tar that begins like a pickle: torch's oldest format, which it extracts to a folder."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as opened:
+        for name in ("\x80\x02K\x01.", "storages", "tensors", "pickle", "../escaped"):
+            opened.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def npy(header):
+    text = (repr(header) + "\n").encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+SCALE = npy({"descr": "<f4", "fortran_order": False, "shape": (4,)}) + b"\0" * 16
+
+
+def npz_claiming(shape, descr="<f4", compression=zipfile.ZIP_STORED, data=b"\0" * 64):
+    header = npy({"descr": descr, "fortran_order": False, "shape": shape})
+    return lambda path: archive(
+        path,
+        [("embedding/kernel.npy", header + data), ("Transformer/encoder_norm/scale.npy", SCALE)],
+        compression,
+    )
+
+
+def compressed_npz(file):
+    npz_claiming((BOMB // 4,), compression=zipfile.ZIP_DEFLATED, data=b"\0" * BOMB)(file)
+
+
+def npz_of_few_dimensions(path):
+    with path.open("wb") as file:
+        arrays = {"embedding/kernel": np.ones(3), "Transformer/encoder_norm/scale": np.ones(3)}
+        np.savez(file, **arrays)
+
+
+def safetensors(header, data=b"\0" * 16, length=None):
+    def write(path):
+        content = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", length or len(content)) + content + data)
+
+    return write
+
+
+def entry(start, end, shape=(4,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def cut(path):
+    torch.save({"w": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2500])
+
+
+HOSTILE = {
+    "terabytes in a storage": with_tensor([4], [1], numel=1 << 40),
+    "storage beyond 64 bits": with_tensor([4], [1], numel=1 << 70),
+    "storage below zero": with_tensor([4], [1], numel=-4),
+    "size beyond the storage": with_tensor([1 << 40], [1]),
+    "size that overflows": with_tensor([1 << 62, 1 << 62], [1, 1]),
+    "size below zero": with_tensor([-4], [1]),
+    "stride below zero": with_tensor([4], [-1]),
+    "stride that overflows": with_tensor([2], [1 << 62]),
+    "stride of zero": with_tensor([1 << 20, 1 << 20], [0, 0]),
+    "offset beyond the storage": with_tensor([4], [1], offset=1 << 40),
+    "overlapping rows": with_tensor([1 << 20, 4], [0, 1]),
+    "many names of one tensor": many_names,
+    "keys nested a million times": nested_keys,
+    "keys repeated without end": repeated_keys,
+    "nested lists": nested_lists,
+    "byte array of gigabytes": byte_array,
+    "terabytes in the older format": huge_storage_of_legacy,
+    "compressed bomb": lambda path: path.write_bytes(bomb(compressed)),
+    "archive in an archive": nested_archive,
+    "archive in a storage": nested_in_storage,
+    "overlapping parts of the archive": overlapping_parts,
+    "pickle twice": twice,
+    "absolute name": named("/tmp/escaped"),
+    "name with ..": named("archive/../../escaped"),
+    "name with .. of Windows": named("archive\\..\\escaped"),
+    "tar": tar,
+    "npz of absurd shape": npz_claiming((1 << 40, 1 << 20)),
+    "npz of a shape that overflows": npz_claiming((1 << 62, 1 << 62)),
+    "npz of a shape below zero": npz_claiming((-1, 4)),
+    "npz of long texts": npz_claiming((1,), descr=f"<U{1 << 28}"),
+    "npz of objects": npz_claiming((4,), descr="|O"),
+    "npz of records": npz_claiming((4,), descr=[("a", "|O")]),
+    "npz bomb": lambda path: path.write_bytes(bomb(compressed_npz)),
+    "npz of few dimensions": npz_of_few_dimensions,
+    "npz without arrays": lambda path: archive(path, [("a.npy", b"")]),
+    "safetensors with a long header": safetensors(b'{"a":', length=99_999_999),
+    "safetensors with a header without end": safetensors(b'{"a":', length=(1 << 64) - 1),
+    "safetensors with nested header": safetensors(b'{"a":' * 100_000),
+    "safetensors beyond the file": safetensors({"a": entry(0, 1 << 40, (1 << 38,))}),
+    "safetensors that overlap": safetensors({"a": entry(0, 16), "b": entry(0, 16)}),
+    "safetensors upside down": safetensors({"a": entry(16, 0)}),
+    "safetensors that overflow": safetensors({"a": entry(0, 16, (1 << 62, 1 << 62))}),
+    "safetensors of another shape": safetensors({"a": entry(0, 16, (1 << 20,))}),
+    "safetensors of unknown numbers": safetensors({"a": entry(0, 16, dtype="F9")}),
+    "cut off": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
+}
