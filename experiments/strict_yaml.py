@@ -12,7 +12,7 @@ import yaml
 
 from experiments.errors import ConfigError
 
-_LARGEST_FILE = 1 << 20  # bytes
+_LARGEST_FILE = 1 << 18  # bytes
 _LONGEST_TEXT = 4096  # characters, as long as a path may be
 _DEEPEST = 16
 _LARGEST_NUMBER = 2**63

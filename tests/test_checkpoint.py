@@ -51,7 +51,7 @@ def same(first, second):
 
 
 def golden_state():
-    with np.load(GOLDEN) as arrays:
+    with np.load(GOLDEN, allow_pickle=False) as arrays:
         state = {
             name.removeprefix("sd/"): torch.from_numpy(arrays[name])
             for name in arrays.files

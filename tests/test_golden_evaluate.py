@@ -34,7 +34,7 @@ VIT = {
 def test_released_checkpoints_evaluate_to_the_golden_logits(
     tmp_path, data_folder, sections, arrays, file, tokenmixup
 ):
-    golden = np.load(data_folder / f"{arrays}.npz")
+    golden = np.load(data_folder / f"{arrays}.npz", allow_pickle=False)
     state = {n.removeprefix("sd/"): torch.from_numpy(golden[n]) for n in golden if "sd/" in n}
     # timm's old saver: the state dict beside a pickled namespace; the ViT's: a bare state dict
     timms = {"epoch": 1, "state_dict": state, "args": argparse.Namespace(lr=0.1), "metric": 97.0}

@@ -20,7 +20,7 @@ GOLDEN = [("htm_cls", 1), ("htm_seqpool", 0)]
 @pytest.fixture(params=GOLDEN, ids=[name for name, _ in GOLDEN])
 def golden(request, data_folder):
     name, num_prefix_tokens = request.param
-    with np.load(data_folder / f"{name}.npz") as arrays:
+    with np.load(data_folder / f"{name}.npz", allow_pickle=False) as arrays:
         return dict(arrays), num_prefix_tokens
 
 

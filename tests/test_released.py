@@ -48,7 +48,7 @@ def attached(family):
 
 def golden(family):
     name = {"cct": "cct_2_3x2_32_eval.npz", "vit": "vit_tiny_eval.npz"}[family]
-    with np.load(DATA / name) as file:
+    with np.load(DATA / name, allow_pickle=False) as file:
         arrays = {key: torch.from_numpy(file[key]) for key in file.files}
     state_dict = {k.removeprefix("sd/"): v for k, v in arrays.items() if k.startswith("sd/")}
     return state_dict, arrays["x"], arrays["eval_logits"]

@@ -1,0 +1,265 @@
+"""Whatever stands in a config: a valid RunConfig, or one line that names the file. Nothing else.
+
+The generators cover every key of the schema, and YAML that no config should be written in.
+"""
+
+import json
+import time
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from experiments.config import RunConfig, as_plain
+from experiments.config_file import (
+    COMMAND_LINE,
+    build_config,
+    known_keys,
+    load_config,
+    sections,
+    settings_of,
+)
+from experiments.errors import ConfigError
+
+KEYS = sorted(known_keys())
+SECONDS = 5.0  # a case takes about 20 ms; a machine may be busy
+DEEP = 100
+
+NUMBERS = st.one_of(
+    st.integers(-3, 12),
+    st.sampled_from([2**31, 2**63 - 1, 2**63, -(2**63), 10**400, -(10**400)]),
+    st.floats(),
+    st.sampled_from([0.0, -0.0, 0.5, 1.0, 5e-324, 1.7976931348623157e308]),
+)
+WORDS = st.sampled_from(
+    [
+        *("", " ", "null", "~", "true", "yes", "off", "nan", ".nan", "-.inf", "1e-3", "1e999"),
+        *("0x1f", "017", "0o17", "1:30:59", "1_000", "2001-01-01", "2001-99-99", "0b_", "="),
+        *("<<", "[1, 2]", "[0.5, 1]", "{a: 1}", "{a: 1, a: 2}", "&a 1", "*a", "!!python/none x"),
+        *("!!python/object/apply:os.system [touch it-ran]", "&a [*a]", "[" * DEEP, "@file"),
+        *("${HOME}", "../..", "a\0b", "\ud800", "\ufeff", "a\nb", "é", "\u202e", "x" * 5000),
+        *("cosine", "step", "skip", "cpu", "fp16", "attention", "digits", "9" * 5000, "-" * 99),
+    ]
+)
+SCALARS = st.none() | st.booleans() | NUMBERS | WORDS | st.text(max_size=6)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+FIELDS = st.sampled_from(KEYS) | st.sampled_from(
+    [*sections(), "model.nam", "data.", ".", "", "horizontal", "model.kwargs.a", "__path__", "cfg"]
+)
+# one close to what is meant, so that many a config is valid
+PLAUSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "timeout_minutes": st.floats(1e-9, 1e9),
+        "output": st.text(min_size=1, max_size=5),
+        "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "model.kwargs": st.dictionaries(
+            st.text(max_size=4), st.integers(-9, 9) | st.text(max_size=6) | st.none(), max_size=2
+        ),
+        "data.scale": st.tuples(st.floats(1e-3, 0.5), st.floats(0.5, 1)).map(list),
+        "data.auto_augment": st.text(max_size=4) | st.none(),
+        "data.batch_size": st.integers(1, 2**31 - 1),
+        "mixup.mixup_alpha": st.floats(0, 2),
+        "schedule.lr": st.floats(1e-300, 1e300) | st.just("1e-3"),
+        "horizontal.layers": st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+        "horizontal.tau": st.floats(0, 1),
+        "horizontal.rho": st.floats(0, 1),
+        "vertical.layers": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True),
+        "vertical.kappa": st.integers(1, 2**40),
+    },
+)
+
+# to shrink a case that fails may take minutes, and each is short anyway
+quick = settings(
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def outcome(path, overrides=None):
+    """Read a config; give it, or None where it is refused in one line."""
+    start = time.process_time()
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        message = str(error)
+        assert message.startswith((str(path), f"{COMMAND_LINE}: ")), message
+        assert "\n" not in message and "Traceback" not in message
+        assert len(message) < 1500 + len(str(path)), message
+        config = None
+    assert time.process_time() - start < SECONDS
+    return config
+
+
+def assert_whole(config, folder):
+    """What was accepted can be written, as YAML and as JSON, and reads back equal."""
+    assert isinstance(config, RunConfig)
+    plain = as_plain(config)
+    again = folder / "again.yaml"
+    again.write_text(yaml.safe_dump(plain))
+    assert load_config(again) == config
+    through_json = settings_of(json.loads(json.dumps(plain, allow_nan=False)), "file")
+    assert build_config(through_json, "file") == config
+
+
+def nested(flat):
+    """Dotted keys as sections."""
+    content: dict = {}
+    for key, value in flat.items():
+        section, dot, field = key.partition(".")
+        inner = content.setdefault(section, {}) if dot else content
+        if isinstance(inner, dict):
+            inner[field if dot else key] = value
+    return content
+
+
+def check(folder, content, overrides=None):
+    path = folder / "fuzz.yaml"
+    path.write_bytes(content)
+    config = outcome(path, overrides)
+    if config is not None:
+        assert_whole(config, folder)
+    return config
+
+
+@settings(quick, max_examples=200)
+@given(flat=st.dictionaries(FIELDS, VALUES, max_size=4), near=PLAUSIBLE)
+def test_values_of_every_kind_under_every_key(tmp_path, flat, near):
+    text = yaml.safe_dump(nested({**near, **flat}), allow_unicode=False)
+    check(tmp_path, text.encode("utf-8", "surrogatepass"))
+
+
+@settings(quick, max_examples=60)
+@given(near=PLAUSIBLE)
+def test_what_is_plausible_is_mostly_accepted_and_always_whole(tmp_path, near):
+    check(tmp_path, yaml.safe_dump(nested(near)).encode())
+
+
+@settings(quick, max_examples=150)
+@given(flat=st.dictionaries(FIELDS, VALUES.map(str) | WORDS, min_size=1, max_size=3))
+def test_overrides_of_every_kind(tmp_path, flat):
+    check(tmp_path, b"", flat)
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        *("seed: 1\n", "seed: 1\n", "data: {workers: 0}\n", "data.workers: 1\n", "model:\n"),
+        *("  kwargs: &a {x: 1}\n", "  kwargs: *a\n", "  name: !!str cct\n", "<<: {seed: 3}\n"),
+        *("? [a]\n: b\n", "? {a: b}\n: c\n", "---\n", "...\n", "%YAML 9.9\n", "%TAG ! x:\n"),
+        *("- 1\n", "!!set {a}\n", "!!omap [a: 1]\n", "!!binary aGk=\n", "!!int ''\n", "!!bool x\n"),
+        *("seed: !!timestamp 2001-01-01\n", "seed: !!float x\n", "a: |\n  b\n", "a: >\n", "\t"),
+        *(
+            "seed: 0x\n",
+            "seed: 0b_\n",
+            "? \n",
+            ": \n",
+            "{",
+            "}",
+            "[",
+            "]",
+            "'",
+            '"',
+            "#",
+            "&a ",
+            "*a",
+        ),
+        *("!", "!!", "!<", "!x!y ", "\\x", "\r", "\x85", "\u2028", "\ufeff", "\0", "@", "`", "%"),
+        *("horizontal: {layers: [1], tau: 1, rho: 0}\n", "vertical: {}\n", "vertical: null\n"),
+    ]
+)
+
+
+@settings(quick, max_examples=150)
+@given(parts=st.lists(FRAGMENTS | st.text(max_size=3), max_size=6))
+def test_yaml_of_every_kind(tmp_path, parts):
+    check(tmp_path, "".join(parts).encode("utf-8", "surrogatepass"))
+
+
+@settings(quick, max_examples=60)
+@given(content=st.binary(max_size=60))
+@example(content="seed: 3".encode("utf-16"))
+@example(content="seed: 3".encode("utf-32"))
+@example(content=b"\xff" * 9)
+def test_bytes_of_every_kind(tmp_path, content):
+    check(tmp_path, content)
+
+
+LAUGHS = "{a: &a [x, x, x, x, x, x, x, x, x], " + ", ".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+    for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
+) + "}"  # fmt: skip
+DEEP_PAIRS = [("[", "]"), ("{a: ", "}"), ("[{a: ", "}]")]
+HARMFUL = {
+    "aliases": f"model: {{kwargs: {LAUGHS}}}",
+    "aliases in text": f"model: {{kwargs: '{LAUGHS}'}}",
+    "aliases in the text of a number": f"seed: '{LAUGHS}'",
+    "aliases in a list": f"data: {{mean: ['{LAUGHS}', 1, 2]}}",
+    "aliases in text in text": f"data: {{mean: [\"'{LAUGHS}'\", 1, 2]}}",
+    "anchor of itself": "data: &a [*a]",
+    "long text": "output: " + "a" * 900_000,
+    "long key": f"? {'a' * 900_000}\n: 1",
+    "long number": "seed: " + "9" * 900_000,
+    "long hexadecimal": "seed: 0x" + "f" * 900_000,
+    "long key of a number": f"? 0x{'f' * 20_000}\n: 1",
+    "long sexagesimal": "seed: " + ":".join(["59"] * 300_000),
+    "large file": "# " + "x" * (2 << 20),
+    "many keys": "\n".join(f"k{n}: 1" for n in range(10_000)),
+    "many documents": "---\n" * 100_000,
+    "many openings": "[" * 900_000,
+    "many quotes": "'" * 900_001,
+    "many marks": "? " * 300_000,
+    "many dashes": "- " * 300_000,
+    "a key twice": "seed: 1\n'seed': 2",
+    "a key twice in two ways": "data.workers: 1\ndata: {workers: 2}",
+    "a number no float holds": "schedule: {lr: 1" + "0" * 400 + "}",
+    **{
+        f"deep {opening}": "model: {kwargs: {a: " + opening * DEEP + "1" + closing * DEEP + "}}"
+        for opening, closing in DEEP_PAIRS
+    },
+}
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_harmful_configs_are_refused_at_once(tmp_path, case):
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(HARMFUL[case])
+    assert outcome(path) is None
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_harmful_text_on_the_command_line(tmp_path, key):
+    """Text stays text, however much it looks like YAML; anything else is refused."""
+    path = tmp_path / "fuzz.yaml"
+    path.write_text("")
+    for text in (LAUGHS, "[" * DEEP + "]" * DEEP, f"'{LAUGHS}'"):
+        config = outcome(path, {key: text})
+        if config is not None:
+            section, _, field = key.rpartition(".")
+            assert getattr(getattr(config, section) if section else config, field) == text
+
+
+@pytest.mark.parametrize("path", ["a\0b", "no/such", "/dev/zero", ".", "x" * 5000])
+def test_paths_that_are_no_config(path):
+    assert outcome(path) is None
+
+
+def test_text_is_what_was_written(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {kwargs: {a: '7', b: 'null', c: '1e-3', d: 2001-01-01, e: '[1]'}}")
+    written = {"a": "7", "b": "null", "c": "1e-3", "d": "2001-01-01", "e": "[1]"}
+    assert load_config(path).model.kwargs == written
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseed: 3")
+    assert load_config(path).seed == 3
