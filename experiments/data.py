@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from experiments.config import DataConfig, MixupConfig, RunConfig
 from experiments.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD, Images
 from experiments.errors import ConfigError, DataError
-from experiments.seeding import derive_seed, seeded
+from experiments.seeding import derive_seed, generators_kept, seed_generators, seeded
 from experiments.stopping import outlive_the_main_process
 
 Key = tuple[int, int]  # epoch, index
@@ -148,6 +148,14 @@ class SeededImages(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """The samples of a batch, as torch's loader asks for them."""
+        with generators_kept():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: Key) -> Sample:
         epoch, index = key
         try:
             return *self._read(epoch, index), ""
@@ -173,8 +181,8 @@ class SeededImages(Dataset[Sample]):
                 f"{self.images.describe(index)} has class {label}; allowed with "
                 f"{self.num_classes} classes: 0 to {self.num_classes - 1}"
             )
-        with seeded(derive_seed(self.seed, "sample", epoch, index)):
-            return self.transform(image), label
+        seed_generators(derive_seed(self.seed, "sample", epoch, index))
+        return self.transform(image), label
 
 
 class EpochBatches(Sampler[list[Key]]):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,22 +34,33 @@ def hardware(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on."""
     found = {"python": platform.python_version(), "tokenmixup": tokenmixup.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found |= versions_of(_PACKAGES)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with "+changes" where its code was changed since, or None."""
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit(*also: str) -> str | None:
+    """The commit of this checkout, with "+changes" where its code was changed since, or None.
+
+    Args:
+        also: further folders whose changes count.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
-    changed = _git("status", "--porcelain", "--", *_CODE, "configs")
+    changed = _git("status", "--porcelain", "--", *_CODE, "configs", *also)
     return f"{head}+changes" if changed else head
 
 

@@ -1,0 +1,1 @@
+"""What TokenMixup costs, measured: `python -m benchmarks`, or `python -m benchmarks.ROW`."""

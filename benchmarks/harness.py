@@ -1,0 +1,127 @@
+"""What every row of the benchmarks shares: its command line, its record, how targets are told."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import records
+from experiments import cli
+from experiments.provenance import ROOT
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a row is measured."""
+
+    quick: bool = False
+    """A smoke run: tiny sizes, few repetitions, figures without meaning."""
+    device: torch.device = torch.device("cpu")
+
+    def rounds(self, full: int) -> int:
+        """Repetitions of everything that is compared."""
+        return 2 if self.quick else full
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that a row is to reach, beside what it came to."""
+
+    row: str
+    """Number and subject, as `docs/performance.md` lists them."""
+    target: str
+    measured: str
+    reached: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the benchmarks.
+
+    Attributes:
+        name: of its module.
+        measure: measures it; what it gives can be written as JSON.
+        tables: what was measured, in Markdown.
+        targets: what it is to reach.
+    """
+
+    name: str
+    measure: Callable[[Settings], dict[str, Any]]
+    tables: Callable[[dict[str, Any]], str]
+    targets: Callable[[dict[str, Any]], list[Target]]
+
+
+def main(row: Row) -> int:
+    """The command line of a row's own module."""
+
+    def measure_and_show(argv: Sequence[str]) -> None:
+        options = parser(f"python -m benchmarks.{row.name}", row.measure.__doc__).parse_args(argv)
+        run(row, options)
+
+    return cli.run(measure_and_show)
+
+
+def parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that rows have in common."""
+    found = argparse.ArgumentParser(prog=program, description=description)
+    found.add_argument(
+        "--quick",
+        action="store_true",
+        help="smoke run: tiny sizes, few repetitions; writes nothing unless --results is given",
+    )
+    found.add_argument("--threads", type=int, help="threads of torch; by default its own choice")
+    found.add_argument(
+        "--results",
+        type=Path,
+        help="folder of the JSON files; by default results/benchmarks",
+    )
+    return found
+
+
+def run(row: Row, options: argparse.Namespace, device: torch.device | None = None) -> None:
+    """Measure a row, print its tables and targets, and keep the record."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    settings = Settings(options.quick, device or torch.device("cpu"))
+    words = ["--quick"] if options.quick else []
+    words += ["--threads", str(options.threads)] if options.threads is not None else []
+    entry = records.origin(settings.device, " ".join([f"python -m benchmarks.{row.name}", *words]))
+    values = row.measure(settings)
+    entry |= {
+        "load_after": round(os.getloadavg()[0], 2),
+        "quick": settings.quick,
+        "values": values,
+    }
+    print(row.tables(values))
+    for target in row.targets(values):
+        state = "reached" if target.reached else "NOT REACHED"
+        print(f"{target.row}: target {target.target}; measured {target.measured}: {state}")
+    folder = options.results
+    if folder is None and not settings.quick:
+        folder = records.RESULTS
+    if folder is not None:
+        path = records.write(row.name, entry, folder)
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        print(f"written to {shown}", file=sys.stderr)
+
+
+def milliseconds(timing: dict[str, Any]) -> str:
+    """A timing's median for a table."""
+    value = 1e3 * timing["seconds"]
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def times(found: dict[str, float], digits: int = 2) -> str:
+    """A ratio with its interval for a table."""
+    middle, low, high = (f"{found[name]:.{digits}f}" for name in ("ratio", "low", "high"))
+    return f"{middle} ({low}–{high})"
+
+
+def mebibytes(number: int | None) -> str:
+    """Bytes for a table."""
+    return "–" if number is None else f"{number / 2**20:,.1f}"

@@ -1,0 +1,245 @@
+"""Row 6: the input pipeline of the CIFAR recipe, in images a second and core.
+
+The images are 32×32 pieces of the two photographs that come with scikit-learn: CIFAR-100 itself may
+be fetched nowhere on a machine without a network, and an image of its size that compresses and
+varies as photographs do takes each operation as long.
+"""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import harness
+from benchmarks.harness import Row, Settings, Target
+from benchmarks.timing import Timing, interleaved, ratio
+from experiments.config import RunConfig
+from experiments.config_file import load_config
+from experiments.data import SeededImages, TrainBatches, train_transform
+from experiments.markdown import aligned_table
+from experiments.provenance import ROOT
+from experiments.seeding import derive_seed, generators_kept, seed_generators, seeded
+
+CONFIG = ROOT / "configs" / "cct_7-3x1_cifar100_HTM.yaml"
+CLASSES = 100
+GPU_IMAGES_PER_SECOND = 20_000
+"""What a GPU is to train; a loader on 16 cores must not be slower."""
+GPU_CORES = 16
+OVERHEAD = 0.05
+"""Share of a sample's time that may go into what we add to timm's transform."""
+_SIDE, _STEP = 32, 8
+
+
+class PhotographPieces:
+    """32×32 pieces of scikit-learn's two sample photographs, 8 pixels apart."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_sample_images
+
+        self._pieces = [
+            photograph[row : row + _SIDE, column : column + _SIDE]
+            for photograph in load_sample_images().images
+            for row in range(0, photograph.shape[0] - _SIDE, _STEP)
+            for column in range(0, photograph.shape[1] - _SIDE, _STEP)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        # from an array, as torchvision's CIFAR does
+        return Image.fromarray(np.ascontiguousarray(self._pieces[index])), index % CLASSES
+
+    def describe(self, index: int) -> str:
+        """The piece's number."""
+        return f"piece {index} of the photographs"
+
+
+def make_config(workers: int, batch: int) -> RunConfig:
+    """The CIFAR-100 recipe of this repository."""
+    return load_config(CONFIG, {"data.workers": str(workers), "data.batch_size": str(batch)})
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """The whole loader with 0, 1 and 2 processes; the parts of a sample; timm's operations."""
+    batch = 16 if settings.quick else 128
+    images = PhotographPieces()
+    cores = os.cpu_count() or 1
+    workers = [0, 1] if settings.quick else [n for n in (0, 1, 2, 4, 8, 16) if n <= max(cores, 2)]
+    with loaders(images, workers, batch) as endless:
+        actions: dict[str, Callable[[], object]] = {
+            str(number): lambda stream=stream: next(stream)  # type: ignore[misc]
+            for number, stream in endless.items()
+        }
+        # a process that has loaded ahead would be timed by what it has ready: all in one stretch
+        loading = {
+            name: Timing(
+                tuple(_stretch(action, 3 if settings.quick else 24) for _ in range(rounds))
+            )
+            for name, action in actions.items()
+            for rounds in (settings.rounds(3),)
+        }
+    parts = _parts(settings, images, batch)
+    return {
+        "images": "32×32 pieces of scikit-learn's sample photographs",
+        "batch": batch,
+        "loading": {
+            name: {
+                **timing.record(),
+                "images_per_second": batch / timing.median,
+                "cores": min(max(1, int(name)), cores),
+            }
+            for name, timing in loading.items()
+        },
+        **parts,
+        "operations": _operations(images, 64 if settings.quick else 2_000),
+    }
+
+
+@contextmanager
+def loaders(
+    images: PhotographPieces, workers: list[int], batch: int
+) -> Iterator[dict[int, Iterator[Any]]]:
+    """An endless stream of batches for each number of processes."""
+    made = {n: TrainBatches(make_config(n, batch), images, CLASSES) for n in workers}
+    try:
+        yield {
+            n: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+            for n, batches in made.items()
+        }
+    finally:
+        for batches in made.values():
+            batches.close()
+
+
+def _stretch(action: Callable[[], object], calls: int) -> float:
+    """Seconds of one of many calls, after a few that use up what was made ready."""
+    for _ in range(calls // 4):
+        action()
+    start = time.perf_counter()
+    for _ in range(calls):
+        action()
+    return (time.perf_counter() - start) / calls
+
+
+def _parts(settings: Settings, images: PhotographPieces, batch: int) -> dict[str, Any]:
+    """Our samples against timm's transform alone, on the same images with the same seeds.
+
+    Both go through a batch; ours reads by the loader's own way, timm's is seeded once a batch.
+    """
+    config = make_config(0, batch)
+    transform = train_transform(config.data, config.model.image_size)
+    dataset = SeededImages(images, transform, config.seed, CLASSES)
+    rounds = itertools.count()
+
+    def ours() -> None:
+        epoch = next(rounds)
+        dataset.__getitems__([(epoch, index) for index in range(batch)])
+
+    def timm_alone() -> None:
+        with seeded(derive_seed(config.seed, "alone", next(rounds))):
+            for index in range(batch):
+                image, _ = images[index]
+                transform(image)
+
+    actions = {"ours": ours, "timm": timm_alone, "seeding": lambda: _seed(config.seed, batch)}
+    found = interleaved(actions, settings.rounds(15))
+    return {
+        "sample": {name: Timing(_per_image(t, batch)).record() for name, t in found.items()},
+        "ours_over_timm": ratio(found["ours"], found["timm"]),
+    }
+
+
+def _per_image(timing: Timing, batch: int) -> tuple[float, ...]:
+    return tuple(seconds / batch for seconds in timing.seconds)
+
+
+def _seed(seed: int, batch: int) -> None:
+    with generators_kept():
+        for index in range(batch):
+            seed_generators(derive_seed(seed, "sample", 0, index))
+
+
+def _operations(images: PhotographPieces, count: int) -> dict[str, float]:
+    """Seconds an image of each of timm's operations, one after the other."""
+    config = make_config(0, 2)
+    transform: Any = train_transform(config.data, config.model.image_size)
+    seconds = {"image from array": 0.0}
+    with seeded(derive_seed(config.seed, "operations")):
+        for number in range(count):
+            start = time.perf_counter()
+            value: Any = images[number % len(images)][0]
+            seconds["image from array"] += time.perf_counter() - start
+            for operation in transform.transforms:
+                name = type(operation).__name__
+                start = time.perf_counter()
+                value = operation(value)
+                elapsed = time.perf_counter() - start
+                seconds[name] = seconds.get(name, 0.0) + elapsed
+    return {name: total / count for name, total in seconds.items()}
+
+
+def tables(values: dict[str, Any]) -> str:
+    """The loader, then where the time of an image goes."""
+    loading = [
+        [
+            number,
+            f"{found['images_per_second']:,.0f}",
+            f"{found['images_per_second'] / found['cores']:,.0f}",
+        ]
+        for number, found in values["loading"].items()
+    ]
+    head = ("loader processes", "images/s", "images/s and core")
+    sample, total = values["sample"], sum(values["operations"].values())
+    parts = [
+        ["a sample of ours", f"{1e6 * sample['ours']['seconds']:.0f}", ""],
+        ["timm's transform alone", f"{1e6 * sample['timm']['seconds']:.0f}", ""],
+        ["saving, seeding, restoring", f"{1e6 * sample['seeding']['seconds']:.0f}", ""],
+        *(
+            [f"– {name}", f"{1e6 * seconds:.0f}", f"{100 * seconds / total:.0f}%"]
+            for name, seconds in values["operations"].items()
+        ),
+    ]
+    return (
+        aligned_table(head, loading, (0, 1, 2))
+        + f"\nImages: {values['images']}, batches of {values['batch']}.\n\n"
+        + aligned_table(("one image", "µs", "share of timm's"), parts, (1, 2))
+    )
+
+
+def images_per_core(values: dict[str, Any]) -> float:
+    """Of the loader with the most images a core."""
+    return max(f["images_per_second"] / f["cores"] for f in values["loading"].values())
+
+
+def targets(values: dict[str, Any]) -> list[Target]:
+    """What 16 such cores would give, and what we add to timm's transform."""
+    predicted = GPU_CORES * images_per_core(values)
+    over = values["ours_over_timm"]
+    return [
+        Target(
+            f"6. loader on {GPU_CORES} cores",
+            f"≥ {GPU_IMAGES_PER_SECOND:,} images/s",
+            f"{images_per_core(values):,.0f} a core, so {predicted:,.0f} on {GPU_CORES} of these",
+            predicted >= GPU_IMAGES_PER_SECOND,
+        ),
+        Target(
+            "6. our share of a sample's time",
+            f"≤ {OVERHEAD:.0%} over timm's transform",
+            f"{100 * (over['ratio'] - 1):.1f}% "
+            f"({100 * (over['low'] - 1):.1f}–{100 * (over['high'] - 1):.1f}%)",
+            over["ratio"] <= 1 + OVERHEAD,
+        ),
+    ]
+
+
+ROW = Row("pipeline", measure, tables, targets)
+
+if __name__ == "__main__":
+    sys.exit(harness.main(ROW))

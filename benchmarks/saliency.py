@@ -1,0 +1,194 @@
+"""Row 4: saliency by attention against saliency by input gradients, and whole steps with each.
+
+By attention it comes from queries and keys of the layer that mixes. By gradients it costs one more
+forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix", ICML 2020):
+the root mean square over the channels of the loss's gradient by the pixels, pooled to the grid of
+the tokens. Gradients of the weights are not computed in it.
+
+Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Row, Settings, Target
+from benchmarks.learners import Steps, Workload, make_batch, make_config, make_learner, time_steps
+from benchmarks.timing import interleaved, ratio
+from experiments.distributed import ONE_PROCESS
+from experiments.markdown import aligned_table
+from experiments.models.build import build_model
+from tokenmixup import TokenMixupModel, TokenMixupOutput
+from tokenmixup.functional import (
+    horizontal_mixup,
+    query_key_saliency,
+    sample_difficulty,
+    soft_cross_entropy,
+)
+
+WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
+SPEED_UP = 30
+
+
+def gradient_saliency(host: nn.Module, images: Tensor, targets: Tensor, patches: int) -> Tensor:
+    """Saliency (B, T) of a square grid of T patches, rows that sum to one."""
+    pixels = images.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = soft_cross_entropy(host(pixels), targets).sum()
+        (gradient,) = torch.autograd.grad(loss, pixels)
+    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, H, W)
+    pooled = F.adaptive_avg_pool2d(strength, math.isqrt(patches)).flatten(1)
+    return pooled / pooled.sum(1, keepdim=True)
+
+
+class GradientGuided(nn.Module):
+    """A host with HTM whose saliency comes from input gradients; all else is the library's.
+
+    It takes over the parameters of a `TokenMixupModel`, which must not be used beside it.
+    """
+
+    def __init__(self, model: TokenMixupModel) -> None:
+        super().__init__()
+        assert model.horizontal is not None and model.vertical is None, "HTM alone"
+        self.horizontal = model.horizontal
+        self.layout = model.layout
+        self.scorenets = model.scorenets
+        self.layers = model.adapter.layers(model.backbone)
+        self.backbone = model.detach()
+
+    def forward(self, images: Tensor, targets: Tensor) -> TokenMixupOutput:
+        config, patches = self.horizontal, self.layout.num_patch_tokens
+        assert config.tau is not None and patches is not None
+        saliency = gradient_saliency(self.backbone, images, targets, patches)
+        found: dict[str, Any] = {"targets": targets, "loss": 0, "stats": {}}
+
+        def mix(index: int, tokens: Tensor) -> Tensor:
+            net = self.scorenets[str(index)]
+            logits = net(tokens.detach() if config.scorenet_stop_gradient else tokens)
+            losses = soft_cross_entropy(logits, found["targets"])
+            easy = sample_difficulty(logits, found["targets"]) <= config.tau
+            prefix = self.layout.num_prefix_tokens
+            mixed = horizontal_mixup(tokens, found["targets"], saliency, easy, config.rho, prefix)
+            found["loss"] = found["loss"] + config.scorenet_lambda * losses.mean()
+            found["targets"] = mixed.targets
+            found["stats"][f"htm/layer{index}/mixed_share"] = mixed.mask.any(1).float().mean()
+            return mixed.tokens
+
+        handles = []
+        for index in config.layers:
+
+            def at_input(_: nn.Module, args: Any, index: int = index) -> Any:
+                return (mix(index, args[0]), *args[1:])
+
+            handles.append(self.layers[index].register_forward_pre_hook(at_input))
+        try:
+            logits = self.backbone(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return TokenMixupOutput(logits, found["targets"], found["loss"], found["stats"])
+
+
+def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[], Tensor]:
+    """What obtains the saliency at the layer that mixes, whose input tokens are there already."""
+    assert model.horizontal is not None
+    layout, adapter = model.layout, model.adapter
+    layer = adapter.layers(model.backbone)[model.horizontal.layers[0]]
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model.backbone(images)
+    handle.remove()
+
+    @torch.no_grad()
+    def obtain() -> Tensor:
+        query, key, scale = adapter.query_key(layer, seen[0], (), {}, layout.class_token)
+        prefix = layout.num_prefix_tokens
+        return query_key_saliency(query, key, scale, prefix, class_token=layout.class_token)
+
+    return obtain
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Obtaining the saliency, then whole HTM steps, each in the two ways in turn."""
+    workloads = WORKLOADS
+    if settings.quick:
+        workloads = tuple(Workload(w.model, 4, quick=True) for w in WORKLOADS)
+    return {"models": [_model(settings, workload) for workload in workloads]}
+
+
+def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
+    config = make_config(workload, "HTM", ONE_PROCESS.device)
+    learner = make_learner(workload, "HTM", ONE_PROCESS)
+    images, labels = make_batch(workload, config, ONE_PROCESS.device)
+    _, soft = learner.mixer(images, labels, 0, 0, 0)
+    host = build_model(make_config(workload, "plain", ONE_PROCESS.device), soft.shape[1]).backbone
+    patches = learner.model.layout.num_patch_tokens
+    assert patches is not None
+    obtaining = interleaved(
+        {
+            "attention": attention_saliency_of(learner.model, images),
+            "gradients": lambda: gradient_saliency(host.train(), images, soft, patches),
+        },
+        settings.rounds(5),
+    )
+    steps = {
+        "attention": Steps(workload, learner),
+        "gradients": Steps(workload, make_learner(workload, "HTM", ONE_PROCESS, GradientGuided)),
+    }
+    whole, _ = time_steps(steps, settings.rounds(5))
+    return {
+        "model": workload.model,
+        "batch": workload.batch,
+        "obtaining": {name: timing.record() for name, timing in obtaining.items()},
+        "speed_up": ratio(obtaining["gradients"], obtaining["attention"]),
+        "steps": {name: timing.record() for name, timing in whole.items()},
+        "step_ratio": ratio(whole["gradients"], whole["attention"]),
+    }
+
+
+def tables(values: dict[str, Any]) -> str:
+    """A line for each model."""
+    rows = [
+        [
+            f"{model['model']}, B={model['batch']}",
+            harness.milliseconds(model["obtaining"]["gradients"]),
+            harness.milliseconds(model["obtaining"]["attention"]),
+            harness.times(model["speed_up"], 1),
+            harness.milliseconds(model["steps"]["gradients"]),
+            harness.milliseconds(model["steps"]["attention"]),
+            harness.times(model["step_ratio"]),
+        ]
+        for model in values["models"]
+    ]
+    head = (
+        *("model", "saliency by gradients (ms)", "by attention (ms)", "times faster (95%)"),
+        *("HTM step by gradients (ms)", "by attention (ms)", "times faster (95%)"),
+    )
+    return aligned_table(head, rows, range(1, 7))
+
+
+def targets(values: dict[str, Any]) -> list[Target]:
+    """Obtaining the saliency, for each model."""
+    return [
+        Target(
+            f"4. saliency, {model['model']}, B={model['batch']}",
+            f"≥ {SPEED_UP} × faster than by gradients",
+            f"{harness.times(model['speed_up'], 1)}; whole step "
+            f"{harness.times(model['step_ratio'])} × faster",
+            model["speed_up"]["ratio"] >= SPEED_UP,
+        )
+        for model in values["models"]
+    ]
+
+
+ROW = Row("saliency", measure, tables, targets)
+
+if __name__ == "__main__":
+    sys.exit(harness.main(ROW))

@@ -1,0 +1,109 @@
+"""Times of several actions, taken in turn in one run, and their ratios with an interval."""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Action = Callable[[], object]
+
+_RESAMPLES = 2_000
+_MOST_CALLS = 1_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one value a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def record(self) -> dict[str, Any]:
+        """Median and quartiles in seconds, as results keep them."""
+        low, _, high = _quartiles(self.seconds)
+        return {
+            "seconds": self.median,
+            "lower_quartile": low,
+            "upper_quartile": high,
+            "rounds": len(self.seconds),
+        }
+
+
+def interleaved(
+    actions: Mapping[str, Action],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    least_seconds: float = 0.0,
+    synchronise: Action = lambda: None,
+) -> dict[str, Timing]:
+    """Time actions in turn, A B C B C A C A B ..., so that a noisy machine disturbs all alike.
+
+    Args:
+        actions: what is timed, by name.
+        rounds: values of each.
+        warm_up: rounds before, which do not count.
+        least_seconds: a fast action is called so often that a value takes about so long.
+        synchronise: waits until the device has done all that it was given.
+    """
+    names = list(actions)
+    calls = dict.fromkeys(names, 1)
+    for _ in range(warm_up):
+        for name in names:
+            single = _seconds(actions[name], 1, synchronise)
+            calls[name] = max(1, min(_MOST_CALLS, round(least_seconds / max(single, 1e-9))))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(_seconds(actions[name], calls[name], synchronise))
+    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+
+
+def _seconds(action: Action, calls: int, synchronise: Action) -> float:
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(calls):
+        action()
+    synchronise()
+    return (time.perf_counter() - start) / calls
+
+
+def added(first: Timing, second: Timing) -> Timing:
+    """Two actions one after the other, round by round."""
+    return Timing(tuple(a + b for a, b in zip(first.seconds, second.seconds, strict=True)))
+
+
+def ratio(first: Timing, second: Timing) -> dict[str, float]:
+    """Ratio of the medians with its 95% interval, by resampling whole rounds.
+
+    What disturbs a round disturbs both of its values, so rounds stay together. The interval speaks
+    of the noise within this run alone.
+    """
+    pairs = list(zip(first.seconds, second.seconds, strict=True))
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(_RESAMPLES):
+        sample = draw.choices(pairs, k=len(pairs))
+        above = statistics.median(a for a, _ in sample)
+        ratios.append(above / statistics.median(b for _, b in sample))
+    ratios.sort()
+    return {
+        "ratio": first.median / second.median,
+        "low": ratios[int(0.025 * _RESAMPLES)],
+        "high": ratios[int(0.975 * _RESAMPLES) - 1],
+    }
+
+
+def _quartiles(values: tuple[float, ...]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
