@@ -118,10 +118,10 @@ def constants(model: CostModel) -> str:
     return aligned_table(("constant", "value"), rows, (1,))
 
 
-def by_batch(model: CostModel) -> str:
+def by_batch(model: CostModel, trainings: tuple[Training, ...] = TRAININGS) -> str:
     """Pairing and its share of a step for several batches of a process."""
     rows = []
-    for training in TRAININGS:
+    for training in trainings:
         for batch in BATCHES:
             rows.append(
                 [
@@ -132,14 +132,14 @@ def by_batch(model: CostModel) -> str:
                     f"{100 * model.share(batch, training):.1f}%",
                 ]
             )
-    head = ("model", "batch of a process", "pairing (ms)", "assumed plain step (ms)", "share")
+    head = ("model", "batch of a process", "pairing (ms)", "plain step (ms)", "share")
     return aligned_table(head, rows, (1, 2, 3, 4))
 
 
-def by_gpus(model: CostModel) -> str:
+def by_gpus(model: CostModel, trainings: tuple[Training, ...] = TRAININGS) -> str:
     """Pairing for several numbers of GPUs, beside what pairing over all of them would take."""
     rows = []
-    for training in TRAININGS:
+    for training in trainings:
         within = model.seconds(training.batch, training.patches)
         for gpus in GPUS:
             everyone = gpus * training.batch
@@ -161,12 +161,12 @@ def by_gpus(model: CostModel) -> str:
     return aligned_table(head, rows, (1, 2, 3, 4, 5))
 
 
-def where_it_shows(model: CostModel) -> str:
+def where_it_shows(model: CostModel, trainings: tuple[Training, ...] = TRAININGS) -> str:
     """From which batch on pairing takes 1%, 5% and 20% of a step."""
     shares = (SHOWS, 0.05, 0.2)
     rows = [
         [training.model, *(f"{model.shows_from(training, share):,.0f}" for share in shares)]
-        for training in TRAININGS
+        for training in trainings
     ]
     head = ("model", *(f"{share:.0%} of a step from B =" for share in shares))
     return aligned_table(head, rows, (1, 2, 3))

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class Settings:
 
     quick: bool = False
     """A smoke run: tiny sizes, few repetitions, figures without meaning."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rounds(self, full: int) -> int:
         """Repetitions of everything that is compared."""

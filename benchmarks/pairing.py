@@ -156,7 +156,7 @@ def tables(values: dict[str, Any]) -> str:
     ]
     kinds = "; ".join(f"*{name}* is {text}" for name, text in values["kinds"].items())
     return (
-        f"{aligned_table(head, cases, range(2, 8))}\nSaliency: {kinds}; ρ = {values['rho']}.\n\n"
+        f"{aligned_table(head, cases, range(2, 8))}\nSaliency: {kinds}; rho = {values['rho']}.\n\n"
         f"{aligned_table(curve_head, curve, range(7))}"
     )
 

@@ -47,10 +47,12 @@ def write(row: str, entry: dict[str, Any], folder: Path) -> Path:
 
 
 def latest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest entry of each row, whatever machine it is of; "file" says where it stands."""
+    """The newest full entry of each row, whatever machine it is of; "file" says where it stands."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         for row, entry in _read(path).items():
+            if entry["quick"]:
+                continue
             if row not in found or entry["time"] > found[row]["time"]:
                 found[row] = {**entry, "file": path.name}
     return found
@@ -62,9 +64,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read the results of benchmarks: {error}") from None
     complete = isinstance(rows, dict) and all(
-        isinstance(entry, dict) and {"time", "hardware", "values"} <= entry.keys()
+        isinstance(entry, dict) and {"time", "hardware", "quick", "values"} <= entry.keys()
         for entry in rows.values()
     )
     if not complete:
-        raise DataError(f"{path}: expected rows of benchmarks, each with time, hardware and values")
+        raise DataError(
+            f"{path}: expected rows of benchmarks, each with time, hardware, quick and values"
+        )
     return rows

@@ -159,7 +159,9 @@ def zoo_table(manifest: Manifest) -> str:
         ]
         for entry in manifest.checkpoints.values()
     ]
-    return aligned_table(("name", "file", "data set", "method", "published top-1", "from"), rows, (4,))
+    return aligned_table(
+        ("name", "file", "data set", "method", "published top-1", "from"), rows, (4,)
+    )
 
 
 def regenerated(text: str, manifest: Manifest, results: Path) -> str:
