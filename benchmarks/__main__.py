@@ -24,8 +24,7 @@ def main(argv: Sequence[str]) -> None:
     for name in options.rows:
         if name not in names:
             raise ConfigError(f"command line: {name!r} is no row; {nearest(name, names)}")
-    words = ["--quick"] if options.quick else []
-    words += ["--threads", str(options.threads)] if options.threads is not None else []
+    words = harness.words_of(options)
     words += ["--results", str(options.results.resolve())] if options.results is not None else []
     failed = []
     for name in options.rows or names:

@@ -13,10 +13,11 @@ matplotlib.use("Agg")  # files only: no window, no display
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
-_STYLE = {"svg.hashsalt": "tokenmixup", "svg.fonttype": "none", "font.size": 9}
+_STYLE: Any = {"svg.hashsalt": "tokenmixup", "svg.fonttype": "none", "font.size": 9}
 
 
 def pairing_curve(values: dict[str, Any]) -> Figure:
@@ -86,7 +87,7 @@ def step_timelines(values: dict[str, Any]) -> Figure:
         axes.set_xlim(0, max((begin + length for begin, length, _ in bars), default=1) / 1e3)
         axes.spines[["top", "right", "left"]].set_visible(False)
     all_axes[-1, 0].set_xlabel("milliseconds since the host began the step")
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    patches = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     figure.legend(patches, CATEGORIES, loc="outside upper center", ncols=4, frameon=False)
     return figure
 

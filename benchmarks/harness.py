@@ -23,9 +23,12 @@ class Settings:
     """A smoke run: tiny sizes, few repetitions, figures without meaning."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    given_rounds: int | None = None
+    """Repetitions of everything, in the place of each row's own number."""
+
     def rounds(self, full: int) -> int:
-        """Repetitions of everything that is compared."""
-        return 2 if self.quick else full
+        """Repetitions of what is compared, which are `full` in a full run."""
+        return self.given_rounds or (2 if self.quick else full)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
         action="store_true",
         help="smoke run: tiny sizes, few repetitions; writes nothing unless --results is given",
     )
-    found.add_argument("--threads", type=int, help="threads of torch; by default its own choice")
+    found.add_argument("--threads", type=_positive, help="threads of torch; by default its own")
+    found.add_argument("--rounds", type=_positive, help="repetitions, instead of each row's own")
     found.add_argument(
         "--results",
         type=Path,
@@ -83,14 +87,29 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def words_of(options: argparse.Namespace) -> list[str]:
+    """The options that change what is measured, as they were given."""
+    words = ["--quick"] if options.quick else []
+    for name in ("threads", "rounds"):
+        value = getattr(options, name)
+        words += [f"--{name}", str(value)] if value is not None else []
+    return words
+
+
 def run(row: Row, options: argparse.Namespace, device: torch.device | None = None) -> None:
     """Measure a row, print its tables and targets, and keep the record."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    settings = Settings(options.quick, device or torch.device("cpu"))
-    words = ["--quick"] if options.quick else []
-    words += ["--threads", str(options.threads)] if options.threads is not None else []
-    entry = records.origin(settings.device, " ".join([f"python -m benchmarks.{row.name}", *words]))
+    settings = Settings(options.quick, device or torch.device("cpu"), options.rounds)
+    command = " ".join([f"python -m benchmarks.{row.name}", *words_of(options)])
+    entry = records.origin(settings.device, command)
     values = row.measure(settings)
     entry |= {
         "load_after": round(os.getloadavg()[0], 2),

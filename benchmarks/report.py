@@ -23,6 +23,18 @@ from experiments.provenance import ROOT
 
 DOCUMENTS = ("performance.md", "scaling.md")
 _BLOCK = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- end of benchmark -->)", re.S)
+FIGURES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any]]] = {
+    "pairing": (
+        "performance_pairing.svg",
+        "Time of pairing over the batch",
+        figures.pairing_curve,
+    ),
+    "gpu": (
+        "performance_gpu_steps.png",
+        "What the device does in one step",
+        figures.step_timelines,
+    ),
+}
 _NOT_MEASURED = "not measured"
 _ROWS = (*CPU_ROWS, GPU_ROW)
 _HEAD = ("row", "target", "measured", "reached", "command", "date")
@@ -102,7 +114,11 @@ def _details(row: Row) -> Callable[[Entries], str]:
     def block(entries: Entries) -> str:
         if row.name not in entries:
             return f"Not measured; `python -m benchmarks.{row.name}` does it.\n"
-        return row.tables(entries[row.name]["values"])
+        text = row.tables(entries[row.name]["values"])
+        if row.name in FIGURES:
+            name, title, _ = FIGURES[row.name]
+            text += f"\n![{title}](figures/{name})\n"
+        return text
 
     return block
 
@@ -171,11 +187,7 @@ def update(docs: Path, results: Path) -> list[Path]:
         if after != before:
             write_atomically(path, after.encode())
             changed.append(path)
-    drawings = (
-        ("pairing", figures.pairing_curve, "performance_pairing.svg"),
-        ("gpu", figures.step_timelines, "performance_gpu_steps.png"),
-    )
-    for row, draw, file in drawings:
+    for row, (file, _, draw) in FIGURES.items():
         path = docs / "figures" / file
         if row in entries and figures.save(draw(entries[row]["values"]), path):
             changed.append(path)

@@ -64,7 +64,8 @@ class GradientGuided(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> TokenMixupOutput:
         config, patches = self.horizontal, self.layout.num_patch_tokens
-        assert config.tau is not None and patches is not None
+        tau = config.tau
+        assert tau is not None and patches is not None
         saliency = gradient_saliency(self.backbone, images, targets, patches)
         found: dict[str, Any] = {"targets": targets, "loss": 0, "stats": {}}
 
@@ -72,7 +73,7 @@ class GradientGuided(nn.Module):
             net = self.scorenets[str(index)]
             logits = net(tokens.detach() if config.scorenet_stop_gradient else tokens)
             losses = soft_cross_entropy(logits, found["targets"])
-            easy = sample_difficulty(logits, found["targets"]) <= config.tau
+            easy = sample_difficulty(logits, found["targets"]) <= tau
             prefix = self.layout.num_prefix_tokens
             mixed = horizontal_mixup(tokens, found["targets"], saliency, easy, config.rho, prefix)
             found["loss"] = found["loss"] + config.scorenet_lambda * losses.mean()
@@ -117,7 +118,7 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Obtaining the saliency, then whole HTM steps, each in the two ways in turn."""
-    workloads = WORKLOADS
+    workloads: tuple[Workload, ...] = WORKLOADS
     if settings.quick:
         workloads = tuple(Workload(w.model, 4, quick=True) for w in WORKLOADS)
     return {"models": [_model(settings, workload) for workload in workloads]}

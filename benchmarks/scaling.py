@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _process(rank: int, workload: Workload, rounds: int, port: int, sender: Any)
 def _variant(workload: Workload, variant: str, world: World, rounds: int) -> dict[str, Any]:
     alone = Steps(workload, make_learner(workload, variant, ONE_PROCESS))
     together = Steps(workload, make_learner(workload, variant, world))
-    actions = {
+    actions: dict[str, Callable[[], object]] = {
         "alone": alone if world.is_main else lambda: None,
         "side by side": alone,
         "together": together,

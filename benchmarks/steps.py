@@ -23,7 +23,7 @@ VARIANTS = ("plain", "HTM", "VTM", "HVTM")
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Both models: four variants in turn, then HTM in our form and the direct one in turn."""
-    workloads = WORKLOADS
+    workloads: tuple[Workload, ...] = WORKLOADS
     if settings.quick:
         workloads = tuple(Workload(w.model, 4, quick=True) for w in WORKLOADS)
     return {"models": [_model(settings, workload) for workload in workloads]}

@@ -1,6 +1,5 @@
 """Times of several actions, taken in turn in one run, and their ratios with an interval."""
 
-import gc
 import random
 import statistics
 import time
@@ -59,7 +58,6 @@ def interleaved(
             single = _seconds(actions[name], 1, synchronise)
             calls[name] = max(1, min(_MOST_CALLS, round(least_seconds / max(single, 1e-9))))
     found: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
