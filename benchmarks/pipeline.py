@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import harness
 from benchmarks.harness import Row, Settings, Target
-from benchmarks.timing import Timing, interleaved, ratio
+from benchmarks.timing import Timing, ratio
 from experiments.config import RunConfig
 from experiments.config_file import load_config
 from experiments.data import SeededImages, TrainBatches, train_transform
@@ -129,41 +129,51 @@ def _stretch(action: Callable[[], object], calls: int) -> float:
 
 
 def _parts(settings: Settings, images: PhotographPieces, batch: int) -> dict[str, Any]:
-    """Our samples against timm's transform alone, on the same images with the same seeds.
+    """Our samples against timm's transform alone, in turn, on the same images and draws.
 
-    Both go through a batch; ours reads by the loader's own way, timm's is seeded once a batch.
+    What a policy draws decides how long an image takes, so both must draw the same: timm's clock
+    stands still while its generators are seeded.
     """
     config = make_config(0, batch)
     transform = train_transform(config.data, config.model.image_size)
     dataset = SeededImages(images, transform, config.seed, CLASSES)
-    rounds = itertools.count()
 
-    def ours() -> None:
-        epoch = next(rounds)
+    def ours(epoch: int) -> float:
+        start = time.perf_counter()
         dataset.__getitems__([(epoch, index) for index in range(batch)])
+        return time.perf_counter() - start
 
-    def timm_alone() -> None:
-        with seeded(derive_seed(config.seed, "alone", next(rounds))):
+    def timm_alone(epoch: int) -> float:
+        seconds = 0.0
+        with generators_kept():
             for index in range(batch):
+                seed_generators(derive_seed(config.seed, "sample", epoch, index))
+                start = time.perf_counter()
                 image, _ = images[index]
                 transform(image)
+                seconds += time.perf_counter() - start
+        return seconds
 
-    actions = {"ours": ours, "timm": timm_alone, "seeding": lambda: _seed(config.seed, batch)}
-    found = interleaved(actions, settings.rounds(15))
+    def seeding(epoch: int) -> float:
+        start = time.perf_counter()
+        with generators_kept():
+            for index in range(batch):
+                seed_generators(derive_seed(config.seed, "sample", epoch, index))
+        return time.perf_counter() - start
+
+    actions = {"ours": ours, "timm": timm_alone, "seeding": seeding}
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for epoch in range(-1, settings.rounds(15)):  # the first is to warm up
+        names = list(actions) if epoch % 2 else list(reversed(actions))
+        for name in names:
+            seconds = actions[name](epoch) / batch
+            if epoch >= 0:
+                found[name].append(seconds)
+    timings = {name: Timing(tuple(seconds)) for name, seconds in found.items()}
     return {
-        "sample": {name: Timing(_per_image(t, batch)).record() for name, t in found.items()},
-        "ours_over_timm": ratio(found["ours"], found["timm"]),
+        "sample": {name: timing.record() for name, timing in timings.items()},
+        "ours_over_timm": ratio(timings["ours"], timings["timm"]),
     }
-
-
-def _per_image(timing: Timing, batch: int) -> tuple[float, ...]:
-    return tuple(seconds / batch for seconds in timing.seconds)
-
-
-def _seed(seed: int, batch: int) -> None:
-    with generators_kept():
-        for index in range(batch):
-            seed_generators(derive_seed(seed, "sample", 0, index))
 
 
 def _operations(images: PhotographPieces, count: int) -> dict[str, float]:
