@@ -36,6 +36,7 @@ class Job:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -102,25 +103,13 @@ def test_a_process_that_dies_is_started_again_with_all_others(tmp_path, config, 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_with_a_message(tmp_path, config):
-    job = Job(config, tmp_path / "run", "--timeout_minutes", "0.05")
+    job = Job(config, tmp_path / "run", "--timeout_minutes", "0.25")
     job.wait_for_step(3)
-    hanging = job.training_process(1)
-    os.kill(hanging, signal.SIGSTOP)
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{job.training_process(0)}").exists() and job.process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-        try:
-            job.training_process(0)
-        except BaseException:
-            break
-    os.kill(hanging, signal.SIGCONT)
-    _, _, err = job.finish()
-    assert job.process.returncode != 0
-    assert re.search(
-        r"error: process 0 of 2: another process is gone, or has not answered for 0\.05 minutes",
-        err,
-    )
+    os.kill(job.training_process(1), signal.SIGSTOP)  # torchrun's SIGKILL ends even such a one
+    code, out, err = job.finish()
+    assert code != 0, out + err
+    message = "another process is gone, or has not answered for 0.25 minutes (timeout_minutes)"
+    assert f"error: process 0 of 2: {message}" in err, out + err
 
 
 @pytest.mark.slow
@@ -147,6 +136,7 @@ def test_a_time_limit_ends_the_job_without_a_restart(tmp_path, config):
     assert err.count("--max-minutes 0.02: saved after step") == 1
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_training(tmp_path, capsys):
     """Two begin, one goes on: within an interval of the statistics, with 4 parts a batch."""
     config = write_config(tmp_path, **{**SECTIONS, "schedule": {"epochs": 1}})
