@@ -1,0 +1,1 @@
+"""What is claimed of this project, measured: each module is a command that anyone can run."""
