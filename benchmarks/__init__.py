@@ -1,1 +1,1 @@
-"""What TokenMixup costs, measured: `python -m benchmarks`, or `python -m benchmarks.ROW`."""
+"""What is claimed of this project, measured: each module is a command that anyone can run."""

@@ -6,7 +6,6 @@ public name without a docstring or without a place in the reference, is checked 
 
 import builtins
 import dataclasses
-import importlib
 import inspect
 import re
 import sys
@@ -59,15 +58,15 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 PUBLIC_MODULES = (
-    "tokenmixup",
-    "tokenmixup.config",
-    "tokenmixup.functional",
-    "tokenmixup.horizontal",
-    "tokenmixup.hosts",
-    "tokenmixup.hosts.base",
-    "tokenmixup.model",
-    "tokenmixup.scorenet",
-    "tokenmixup.vertical",
+    tokenmixup,
+    tokenmixup.config,
+    tokenmixup.functional,
+    tokenmixup.horizontal,
+    tokenmixup.hosts,
+    tokenmixup.hosts.base,
+    tokenmixup.model,
+    tokenmixup.scorenet,
+    tokenmixup.vertical,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,12 +74,11 @@ logger = logging.getLogger(__name__)
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Public functions and classes by full name, each where it is defined."""
-    for module_name in PUBLIC_MODULES:
-        module = importlib.import_module(module_name)
+    for module in PUBLIC_MODULES:
         for name, value in vars(module).items():
-            own = getattr(value, "__module__", None) == module_name
+            own = getattr(value, "__module__", None) == module.__name__
             if own and not name.startswith("_") and callable(value) and inspect.getmodule(value):
-                yield f"{module_name}.{name}", value
+                yield f"{module.__name__}.{name}", value
 
 
 def undocumented(name: str, value: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.errors import ConfigError, ProcessLost
+from experiments.rendezvous import meet
 
 # what torch's backends say where another process does not answer
 _SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
@@ -132,11 +133,29 @@ def joined_world(device: str, timeout_minutes: float) -> Iterator[World]:
         # gloo as well: what the host alone must know never waits for the device
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(
-        backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None
-    )
+    with _lost_processes_told(rank, size, timeout_minutes):
+        dist.init_process_group(
+            backend,
+            store=meet(rank, size, timeout),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
     try:
-        yield World(rank, size, chosen)
+        with _lost_processes_told(rank, size, timeout_minutes):
+            yield World(rank, size, chosen)
+    finally:
+        # A parallel model must go before the group: the group's threads wait for Python's lock when
+        # the model, as the last to hold the group, takes the group with it, and the exit hangs.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_processes_told(rank: int, size: int, timeout_minutes: float) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
         _forget_frames(error)
         if isinstance(error, RuntimeError) and _tells_of_a_lost_process(error):
@@ -146,11 +165,6 @@ def joined_world(device: str, timeout_minutes: float) -> Iterator[World]:
                 f"{timeout_minutes:g} minutes (timeout_minutes); torch says: {reason}"
             ) from None
         raise
-    finally:
-        # A parallel model must go before the group: the group's threads wait for Python's lock when
-        # the model, as the last to hold the group, takes the group with it, and the exit hangs.
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def _tells_of_a_lost_process(error: RuntimeError) -> bool:

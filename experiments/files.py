@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+_TEMPORARY = ".tmp"
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read it, and nothing that has no end or that waits for a writer.
@@ -34,7 +36,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     name.
     """
     descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY
     )
     try:
         with os.fdopen(descriptor, "w+b") as file:
@@ -55,6 +57,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """`atomic_file` for content that is in memory already."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove the temporary files that crashes left in a folder, in which nobody writes now."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

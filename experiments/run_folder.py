@@ -15,7 +15,7 @@ from typing import Any
 from experiments.checkpoint import load_checkpoint, save_checkpoint
 from experiments.errors import CheckpointError, ConfigError
 from experiments.exclusive import Occupied, held
-from experiments.files import write_atomically
+from experiments.files import remove_half_written, write_atomically
 
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -61,6 +61,8 @@ class RunFolder:
                 with self.refuse_unwritable():
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(held(self.path / _LOCK))
+                    for folder in (self.path, self.checkpoints):
+                        remove_half_written(folder)
             except Occupied as error:
                 raise ConfigError(
                     f"output: the run folder {self.path} is in use by {error}; wait for it, stop "

@@ -18,6 +18,9 @@ launch() {
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
     exec "$python" -m "$@"
   fi
+  # torchrun (of torch 2.9 and newer) hands these on to its processes, which save and stop; Slurm's
+  # SIGUSR1 alone is not among its own
+  export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
   if [ -n "${RDZV_ENDPOINT:-}" ]; then
     exec "$python" -m torch.distributed.run --nproc-per-node "$nproc" --nnodes "$nnodes" \
       --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend "${RDZV_BACKEND:-c10d}" \

@@ -202,6 +202,16 @@ def test_rows_that_someone_removed_are_told(cut, capsys):
     assert "5 of the 5 rows that the checkpoint counted are missing" in capsys.readouterr().err
 
 
+def test_what_a_crash_left_half_written_is_removed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    left = [folder.path / ".heartbeat.json.x.tmp", folder.checkpoints / ".step-00000011.pt.y.tmp"]
+    folder.checkpoints.mkdir(parents=True)
+    for path in left:
+        path.write_bytes(b"half")
+    with folder.held():
+        assert not any(path.exists() for path in left)
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "output" / "run")
     with folder.held(), pytest.raises(ConfigError, match=r"in use by process \d+ on"):
