@@ -142,7 +142,7 @@ def take_a_step(name, batch, size, **overrides):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     learner.schedule.set_step(20)
     result = learner.step(images, labels, epoch=2, step=20)
-    assert result.finite and len(result.statistics) == 1
+    assert result.finite.all() and len(result.statistics) == 1
     still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
     assert still == []
     found = evaluate(model, [(images, labels)], ONE_PROCESS, config)
