@@ -1,12 +1,24 @@
 """Weights of any file in the model of a config, evaluated on its validation split."""
 
-from experiments.checkpoint import load_weights
+import torch
+
+from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
 from experiments.data import EvalBatches
 from experiments.datasets import known_num_classes, open_images, stated_num_classes
 from experiments.distributed import World
 from experiments.engine import Evaluation, evaluate, place
 from experiments.models.build import build_model
+from tokenmixup import TokenMixupModel
+
+
+def assemble(
+    config: RunConfig, checkpoint: str, num_classes: int, device: torch.device
+) -> tuple[TokenMixupModel, Loaded]:
+    """The model of a config with the weights of a file, on a device."""
+    model = build_model(config, num_classes)
+    loaded = load_weights(model, checkpoint)
+    return place(model, device, config), loaded
 
 
 class Assessment:
@@ -20,18 +32,18 @@ class Assessment:
         self.config = config
         self.world = world
         num_classes = known_num_classes(config)
-        if num_classes is not None:
-            model = build_model(config, num_classes)
-            self.loaded = load_weights(model, checkpoint)  # its mistakes need no data
+        parts = None
+        if num_classes is not None:  # mistakes in the file need no data to be found
+            parts = assemble(config, checkpoint, num_classes, world.device)
         with world.main_first():  # which may have to fetch it
-            images = open_images(config.data, config.data.val_split)
+            self.images = open_images(config.data, config.data.val_split)
         if num_classes is None:
-            num_classes = stated_num_classes(config, images)
-            model = build_model(config, num_classes)
-            self.loaded = load_weights(model, checkpoint)
-        self.model = place(model, world.device, config)
+            num_classes = stated_num_classes(config, self.images)
+        self.model, self.loaded = parts or assemble(config, checkpoint, num_classes, world.device)
         pin_memory = world.device.type == "cuda"
-        self.batches = EvalBatches(config, images, num_classes, pin_memory, world.rank, world.size)
+        self.batches = EvalBatches(
+            config, self.images, num_classes, pin_memory, world.rank, world.size
+        )
 
     def evaluate(self) -> Evaluation:
         """Top-1, top-5 and loss over the whole validation split; once."""

@@ -93,11 +93,11 @@ def refuse_changed_config(
     Raises:
         ConfigError: other keys differ, which the message lists; or an allowed one does not.
     """
-    before, after = _flat(saved), _flat(now)
+    before, after = deciding_keys(saved), deciding_keys(now)
     changed = {
         key: f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE_KEYS)
+        if before.get(key) != after.get(key)
     }
     refused = [text for key, text in changed.items() if key not in allowed]
     if refused:
@@ -110,6 +110,12 @@ def refuse_changed_config(
         if key not in changed:
             raise ConfigError(f"command line: --allow-changed: {key} is as it was in {path}")
     return list(changed.values())
+
+
+def deciding_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a config, as `section.key`, that decide which weights a run comes to."""
+    flat = _flat(config)
+    return {key: value for key, value in flat.items() if not key.startswith(_FREE_KEYS)}
 
 
 def save_final_weights(path: Path, model: nn.Module) -> None:

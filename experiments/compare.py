@@ -1,4 +1,4 @@
-"""Compare runs: `python -m experiments.compare RUN...` prints a table and draws a picture."""
+"""Compare runs: `python -m experiments.compare RUN...` prints a table and draws figures."""
 
 import sys
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from experiments.errors import ConfigError
 USAGE = """usage: python -m experiments.compare RUN... [--output DIR]
 
 Print a table of run folders (the first one is the unit of time), and write it as JSON and
-Markdown, with a PNG of what HTM and VTM did to a few validation images.
+Markdown, with figures of their training and of what HTM and VTM did to a few validation images.
 
 options:
-  --output DIR   folder of the table and the picture (default: output/comparison)
+  --output DIR   folder of the table and the figures (default: output/comparison)
 """
 
 
@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> None:
     print(paths_text(rows), end="")
     written = list(write_table(rows, output))
 
-    from experiments.figures import draw_runs  # matplotlib, torch and timm only now
+    from experiments.figures.pages import draw_runs  # matplotlib, torch and timm only now
+    from experiments.figures.training import write_curves
 
-    picture = draw_runs(output / "tokenmixup.png", folders)
-    written += [picture] if picture else []
+    written += [*write_curves(folders, output), *draw_runs(folders, output)]
     print("comparison:")
     for path in written:
         print(f"  {path}")

@@ -1,5 +1,6 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
+import re
 import socket
 import tarfile
 from collections.abc import Iterator
@@ -132,11 +133,24 @@ class TimmImages:
     @property
     def num_classes(self) -> int | None:
         """The number of classes, where the data set states it."""
+        classes = self._class_indices()
+        return len(classes) if classes else None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in order, where the data set states them."""
+        classes = self._class_indices()
+        if not classes:
+            return None
+        names = {index: str(name) for name, index in classes.items()}
+        return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
+
+    def _class_indices(self) -> dict[Any, int] | None:
         for owner in (self._reader, self._dataset):
             # timm's reader of a tar file has its own name for it
             for name in ("class_to_idx", "class_name_to_idx"):
                 if classes := getattr(owner, name, None):
-                    return len(classes)
+                    return classes
         return None
 
 
@@ -233,6 +247,23 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
     classes = found if found is not None else wanted
     assert classes is not None
     return classes
+
+
+def class_names(images: Images) -> tuple[str, ...] | None:
+    """The names of a data set's classes, in order, where it states them."""
+    return images.class_names if isinstance(images, TimmImages) else None
+
+
+def readable_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same names, but for ImageNet's numbers of WordNet, which become words."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    words = [info.label_name_to_description(n) if n in known else n for n in names]
+    return tuple(word.partition(",")[0] for word in words)
 
 
 def _wrong_classes(config: RunConfig, found: int) -> ConfigError:

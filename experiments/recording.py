@@ -1,6 +1,7 @@
 """What TokenMixup did to a batch: its decisions, layer by layer, for pictures and analysis.
 
-Dimensions: B batch, N tokens, T patch tokens, C classes, K kappa.
+Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, H heads, C classes, E easy samples,
+K kappa, L layers below a VTM layer.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tokenmixup import TokenMixupModel
 from tokenmixup.functional import (
     horizontal_mixup,
     query_key_saliency,
+    saliency_gain,
     salient_positions,
     sample_difficulty,
 )
@@ -31,6 +33,8 @@ class HorizontalRecord:
     """(B,), or None without a ScoreNet."""
     easy: Tensor
     """(B,) bool."""
+    gain: Tensor
+    """(E, B): what each easy sample would gain from each sample, in the unit of the saliency."""
     partner: Tensor
     """(B,), a sample's own index where it is not mixed."""
     mask: Tensor
@@ -51,11 +55,35 @@ class VerticalRecord:
 
 
 @dataclass(frozen=True)
+class AttentionRecord:
+    """Where the attention of one VTM layer goes."""
+
+    layer: int
+    sources: tuple[int, ...]
+    """The L layers below it, lowest first."""
+    shares: Tensor
+    """(B, H, N, 1 + L): of the attention of each query, the share that goes to the layer's own
+    tokens, then to those that each lower layer remembers; these sum to 1."""
+    tokens: tuple[int, ...]
+    """(1 + L): how many tokens each of these shares is spread over."""
+
+
+@dataclass(frozen=True)
 class Recording:
     """What happened to a batch in one training pass."""
 
     horizontal: list[HorizontalRecord]
     vertical: list[VerticalRecord]
+    attention: list[AttentionRecord]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer was called with; its tokens are a copy."""
+
+    tokens: Tensor
+    args: Any
+    kwargs: Any
 
 
 @torch.no_grad()
@@ -71,8 +99,8 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
         targets: soft targets, (B, C).
     """
     layers = model.adapter.layers(model.backbone)
-    raw: dict[int, Tensor] = {}
-    mixed: dict[int, Tensor] = {}
+    raw: dict[int, _Call] = {}
+    mixed: dict[int, _Call] = {}
     was_training = model.training
     model.eval()  # dropout off everywhere inside
     model.training = True  # and TokenMixup on
@@ -81,27 +109,29 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
             model(images, targets)
     finally:
         model.train(was_training)
-    model_horizontal, model_vertical = model.horizontal, model.vertical
-    horizontal, vertical = [], []
-    for index in model_horizontal.layers if model_horizontal else ():
-        assert model_horizontal is not None
+    horizontal, vertical, attention = [], [], []
+    for index in model.horizontal.layers if model.horizontal else ():
         result = _horizontal(model, index, layers[index], raw[index], targets)
         targets = result.targets  # what the next HTM layer starts from
         horizontal.append(result)
-    if model_vertical is not None:
-        for index in range(model_vertical.layers[-1]):
+    if model.vertical is not None:
+        for index in range(model.vertical.layers[-1]):
             saliency = _saliency(model, layers[index], mixed[index])
-            positions = salient_positions(saliency, model_vertical.kappa)
+            positions = salient_positions(saliency, model.vertical.kappa)
             vertical.append(VerticalRecord(index, saliency, positions))
-    return Recording(horizontal, vertical)
+        attention = [
+            _attention(model, index, layers[index], mixed, vertical[:index])
+            for index in model.vertical.layers
+        ]
+    return Recording(horizontal, vertical, attention)
 
 
 def _horizontal(
-    model: TokenMixupModel, index: int, layer: nn.Module, tokens: Tensor, targets: Tensor
+    model: TokenMixupModel, index: int, layer: nn.Module, call: _Call, targets: Tensor
 ) -> HorizontalRecord:
     config = model.horizontal
     assert config is not None
-    saliency = _saliency(model, layer, tokens)
+    tokens, saliency = call.tokens, _saliency(model, layer, call)
     difficulty = None
     easy = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     if config.scorenet is not None:
@@ -112,27 +142,80 @@ def _horizontal(
         tokens, targets, saliency, easy, config.rho, model.layout.num_prefix_tokens
     )
     return HorizontalRecord(
-        index, saliency, difficulty, easy, result.partner, result.mask, result.targets
+        layer=index,
+        saliency=saliency,
+        difficulty=difficulty,
+        easy=easy,
+        gain=saliency_gain(saliency, easy, config.rho),
+        partner=result.partner,
+        mask=result.mask,
+        targets=result.targets,
     )
 
 
-def _saliency(model: TokenMixupModel, layer: nn.Module, tokens: Tensor) -> Tensor:
-    layout = model.layout
-    query, key, scale = model.adapter.query_key(layer, tokens, (tokens,), {}, layout.class_token)
+def _saliency(model: TokenMixupModel, layer: nn.Module, call: _Call) -> Tensor:
+    layout, adapter = model.layout, model.adapter
+    given = (call.args, call.kwargs, layout.class_token)
+    query, key, scale = adapter.query_key(layer, call.tokens, *given)
     return query_key_saliency(
-        query, key, scale, layout.num_prefix_tokens, class_token=layout.class_token
+        query,
+        key,
+        scale,
+        layout.num_prefix_tokens,
+        class_token=layout.class_token,
+        bias=adapter.score_bias(layer, *given),
     )
+
+
+def _attention(
+    model: TokenMixupModel,
+    index: int,
+    layer: nn.Module,
+    calls: dict[int, _Call],
+    below: list[VerticalRecord],
+) -> AttentionRecord:
+    """The attention of a VTM layer, one head at a time, summed over each group of keys.
+
+    A remembered token has the key that this layer would give it at its own place, position
+    embedding and bias of the scores included. So all tokens of the lower layer get keys here, and
+    those that were chosen are picked out.
+    """
+    own, adapter = calls[index], model.adapter
+    given = (own.args, own.kwargs, False)
+    query, own_key, scale = adapter.query_key(layer, own.tokens, *given)
+    bias = adapter.score_bias(layer, *given)  # (B or 1, H, N, N)
+    keys = [own_key]
+    biases = [] if bias is None else [bias]
+    for record in below:
+        places = record.positions + model.layout.num_prefix_tokens  # (B, K)
+        _, key, _ = adapter.query_key(layer, calls[record.layer].tokens, *given)
+        rows = places[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1])
+        keys.append(key.gather(2, rows))
+        if bias is not None:
+            whole = bias.expand(len(places), -1, -1, -1)
+            columns = places[:, None, None, :].expand(-1, *whole.shape[1:3], -1)
+            biases.append(whole.gather(3, columns))
+    tokens = tuple(key.shape[2] for key in keys)
+    shares = []
+    for head in range(query.shape[1]):
+        scores = [(query[:, head] * scale) @ key[:, head].transpose(-2, -1) for key in keys]
+        if biases:
+            scores = [part + more[:, head] for part, more in zip(scores, biases, strict=True)]
+        attention = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32)  # (B, N, N + L K)
+        shares.append(torch.stack([part.sum(-1) for part in attention.split(tokens, -1)], -1))
+    sources = tuple(record.layer for record in below)
+    return AttentionRecord(index, sources, torch.stack(shares, dim=1), tokens)
 
 
 @contextmanager
 def _layer_inputs(
-    model: TokenMixupModel, layers: Any, raw: dict[int, Tensor], mixed: dict[int, Tensor]
+    model: TokenMixupModel, layers: Any, raw: dict[int, _Call], mixed: dict[int, _Call]
 ) -> Iterator[None]:
-    """Keep the tokens that enter each layer, before and after TokenMixup's own hooks."""
+    """Keep what each layer is called with, before and after TokenMixup's own hooks."""
 
-    def keeper(kept: dict[int, Tensor], index: int) -> Any:
+    def keeper(kept: dict[int, _Call], index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            kept[index] = model.adapter.tokens(args, kwargs).clone()
+            kept[index] = _Call(model.adapter.tokens(args, kwargs).clone(), args, kwargs)
 
         return hook
 

@@ -64,9 +64,9 @@ def read_row(folder: Path, first: "Row | None" = None) -> Row:
         top1=validation[-1]["top1"],
         step_seconds=step_seconds,
         relative_step_time=step_seconds / (first.step_seconds if first else step_seconds),
-        mixed_share=_mean_over_layers(means, "mixed_share"),
-        tokens_mixed=_mean_over_layers(means, "tokens_mixed"),
-        tokens_remembered=_mean_over_layers(means, "remembered_tokens"),
+        mixed_share=mean_over_layers(means, "mixed_share"),
+        tokens_mixed=mean_over_layers(means, "tokens_mixed"),
+        tokens_remembered=mean_over_layers(means, "remembered_tokens"),
         epochs=train[-1]["epoch"],
         steps=train[-1]["step"],
     )
@@ -123,6 +123,7 @@ def write_table(rows: list[Row], folder: Path) -> tuple[Path, Path]:
     return json_path, markdown_path
 
 
-def _mean_over_layers(means: dict[str, Any], leaf: str) -> float | None:
+def mean_over_layers(means: dict[str, Any], leaf: str) -> float | None:
+    """Mean of a statistic over the layers that have it, None where none has."""
     values = [value for name, value in means.items() if name.rpartition("/")[2] == leaf]
     return sum(values) / len(values) if values else None

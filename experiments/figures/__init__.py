@@ -1,0 +1,1 @@
+"""Pictures of what TokenMixup does, and of how a training went."""
