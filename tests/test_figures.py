@@ -284,7 +284,7 @@ def test_every_figure_of_a_scene_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(style, "DPI", 30)
     written = pages.write_scene(scene(), tmp_path)
     names = [path.name for path in written]
-    stems = ["htm_layer1", "htm_layer1_gain", "vtm_layer2", "vtm_layer2_attention"]
+    stems = ["tokenmixup", "htm_layer1", "htm_layer1_gain", "vtm_layer2", "vtm_layer2_attention"]
     assert names == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 

@@ -301,6 +301,27 @@ def test_quickstart_trains_evaluates_and_compares(ready: Checkout) -> None:
     assert len(steps) == 1, "nothing runs after a failure"
 
 
+def test_the_figures_of_the_documents_are_made_anew(ready: Checkout) -> None:
+    shutil.copy(ROOT / "run" / "figures.sh", ready.root / "run")
+    made = ready.root / "output" / "figures"
+    made.mkdir(parents=True)
+    for name in ("htm_layer1.png", "htm_layer1.svg", "tokenmixup.gif"):
+        (made / name).write_text(name)
+    ready.log.unlink(missing_ok=True)
+    result = run("bash", ready.root / "run" / "figures.sh", **ready.environment())
+    assert result.returncode == 0, result.stderr
+    runs = [f"digits_{name}_seed{seed}" for name in ("HVTM", "baseline") for seed in (42, 1, 2)]
+    for step, name in zip(ready.steps, runs, strict=False):
+        variant, seed = name.removeprefix("digits_").split("_seed")
+        config = f"--config configs/digits_{variant}.yaml --seed {seed}"
+        assert step == f"-m experiments.train {config} --output output/figures/{name}"
+    images, curves = ready.steps[6:]
+    assert "--checkpoint output/figures/digits_HVTM_seed42/final.safetensors" in images
+    assert f"--compare {' '.join(f'output/figures/{name}' for name in runs)}" in curves
+    copied = sorted(path.name for path in (ready.root / "docs" / "figures").iterdir())
+    assert copied == ["htm_layer1.png", "tokenmixup.gif"]
+
+
 @pytest.mark.slow
 def test_a_fresh_clone_sets_itself_up(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():

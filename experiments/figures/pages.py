@@ -18,8 +18,9 @@ _OVERVIEW_ROWS = 4
 def write_scene(scene: Scene, folder: Path) -> list[Path]:
     """Write every figure of a scene, as PNG and SVG, and give their paths in order.
 
-    For each HTM layer `htm_layerN` (each image, step by step) and `htm_layerN_gain` (who gains from
-    whom); for each VTM layer `vtm_layerN` (what is remembered of eight images; further ones are in
+    `tokenmixup` is HTM and VTM at a glance, where the model has both. For each HTM layer there are
+    `htm_layerN` (each image, step by step) and `htm_layerN_gain` (who gains from whom), for each
+    VTM layer `vtm_layerN` (what is remembered of eight images; further ones are in
     `vtm_layerN_from8` and so on) and `vtm_layerN_attention` (how much each head attends to it).
 
     Raises:
@@ -27,7 +28,8 @@ def write_scene(scene: Scene, folder: Path) -> list[Path]:
     """
     recording, count = scene.recording, len(scene.images)
     refuse_nothing([scene])
-    written = []
+    both = recording.horizontal and recording.attention
+    written = write_overview([scene], folder) if both else []
     with style.house_style():
         for layer in recording.horizontal:
             name = f"htm_layer{layer.layer}"

@@ -27,7 +27,7 @@ MAP = "cividis"
 
 WIDTH = 9.2
 """Inches of every figure: at the 830 pixels of a README its 8-point text is 10 pixels high."""
-DPI = 150
+DPI = 130
 
 _SETTINGS: dict[str, Any] = {
     "figure.facecolor": GROUND,
