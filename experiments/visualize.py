@@ -1,7 +1,8 @@
 """Draw what TokenMixup does: `python -m experiments.visualize --config C --checkpoint F`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import cli
@@ -62,9 +63,10 @@ def main(argv: Sequence[str]) -> None:
     print(scene.about)
     if scene.left_out:
         print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
-    written = write_scene(scene, out)
-    if "animate" in command.options:
-        written.append(write_animation(scene, out))
+    with _written_to(out):
+        written = write_scene(scene, out)
+        if "animate" in command.options:
+            written.append(write_animation(scene, out))
     _tell(written)
 
 
@@ -79,7 +81,19 @@ def _compare(argv: Sequence[str]) -> None:
     from experiments.figures.training import write_curves
 
     folders = [Path(word) for word in words]
-    _tell(write_curves(folders, Path(options.get("out", "output/pictures"))))
+    out = Path(options.get("out", "output/pictures"))
+    with _written_to(out):
+        written = write_curves(folders, out)
+    _tell(written)
+
+
+@contextmanager
+def _written_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"command line: --out: cannot write to {out}: {reason}") from None
 
 
 def _count(text: str) -> int:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes every figure of README.md and docs/ anew: trains six small models on a CPU (about six minutes;
-# what is trained already is kept), draws them, and copies the figures to docs/figures.
+# Makes every figure of README.md and docs/ anew: trains six small models on a CPU (a quarter of an
+# hour on two busy cores; what is trained already is kept), draws them, and copies the figures to docs/figures.
 #
 #   bash run/figures.sh
 

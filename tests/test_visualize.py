@@ -251,6 +251,13 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, ready):
         assert code == 2 and err.count("\n") == 1 and expected in err, words
 
 
+def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys):
+    runs = [write_run(tmp_path, "run", 1)]
+    for out in (paint(tmp_path / "a.png", "red"), tmp_path / "a.png" / "inner"):
+        code, _, err = run(capsys, "--compare", *runs, "--out", out)
+        assert code == 2 and err.count("\n") == 1 and f"--out: cannot write to {out}" in err
+
+
 def test_without_data_the_number_of_classes_must_be_told(tmp_path, capsys):
     path = write_config(
         tmp_path, data={"dataset": "", "root": str(tmp_path / "missing")}, horizontal=HTM
