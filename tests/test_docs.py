@@ -81,12 +81,12 @@ def missing_names(code: str) -> set[str]:
     """Names of this project's modules, and keys of its configs, that do not exist."""
     whole = re.fullmatch(r"([A-Za-z_][\w.]*\.\w+)(?:\(.*\)|: .*)?", code)
     names = set(re.findall(r"\b(?:tokenmixup|experiments)(?:\.[A-Za-z_]\w*)+", code))
-    names -= {name for name in names if name.endswith((".py", ".yaml"))}
+    names -= {name for name in names if name.endswith((".py", ".yaml", ".gif"))}
     missing = {name for name in names if not resolves(name)}
     if whole is not None:
         name = whole[1]
         first, _, rest = name.partition(".")
-        if rest not in ("py", "yaml") and (first in MODULES or first in sections()):
+        if rest not in ("py", "yaml", "gif") and (first in MODULES or first in sections()):
             # a key of the configs, something in a module, or of the model that attach returned
             found = name in known_keys() or (first in MODULES and resolves(f"tokenmixup.{name}"))
             if not found and not (first == "model" and is_of_the_model(rest.split(".")[0])):
@@ -102,7 +102,7 @@ def is_of_the_model(name: str) -> bool:
 # Other programs' options are theirs.
 FOREIGN = (
     r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
-    r"|--upgrade-package"
+    r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
 )
 
 

@@ -126,6 +126,28 @@ def test_assign_partners_reaches_scipys_optimum_on_large_batches(rows, columns):
     assert oracle.total_gain(array(gain), found) == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.66, 0.67, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [80, 96])
+def test_assign_partners_is_exact_for_samples_of_all_kinds_of_sharpness(rows, share):
+    """Rows and columns that differ in level by orders of magnitude, some rows without any gain."""
+    rng = np.random.default_rng(rows)
+    saliency = rng.normal(size=(96, 50)) * rng.uniform(0.1, 6, (96, 1))
+    saliency = np.exp(saliency) / np.exp(saliency).sum(1, keepdims=True)
+    gain = oracle.saliency_gain(saliency, np.arange(96) < rows, 1e-3)
+    gain[rng.random(rows) >= share] = 0
+    given = torch.from_numpy(gain.copy())
+    found = functional.assign_partners(given)
+    assert len(set(found.tolist())) == rows
+    np.testing.assert_array_equal(given.numpy(), gain)  # left as it was
+    best = oracle.total_gain(gain, oracle.best_assignment(gain))
+    assert oracle.total_gain(gain, found) == pytest.approx(best, rel=1e-12)
+
+
+def test_assign_partners_takes_numbers_that_have_no_finite_sum():
+    gain = torch.full((3, 3), 1e308, dtype=torch.float64)
+    assert sorted(functional.assign_partners(gain).tolist()) == [0, 1, 2]
+
+
 # Horizontal mixup: oracle and invariants
 
 

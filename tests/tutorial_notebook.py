@@ -20,6 +20,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=600,
+        coalesce_streams=True,  # where a busy machine cuts them says nothing
         kernel_name="python3",
         record_timing=False,  # dates would change at every run
         resources={"metadata": {"path": str(PATH.parent)}},
