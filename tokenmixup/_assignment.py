@@ -64,7 +64,8 @@ def _solve_square(cost: np.ndarray) -> np.ndarray:
         cost = np.concatenate((cost, np.zeros((size - rows, size))))
     level = cost.mean(axis=1, keepdims=True)
     cost -= level
-    if 3 * len(np.unique(cost.argmin(axis=0))) < size:
+    cheapest_somewhere = np.any(cost == cost.min(axis=0), axis=1)
+    if 3 * np.count_nonzero(cheapest_somewhere) < size:
         cost += level
     order, chosen = lap.lapjvr(cost, return_cost=False)
     columns = np.empty(size, dtype=np.int64)
