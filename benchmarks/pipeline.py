@@ -109,13 +109,15 @@ def loaders(
     """An endless stream of batches for each number of processes."""
     made = {n: TrainBatches(make_config(n, batch), images, CLASSES) for n in workers}
     try:
-        yield {
-            n: itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
-            for n, batches in made.items()
-        }
+        yield {n: _endless(batches) for n, batches in made.items()}
     finally:
         for batches in made.values():
             batches.close()
+
+
+def _endless(batches: TrainBatches) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from batches.epoch(epoch)
 
 
 def _stretch(action: Callable[[], object], calls: int) -> float:
