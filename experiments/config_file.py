@@ -70,14 +70,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     Raises:
         ConfigError: file, key, what came and what is allowed, in one line.
     """
-    settings = read_settings(path)
-    for key, text in (overrides or {}).items():
-        if key in optional_sections() and text == "null":
-            settings = {k: v for k, v in settings.items() if not k.startswith(f"{key}.")}
-            continue
-        _check_key(key, COMMAND_LINE)
-        settings[key] = Setting(text, COMMAND_LINE)
-    config = build_config(settings, str(path))
+    config = build_config(override(read_settings(path), overrides or {}), str(path))
     if config.output is None:
         config = dataclasses.replace(config, output=str(Path("output") / Path(path).stem))
     return config
@@ -85,28 +78,52 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 def read_settings(path: str | Path) -> dict[str, Setting]:
     """The settings of a YAML file under their dotted keys, checked against the known ones."""
-    content = _read_yaml(path)
+    return settings_in(read_yaml(path), str(path))
+
+
+def settings_in(content: Any, origin: str) -> dict[str, Setting]:
+    """The settings of a file's content, sections with keys, under their dotted keys.
+
+    Raises:
+        ConfigError: a key that is unknown, or no key where one should be.
+    """
     settings: dict[str, Setting] = {}
     if content is None:
         return settings
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {_shown(content)}; allowed: keys with values")
+        raise ConfigError(f"{origin}: got {_shown(content)}; allowed: keys with values")
     for name, value in content.items():
         if name not in sections():
-            _check_key(name, str(path))
-            settings[name] = Setting(value, str(path))
+            _check_key(name, origin)
+            settings[name] = Setting(value, origin)
             continue
         if value is None:
             continue  # a section that is named and left empty keeps its defaults
         if not isinstance(value, dict):
             known = ", ".join(field.name for field in dataclasses.fields(sections()[name]))
             raise ConfigError(
-                f"{path}: {name}: got {_shown(value)}; allowed: a section with the keys {known}"
+                f"{origin}: {name}: got {_shown(value)}; allowed: a section with the keys {known}"
             )
         for field, inner in value.items():
-            _check_key(f"{name}.{field}", str(path))
-            settings[f"{name}.{field}"] = Setting(inner, str(path))
+            _check_key(f"{name}.{field}", origin)
+            settings[f"{name}.{field}"] = Setting(inner, origin)
     return settings
+
+
+def override(settings: Mapping[str, Setting], overrides: Mapping[str, str]) -> dict[str, Setting]:
+    """Settings with what a command line says: `section.key` -> text.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    found = dict(settings)
+    for key, text in overrides.items():
+        if key in optional_sections() and text == "null":
+            found = {k: v for k, v in found.items() if not k.startswith(f"{key}.")}
+            continue
+        _check_key(key, COMMAND_LINE)
+        found[key] = Setting(text, COMMAND_LINE)
+    return found
 
 
 def build_config(settings: Mapping[str, Setting], file: str) -> RunConfig:
@@ -260,7 +277,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file, as plain types.
+
+    Raises:
+        ConfigError: it cannot be read, and why.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments import records
 from experiments.errors import DataError
 from experiments.files import write_atomically
+from experiments.markdown import aligned_table
 from experiments.records import Result, SeedResult, TableRecord, Training
 from experiments.terminal import Terminal
 from experiments.zoo_manifest import Manifest
@@ -52,13 +53,13 @@ def training_cells(training: Training) -> list[str]:
 
 def markdown_table(record: TableRecord) -> str:
     """The table in Markdown, without anything around it."""
-    return _markdown(HEAD, [cells(row) for row in record.rows.values()], RIGHT)
+    return aligned_table(HEAD, [cells(row) for row in record.rows.values()], RIGHT)
 
 
 def markdown_training(record: TableRecord) -> str:
     """The table of the trainings in Markdown."""
     rows = [training_cells(training) for training in record.training.values()]
-    return _markdown(TRAINING_HEAD, rows, (2, 3))
+    return aligned_table(TRAINING_HEAD, rows, (2, 3))
 
 
 def markdown(record_list: list[TableRecord]) -> str:
@@ -158,7 +159,9 @@ def zoo_table(manifest: Manifest) -> str:
         ]
         for entry in manifest.checkpoints.values()
     ]
-    return _markdown(("name", "file", "data set", "method", "published top-1", "from"), rows, (4,))
+    return aligned_table(
+        ("name", "file", "data set", "method", "published top-1", "from"), rows, (4,)
+    )
 
 
 def regenerated(text: str, manifest: Manifest, results: Path) -> str:
@@ -216,21 +219,3 @@ def update_documents(root: Path, manifest: Manifest, results: Path) -> list[Path
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _markdown(head: tuple[str, ...], rows: list[list[str]], right: tuple[int, ...]) -> str:
-    lines = [list(head), *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-
-    def line_of(line: list[str]) -> str:
-        padded = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [
-        "-" * (width - 1) + ":" if column in right else "-" * width
-        for column, width in enumerate(widths)
-    ]
-    return "\n".join([line_of(list(head)), line_of(rule), *map(line_of, rows)]) + "\n"

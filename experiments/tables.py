@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.errors import DataError
 from experiments.files import write_atomically
+from experiments.markdown import aligned_table
 from experiments.metrics import METRICS_FILE, TENSORBOARD_FOLDER, mean_of_rows, read_metrics
 from experiments.run_folder import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 
@@ -81,30 +82,19 @@ def read_rows(folders: list[Path]) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     """The table in Markdown, aligned, so that it reads well on a terminal too."""
+    head = ["run", "top-1", "time a step", "samples mixed", "tokens mixed", "tokens remembered"]
     cells = [
-        ["run", "top-1", "time a step", "samples mixed", "tokens mixed", "tokens remembered"],
-        *(
-            [
-                row.name,
-                f"{row.top1:.2f}%",
-                f"{row.relative_step_time:.2f} x",
-                "-" if row.mixed_share is None else f"{100 * row.mixed_share:.1f}%",
-                "-" if row.tokens_mixed is None else f"{row.tokens_mixed:.1f}",
-                "-" if row.tokens_remembered is None else f"{row.tokens_remembered:.0f}",
-            ]
-            for row in rows
-        ),
+        [
+            row.name,
+            f"{row.top1:.2f}%",
+            f"{row.relative_step_time:.2f} x",
+            "-" if row.mixed_share is None else f"{100 * row.mixed_share:.1f}%",
+            "-" if row.tokens_mixed is None else f"{row.tokens_mixed:.1f}",
+            "-" if row.tokens_remembered is None else f"{row.tokens_remembered:.0f}",
+        ]
+        for row in rows
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = []
-    for number, line in enumerate(cells):
-        padded = [line[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("| " + " | ".join(padded) + " |")
-        if number == 0:
-            rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-            lines.append("| " + " | ".join(rule) + " |")
-    return "\n".join(lines) + "\n"
+    return aligned_table(head, cells, range(1, len(head)))
 
 
 def paths_text(rows: list[Row]) -> str:
