@@ -114,10 +114,11 @@ class Study:
         """What is set otherwise than in the plain variant: `section.key` -> value."""
         plain = _flat(as_plain(self.config(self.variants[self.plain], 0)))
         own = _flat(as_plain(self.config(variant, 0)))
+        nowhere = object()  # null is a value, too
         return {
             key: own.get(key)
             for key in dict.fromkeys((*own, *plain))
-            if own.get(key) != plain.get(key)
+            if own.get(key, nowhere) != plain.get(key, nowhere)
         }
 
 

@@ -24,7 +24,7 @@ from experiments.studies.study_records import (
 )
 from experiments.studies.training import Training
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class StudyFailed(UserError):
