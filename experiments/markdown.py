@@ -14,7 +14,7 @@ def aligned_table(
         right: numbers of the columns that are aligned to the right.
     """
     lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(head))]
 
     def line_of(line: Sequence[str]) -> str:
         padded = [

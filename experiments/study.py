@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 USAGE = """usage: python -m experiments.study --study FILE [--jobs N] [--SECTION.KEY VALUE ...]
 
-Train every variant of a study with every seed, and keep a record of each training. What is done is
-kept, what was cut off goes on.
+Train every variant of a study with every seed, keep a record of each training, and write the
+page and the picture that compare them. What is done is kept, what was cut off goes on.
 
 options:
   --study FILE     the study, a YAML file of configs/studies
   --jobs N         trainings at a time, each a process of its own (default: 1)
   --threads N      threads of each training (default: 1)
   --run NAME/SEED  one training alone, in this process
+  --report         only write page and picture anew from the records
   --output DIR     folder of the run folders (default: output/studies)
   --results DIR    folder of the records and pages (default: results)
 
@@ -33,6 +34,7 @@ _OPTIONS = {
     "jobs": cli.Option("trainings at a time"),
     "threads": cli.Option("threads of each training"),
     "run": cli.Option("one training alone"),
+    "report": cli.Option("only write the page", takes_value=False),
     "output": cli.Option("folder of the run folders"),
     "results": cli.Option("folder of the records"),
 }
@@ -52,6 +54,9 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if "study" not in options:
         raise ConfigError("command line: --study: missing; it is a file of configs/studies")
+    for other in ("run", "jobs"):
+        if "report" in options and other in options:
+            raise ConfigError(f"command line: --{other}: has no meaning with --report")
     if "run" in options and "jobs" in options:
         raise ConfigError("command line: --jobs: has no meaning with --run")
     jobs, threads = _count(options, "jobs"), _count(options, "threads")
@@ -66,10 +71,16 @@ def main(argv: Sequence[str]) -> None:
     if "run" in options:
         run_one(queue, options["run"])
         return
-    from experiments.stopping import StopRequests
+    if "report" not in options:
+        from experiments.stopping import StopRequests
 
-    with StopRequests() as requests:
-        queue.train(jobs, requests)
+        with StopRequests() as requests:
+            queue.train(jobs, requests)
+
+    from experiments.studies.page import write_report
+
+    for path in write_report(study, results):
+        print(path)
 
 
 def run_one(queue: "Queue", name: str) -> None:

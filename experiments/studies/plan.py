@@ -110,9 +110,9 @@ class Study:
             substitutions=sorted(variant.substitutions),
         )
 
-    def differences(self, variant: Variant) -> dict[str, Any]:
-        """What is set otherwise than in the plain variant: `section.key` -> value."""
-        plain = _flat(as_plain(self.config(self.variants[self.plain], 0)))
+    def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
+        """What is set otherwise than in another variant, by default the plain one: key -> value."""
+        plain = _flat(as_plain(self.config(self.variants[other or self.plain], 0)))
         own = _flat(as_plain(self.config(variant, 0)))
         nowhere = object()  # null is a value, too
         return {
