@@ -102,13 +102,9 @@ class Study:
         self, variant: Variant, seed: int, overrides: Mapping[str, str] | None = None
     ) -> str:
         """A hash of what the training depends on, wherever its data lie."""
-        config = as_plain(self.config(variant, seed, overrides))
-        data = {**config["data"], "root": None, "download": None, "workers": None}
-        return training_identity(
-            self.config(variant, seed, overrides),
-            data=data,
-            substitutions=sorted(variant.substitutions),
-        )
+        config = self.config(variant, seed, overrides)
+        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
+        return training_identity(config, data=data, substitutions=sorted(variant.substitutions))
 
     def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
         """What is set otherwise than in another variant, by default the plain one: key -> value."""
