@@ -22,7 +22,7 @@ options:
   --jobs N         trainings at a time, each a process of its own (default: 1)
   --threads N      threads of each training (default: 1)
   --run NAME/SEED  one training alone, in this process
-  --report         only write page and picture anew from the records
+  --report         only write page and picture anew from the records, and the documents' tables
   --output DIR     folder of the run folders (default: output/studies)
   --results DIR    folder of the records and pages (default: results)
 
@@ -81,6 +81,20 @@ def main(argv: Sequence[str]) -> None:
 
     for path in write_report(study, results):
         print(path)
+    if "report" in options:
+        update_documents(results)
+
+
+def update_documents(results: Path) -> None:
+    """Make the blocks of this checkout's documents anew, where these are its results."""
+    from experiments import report
+    from experiments.provenance import ROOT
+    from experiments.zoo_manifest import MANIFEST, read_manifest
+
+    if results.resolve() != ROOT / "results":
+        return
+    for path in report.update_documents(ROOT, read_manifest(MANIFEST), results):
+        print(f"changed: {path}")
 
 
 def run_one(queue: "Queue", name: str) -> None:
