@@ -296,20 +296,20 @@ def test_a_damaged_record_is_named(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_was_cut_off_goes_on(tmp_path, number):
     """Real processes, two at a time: the result is that of a study that nobody stopped."""
-    base = {"data": {**TINY["data"], "batch_size": 32}, "schedule": {"epochs": 12}}
+    base = {"data": {**TINY["data"], "batch_size": 32}, "schedule": {"epochs": 6}}
     path = write_study(tmp_path, seeds=[1], config=str(write_config(tmp_path, "base", **base)))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert started(words_of(whole, path, "--jobs", "2")).wait() == 0
+    assert finished(started(words_of(whole, path, "--jobs", "2"))) == (0, "")
     process = started(words_of(cut, path, "--jobs", "2"))
     while not list(cut.glob("runs/tiny/*/seed1/checkpoints/step-*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
-    code = process.wait()
+    code, _ = finished(process)
     assert code == (75 if number == signal.SIGTERM else -number)
     records = records_path(cut / "results", "tiny")
     assert len(read_records(records)) < 3
-    assert started(words_of(cut, path, "--jobs", "2")).wait() == 0
+    assert finished(started(words_of(cut, path, "--jobs", "2"))) == (0, "")
     ours, theirs = read_records(records), read_records(records_path(whole / "results", "tiny"))
     assert [(r.variant, r.top1, r.loss) for r in ours] == [
         (r.variant, r.top1, r.loss) for r in theirs
@@ -322,9 +322,8 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path, number):
 @pytest.mark.slow
 def test_a_training_that_fails_is_named(tmp_path):
     path = write_study(tmp_path, seeds=[1], set={"schedule": {"lr": 1.0e30}})
-    process = started(words_of(tmp_path, path))
-    _, error = process.communicate()
-    assert process.returncode == 3
+    code, error = finished(started(words_of(tmp_path, path)))
+    assert code == 3
     assert "plain/1 ended with status 3, see" in error
     log = tmp_path / "runs" / "tiny" / "plain" / "seed1" / "log.txt"
     assert "is not finite" in log.read_text()
@@ -339,6 +338,12 @@ def started(words):
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def finished(process):
+    """Exit code and what was written to stderr."""
+    _, error = process.communicate()
+    return process.returncode, error
 
 
 # The page
