@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.config_file import known_keys, optional_sections
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, SavedAndStopped
 
 if TYPE_CHECKING:
+    from experiments.studies.plan import Study
     from experiments.studies.queue import Queue
 
 USAGE = """usage: python -m experiments.study --study FILE [--jobs N] [--SECTION.KEY VALUE ...]
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     jobs, threads = _count(options, "jobs"), _count(options, "threads")
 
     from experiments.studies.plan import read_study  # torch only now
-    from experiments.studies.queue import Queue
+    from experiments.studies.queue import Queue, StudyFailed
 
     study = read_study(options["study"])
     output = Path(options.get("output", "output/studies"))
@@ -71,18 +72,28 @@ def main(argv: Sequence[str]) -> None:
     if "run" in options:
         run_one(queue, options["run"])
         return
-    if "report" not in options:
-        from experiments.stopping import StopRequests
+    if "report" in options:
+        show(study, results)
+        update_documents(results)
+        return
+    from experiments.stopping import StopRequests
 
+    try:
         with StopRequests() as requests:
             queue.train(jobs, requests)
+    except (SavedAndStopped, StudyFailed):
+        if queue.path.exists():
+            show(study, results)  # what is done so far
+        raise
+    show(study, results)
 
+
+def show(study: "Study", results: Path) -> None:
+    """Write page and picture, and say where they are."""
     from experiments.studies.page import write_report
 
     for path in write_report(study, results):
         print(path)
-    if "report" in options:
-        update_documents(results)
 
 
 def update_documents(results: Path) -> None:
