@@ -23,7 +23,7 @@ _SETTINGS: Any = {"svg.hashsalt": "study", "svg.fonttype": "path", "font.size": 
 def draw(comparison: Comparison, folder: Path) -> list[Path]:
     """Draw it as SVG and as PNG into a folder; gives both paths."""
     lines = comparison.lines
-    height = 1.5 + _LINE_INCHES * len(lines)
+    height = 1.7 + _LINE_INCHES * len(lines)
     with plt.rc_context(_SETTINGS):
         figure, (left, right) = plt.subplots(
             1,
@@ -65,12 +65,14 @@ def _label(comparison: Comparison, number: int) -> str:
 def _draw_top1(axes: Any, comparison: Comparison) -> None:
     for height, line in enumerate(comparison.lines):
         values = list(line.by_seed.values())
-        axes.plot(values, [height + 0.18] * len(values), "|", color=_SEED, markersize=8, mew=1.4)
+        # equal values stand below each other, so that every seed is seen
+        heights = [height + 0.14 + 0.08 * values[:n].count(v) for n, v in enumerate(values)]
+        axes.plot(values, heights, "|", color=_SEED, markersize=3, mew=2)
         if line.top1 is not None:
             axes.errorbar(
                 line.top1.mean, height - 0.08, xerr=line.top1.std, fmt="o", color=_MEAN, capsize=3
             )
-    axes.set_xlabel("top-1 (%): each seed (|), mean ± standard deviation (●)")
+    axes.set_xlabel("top-1 (%):\neach seed (|), mean ± standard deviation (●)")
     _grid(axes)
 
 
@@ -94,7 +96,7 @@ def _draw_differences(axes: Any, comparison: Comparison) -> None:
                     capsize=3,
                     markersize=5,
                 )
-    axes.set_xlabel("difference in top-1 (points), 95% interval, paired over seeds")
+    axes.set_xlabel("difference in top-1 (points),\n95% interval, paired over seeds")
     handles = [Line2D([], [], color=_TO_PLAIN, marker="o", label=f"to {plain}")]
     names = {other_of(comparison.study, line.variant) for line in comparison.lines} - {None}
     if others:
