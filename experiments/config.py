@@ -73,9 +73,10 @@ class DataConfig:
     root: str = "data"
     """Folder that holds the data set; digits needs none."""
     train_split: str = "train"
-    """Split that is trained on."""
+    """Split that is trained on; train[:10000] is its first 10,000 images in the data set's order,
+    train[50000:60000] a part further on."""
     val_split: str = "validation"
-    """Split that is evaluated."""
+    """Split that is evaluated; a part of one is written as for train_split."""
     download: bool = True
     """Fetch a missing data set where torchvision can."""
     batch_size: int = 128

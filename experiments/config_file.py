@@ -72,15 +72,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     Raises:
         ConfigError: file, key, what came and what is allowed, in one line.
     """
-    settings = read_settings(path)
-    for key, text in (overrides or {}).items():
-        if key in optional_sections() and text == "null":
-            settings = {k: v for k, v in settings.items() if not k.startswith(f"{key}.")}
-            continue
-        _check_key(key, COMMAND_LINE)
-        refuse_strange(text, f"{COMMAND_LINE}: {key}")
-        settings[key] = Setting(text, COMMAND_LINE)
-    config = build_config(settings, str(path))
+    config = build_config(override(read_settings(path), overrides or {}), str(path))
     if config.output is None:
         config = dataclasses.replace(config, output=str(Path("output") / Path(path).stem))
     return config
@@ -124,6 +116,23 @@ def _add(settings: dict[str, Setting], key: Any, value: Any, origin: str) -> Non
     if key in settings:  # once as `section.key`, once within the section
         raise ConfigError(f"{origin}: the key {key!r} stands twice")
     settings[key] = Setting(value, origin)
+
+
+def override(settings: Mapping[str, Setting], overrides: Mapping[str, str]) -> dict[str, Setting]:
+    """Settings with what a command line says: `section.key` -> text.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    found = dict(settings)
+    for key, text in overrides.items():
+        if key in optional_sections() and text == "null":
+            found = {k: v for k, v in found.items() if not k.startswith(f"{key}.")}
+            continue
+        _check_key(key, COMMAND_LINE)
+        refuse_strange(text, f"{COMMAND_LINE}: {key}")
+        found[key] = Setting(text, COMMAND_LINE)
+    return found
 
 
 def build_config(settings: Mapping[str, Setting], file: str) -> RunConfig:

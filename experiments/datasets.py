@@ -18,6 +18,7 @@ from experiments.shards import ShardImages
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNLOAD_TIMEOUT_SECONDS = 30
+_PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 STREAMED = ("tfds", "hfids")  # read front to back, so no image has an index
 
 
@@ -154,12 +155,50 @@ class TimmImages:
         return None
 
 
+class PartOfImages:
+    """The images from `start` to before `stop` of a data set, in its own order."""
+
+    def __init__(self, whole: Images, start: int, stop: int) -> None:
+        self.whole = whole
+        self._start, self._length = start, stop - start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self.whole[self._start + index]
+
+    def describe(self, index: int) -> str:
+        """The image's name within the whole data set."""
+        return self.whole.describe(self._start + index)
+
+
 def open_images(config: DataConfig, split: str) -> Images:
-    """Open one split of the configured data set.
+    """Open one split of the configured data set, or a part of it.
+
+    `train[:10000]` is the first 10,000 images of `train` in the data set's own order,
+    `train[50000:60000]` those from image 50,000 on; any data set can be cut so.
 
     Raises:
         DataError: it is missing, unreadable or unknown; the message says where it is expected.
     """
+    part = _PART.fullmatch(split)
+    if part is None:
+        return _open_split(config, split)
+    whole = _open_split(config, part["split"])
+    start, stop = int(part["start"] or 0), int(part["stop"] or len(whole))
+    if not start < stop <= len(whole):
+        raise DataError(
+            f"data set {config.dataset or 'folder of images'}: split {split!r} asks for images "
+            f"{start} to {stop}; allowed: at least one image, of the {len(whole)} of "
+            f"{part['split']!r}"
+        )
+    return PartOfImages(whole, start, stop)
+
+
+def _open_split(config: DataConfig, split: str) -> Images:
     if config.dataset == "digits":
         return DigitImages(split)
     prefix = config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
@@ -236,6 +275,7 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
         ConfigError: the config says otherwise, or neither says anything.
     """
     wanted = config.model.num_classes
+    images = images.whole if isinstance(images, PartOfImages) else images
     found = images.num_classes if isinstance(images, TimmImages) else None
     if found is None and wanted is None:
         raise ConfigError(

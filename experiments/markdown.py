@@ -6,11 +6,17 @@ from collections.abc import Collection, Sequence
 def aligned_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]
 ) -> str:
-    """A table with a header; the columns (from 0) of `right` are aligned to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    """A table in Markdown.
 
-    def line_of(line: list[str]) -> str:
+    Args:
+        head: titles of the columns.
+        rows: the cells of each line.
+        right: numbers of the columns that are aligned to the right.
+    """
+    lines = [head, *rows]
+    widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(head))]
+
+    def line_of(line: Sequence[str]) -> str:
         padded = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -21,4 +27,4 @@ def aligned_table(
         "-" * (width - 1) + ":" if column in right else "-" * width
         for column, width in enumerate(widths)
     ]
-    return "\n".join([line_of(list(head)), line_of(rule), *map(line_of, lines[1:])]) + "\n"
+    return "\n".join([line_of(head), line_of(rule), *map(line_of, rows)]) + "\n"

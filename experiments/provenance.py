@@ -1,6 +1,7 @@
 """Where a figure comes from: hardware, versions, commit, time."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import tokenmixup
+from experiments.config import RunConfig, as_plain
 
 ROOT = Path(__file__).parent.parent
 _CODE = ("tokenmixup", "experiments")
@@ -72,6 +74,17 @@ def code_hash() -> str:
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def training_identity(config: RunConfig, **more: Any) -> str:
+    """A hash of what a training depends on: two with the same one are the same training.
+
+    Args:
+        config: of the run; where it goes, what it logs and when it is saved do not count.
+        more: further facts, as plain types.
+    """
+    plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
+    return hashlib.sha256(json.dumps(plain | more, sort_keys=True).encode()).hexdigest()
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

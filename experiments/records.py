@@ -182,12 +182,12 @@ def read_record(folder: Path, manifest: Manifest, table: str) -> TableRecord:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read the results: {error}") from None
     try:
-        found = {entry["name"]: _read(Result, entry) for entry in content["rows"]}
+        found = {entry["name"]: read_section(Result, entry) for entry in content["rows"]}
         training = {}
         for entry in content["training"]:
-            seeds = tuple(_read(SeedResult, seed) for seed in entry["seeds"])
+            seeds = tuple(read_section(SeedResult, seed) for seed in entry["seeds"])
             plain = {key: entry[key] for key in entry if key not in ("seeds", "mean", "std")}
-            training[entry["name"]] = _read(Training, {**plain, "seeds": seeds})
+            training[entry["name"]] = read_section(Training, {**plain, "seeds": seeds})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: is damaged, or of another version of this program: {error}; "
@@ -228,8 +228,8 @@ def as_json(record: TableRecord) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _read(section: type[R], values: dict[str, Any]) -> R:
-    """A section from plain values; a TypeError where a value is of another type."""
+def read_section(section: type[R], values: dict[str, Any]) -> R:
+    """A dataclass from plain values; a TypeError where a value is of another type."""
     hints = typing.get_type_hints(section)
     for key, value in values.items():
         if key not in hints:

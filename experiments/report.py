@@ -11,7 +11,9 @@ from experiments import records
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.markdown import aligned_table
+from experiments.provenance import ROOT
 from experiments.records import Result, SeedResult, TableRecord, Training
+from experiments.studies import page as studies_page
 from experiments.terminal import Terminal
 from experiments.zoo_manifest import Manifest
 
@@ -167,8 +169,8 @@ def zoo_table(manifest: Manifest) -> str:
 def regenerated(text: str, manifest: Manifest, results: Path) -> str:
     """A document with the blocks that are generated made anew.
 
-    A block stands between `<!-- generated: table cifar -->` (or `training cifar`, or `zoo all`)
-    and `<!-- end of what is generated -->`.
+    A block stands between `<!-- generated: table cifar -->` (or `training cifar`, `zoo all`,
+    `study digits`) and `<!-- end of what is generated -->`.
 
     Raises:
         DataError: a block asks for what there is not.
@@ -178,11 +180,13 @@ def regenerated(text: str, manifest: Manifest, results: Path) -> str:
         kind, name = match[2], match[3]
         if kind == "zoo":
             return f"{match[1]}\n{zoo_table(manifest)}\n{match[4]}"
+        if kind == "study":
+            return f"{match[1]}\n{studies_page.block(name, results, ROOT)}\n{match[4]}"
         makers = {"table": markdown_table, "training": markdown_training}
         if kind not in makers or name not in manifest.tables:
             raise DataError(
-                f"generated: got {kind} {name}; allowed: zoo all, and table or training of "
-                f"{', '.join(manifest.tables)}"
+                f"generated: got {kind} {name}; allowed: zoo all, study NAME, and table or "
+                f"training of {', '.join(manifest.tables)}"
             )
         record = _told(records.read_record(results, manifest, name))
         return f"{match[1]}\n{makers[kind](record)}\n{match[4]}"

@@ -4,8 +4,6 @@ Each training is a process of its own, by the same command that a person would g
 finished is in the table's record; what was begun goes on from its run folder.
 """
 
-import hashlib
-import json
 import os
 import shlex
 import signal
@@ -19,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 
 from experiments import provenance, records
-from experiments.config import as_plain
 from experiments.config_file import load_config
 from experiments.distributed import choose_device
 from experiments.errors import ConfigError, UserError
@@ -128,11 +125,8 @@ class Trainings:
         return {"model.weights": str(path), **self.overrides}
 
     def _identity(self, row: Row, seed: int) -> str:
-        """A hash of the config: a training with the same one is the same training."""
         config = load_config(self.manifest.config_path(row.config), self._settings(row))
-        plain = as_plain(config) | {"output": None, "seed": seed}
-        text = json.dumps({**plain, "logging": None, "checkpoint": None}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return provenance.training_identity(config, seed=seed)
 
 
 def launcher() -> list[str]:

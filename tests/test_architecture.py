@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What `python -m` starts. `zoo` is one too, but others may import it.
-ENTRY_POINTS = {"train", "evaluate", "compare", "reproduce", "visualize"}
+ENTRY_POINTS = {"train", "evaluate", "compare", "reproduce", "study", "visualize"}
 # What the rest stands on; modules of neither set are what runs, tables and figures are made of.
 BASE = {
     *("checkpoint", "checks", "config", "config_file", "errors", "files", "models", "released"),

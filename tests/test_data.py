@@ -245,3 +245,36 @@ def test_fashion_mnist_through_timm_is_rgb(tmp_path):
     image, label = images[1]
     assert label == 1
     assert np.array_equal(np.asarray(image), np.repeat(pixels[1][..., None], 3, axis=2))
+
+
+def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
+    data = small_data_config(tmp_path)
+    whole, part = open_images(data, "train"), open_images(data, "train[100:130]")
+    assert len(part) == 30
+    for index in (0, 7, 29):
+        (image, label), (same, its_label) = part[index], whole[100 + index]
+        assert label == its_label and image.tobytes() == same.tobytes()
+        assert part.describe(index) == whole.describe(100 + index)
+    with pytest.raises(IndexError):
+        part[30]
+    assert len(open_images(data, "train[:50]")) == 50
+    assert len(open_images(data, "train[1400:]")) == len(whole) - 1400
+
+
+@pytest.mark.parametrize("split", ["train[5:5]", "train[9:3]", "train[:5000]", "train[1442:]"])
+def test_a_part_that_is_not_there(tmp_path, split):
+    with pytest.raises(DataError, match="of the 1442 of 'train'"):
+        open_images(small_data_config(tmp_path), split)
+
+
+def test_the_number_of_classes_of_a_part_is_that_of_the_whole(tmp_path):
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "one.png")
+    config = small_config(tmp_path, data={"dataset": "", "root": str(tmp_path)})
+    part = open_images(config.data, "train[:2]")
+    assert stated_num_classes(config, part) == 3
+
+
+def small_data_config(folder):
+    return small_config(folder).data

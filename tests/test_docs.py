@@ -54,7 +54,12 @@ FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|toke
 def missing_files(code: str) -> set[str]:
     names = re.findall(rf"(?<![\w./…-])({FILES}/[\w./-]*\.(?:py|sh|yaml|md|jsonl|ipynb))\b", code)
     # capitals alone stand for a name: configs/NAME.yaml
-    return {n for n in names if not (ROOT / n).is_file() and not Path(n).stem.isupper()}
+    return {
+        name
+        for name in names
+        if not (ROOT / name).is_file()
+        and not any(Path(part).stem.isupper() for part in Path(name).parts)
+    }
 
 
 MODULES = {path.stem for path in (ROOT / "tokenmixup").glob("*.py")} | {"hosts"}

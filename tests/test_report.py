@@ -215,7 +215,7 @@ def test_blocks_are_made_anew_and_the_rest_is_left():
 @pytest.mark.parametrize("block", ["table nothing", "figure cifar"])
 def test_a_block_of_what_there_is_not(block):
     text = f"<!-- generated: {block} -->\n<!-- end of what is generated -->"
-    with pytest.raises(DataError, match="allowed: zoo all, and table or training of"):
+    with pytest.raises(DataError, match="allowed: zoo all, study NAME, and table or training of"):
         report.regenerated(text, MANIFEST, Path("nowhere"))
 
 
