@@ -88,7 +88,10 @@ def test_training_does_not_depend_on_the_number_of_processes(runs):
     _, one, two, text = runs
     expected, found = (load_file(folder / "final.safetensors") for folder in (one, two))
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+        # a softmax does not see the bias of what it is taken of: that gradient is rounding alone,
+        # which AdamW scales up to whole steps
+        slack = 1e-2 if name.endswith("pool.bias") else 1e-5
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=slack, msg=name)
     assert "2 × cpu" in text and text.count("epoch   1/1") == 1
     for before, after in zip(rows(one), rows(two), strict=True):
         assert before.keys() == after.keys()
