@@ -59,14 +59,20 @@ def demands() -> list[Requirement]:
 
 @pytest.mark.parametrize(
     "folder, extras",
-    [("tokenmixup", ()), ("experiments", ("experiments",)), ("tests", ("experiments", "test"))],
+    [
+        ("tokenmixup", ()),
+        ("experiments", ("experiments",)),
+        ("benchmarks", ("experiments", "test")),
+        ("tests", ("experiments", "test")),
+    ],
 )
 def test_every_imported_package_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     """What an import finds only because something else happens to need it is gone one day."""
     named = list(PROJECT["dependencies"])
     named += itertools.chain(*(PROJECT["optional-dependencies"][extra] for extra in extras))
     declared = {canonicalize_name(Requirement(text).name) for text in named}
-    own = {"tokenmixup", "experiments", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    own = {"tokenmixup", "experiments", "benchmarks"}
+    own |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
     if folder == "tokenmixup":
         own |= {"timm", "torchvision", "transformers"}  # hosts: who has one has its library
     providers = importlib.metadata.packages_distributions()
