@@ -51,7 +51,7 @@ def test_what_is_not_as_promised_is_not_good():
 def test_a_run_that_goes_on_again_and_again_leaves_no_file_and_no_thread_open(tmp_path):
     soak = measure_soak(tmp_path, cycles=4, minutes=2)
     assert soak.cycles == 4
-    assert soak.files[0] == soak.files[1] and soak.threads[0] == soak.threads[1]
+    assert soak.files[1] <= soak.files[0] and soak.threads[1] <= soak.threads[0]
 
 
 def test_unknown_parts_are_refused(tmp_path, capsys):

@@ -189,9 +189,9 @@ def wait_for(path, process, seconds=120):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, capsys):
     """Real processes: the second training is stopped in its middle."""
-    given = words("plain", "--seeds", "1,2", "--schedule.epochs", "10")
+    given = words("plain", "--seeds", "1,2", "--schedule.epochs", "40")  # of 4 steps each
     process = started(given)
-    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "step-00000011.pt", process)
+    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "step-00000004.pt", process)
     process.send_signal(number)
     if number == signal.SIGINT:  # as a terminal does, which tells the whole group
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -205,4 +205,4 @@ def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, 
     assert again.returncode == 0, out + err
     assert "going on after step" in out
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
-    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [10, 10]
+    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [40, 40]
