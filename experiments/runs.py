@@ -141,10 +141,11 @@ class Run:
         except (TrainingStopped, DataError) as error:
             raise type(error)(f"{error}; {self._last_good()}") from None
         except (RuntimeError, OSError) as error:
-            told = faults.explain(error, self.config, self.batches.division, self._evaluating)
-            if told is None:
-                raise
-            raise TrainingStopped(f"{told}; {self._last_good()}") from error
+            with faults.further_deaths_unheard():
+                told = faults.explain(error, self.config, self.batches.division, self._evaluating)
+                if told is None:
+                    raise
+                raise TrainingStopped(f"{told}; {self._last_good()}") from error
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
