@@ -99,11 +99,11 @@ def _measure(
     work = provenance.ROOT / "output"  # on a disk, unlike many a folder for temporary files
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix="faults-") as folder:
-        todo = makers(Path(folder), seed, quick)
+        measurements = makers(Path(folder), seed, quick)
         for part in parts:
             load = os.getloadavg()[0]
             print(f"{part}:", flush=True)
-            figures = todo[part]()
+            figures = measurements[part]()
             entry = {
                 "part": part,
                 "good": good(part, figures),

@@ -5,6 +5,7 @@ be fetched nowhere on a machine without a network, and an image of its size that
 varies as photographs do takes each operation as long.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -74,8 +75,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     workers = [0, 1] if settings.quick else [n for n in (0, 1, 2, 4, 8, 16) if n <= max(cores, 2)]
     with loaders(images, workers, batch) as endless:
         actions: dict[str, Callable[[], object]] = {
-            str(number): lambda stream=stream: next(stream)  # type: ignore[misc]
-            for number, stream in endless.items()
+            str(number): functools.partial(next, stream) for number, stream in endless.items()
         }
         # a process that has loaded ahead would be timed by what it has ready: all in one stretch
         loading = {

@@ -176,8 +176,12 @@ def _typed(settings: Mapping[str, Setting], file: str, present: set[str]) -> Nam
 def _understood(key: str, setting: Setting) -> Any:
     """A setting's value, with text in it read where something else than text is meant."""
     value, kinds = setting.value, _alternatives(known_keys()[key])
-    choices = [c for kind in kinds if typing.get_origin(kind) is typing.Literal for c in
-               typing.get_args(kind)]  # fmt: skip
+    choices = [
+        c
+        for kind in kinds
+        if typing.get_origin(kind) is typing.Literal
+        for c in typing.get_args(kind)
+    ]
     if isinstance(value, str):
         if value == "null" and type(None) in kinds:
             return None

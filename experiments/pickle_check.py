@@ -55,8 +55,18 @@ def refuse_harmful(path: Path) -> None:
                     _follow(io.BytesIO(archive.read(member)))
     except _Refused as error:
         raise CheckpointError(f"{path}: is refused or damaged: {error}") from None
-    except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError,
-            NotImplementedError, zipfile.BadZipFile, RuntimeError, EOFError) as error:  # fmt: skip
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: is refused or damaged or cut off: {reason[:200]}") from None
 

@@ -74,8 +74,10 @@ def markdown(record_list: list[TableRecord]) -> str:
         if remarks:
             parts.append("\n".join(remarks) + "\n")
         if record.training:
-            parts.append("## Trained here\n\nMean ± standard deviation over the seeds, after the "
-                         "last epoch.\n")  # fmt: skip
+            parts.append(
+                "## Trained here\n\nMean ± standard deviation over the seeds, after the "
+                "last epoch.\n"
+            )
             parts.append(markdown_training(record))
         sources = sources_of(record)
         if sources:

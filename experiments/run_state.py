@@ -102,8 +102,15 @@ class RunState:
             self._restore(saved.path, saved.content, allow_changed, warn)
         except UserError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError,
-                OverflowError) as error:  # fmt: skip
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             # what a checkpoint that another program wrote lacks shows wherever it is used first
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise CheckpointError(

@@ -116,8 +116,19 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refusal(str(error))}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError,
-            AttributeError, OverflowError, MemoryError, AssertionError) as error:  # fmt: skip
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        AssertionError,
+    ) as error:
         # what torch raises on a damaged file depends on the byte that is wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: is damaged or cut off: {reason}") from None
@@ -152,8 +163,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError,
-            OverflowError, MemoryError) as error:  # fmt: skip
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise CheckpointError(f"{path}: is damaged or cut off: {error}") from None
 
 
@@ -162,8 +181,17 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         refuse_inflated_npz(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, MemoryError,
-            zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        MemoryError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: is damaged or cut off: {reason}") from None
     if not is_vit_npz(arrays):

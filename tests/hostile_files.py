@@ -124,9 +124,14 @@ def tensor(size, stride, numel=4, offset=0):
     storage += whole(numel) + b"tQ"
     sizes, strides = (b"(" + b"".join(map(whole, s)) + b"t" for s in (size, stride))
     hooks = b"ccollections\nOrderedDict\n)R"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole(offset) + sizes + strides + (
-        b"\x89" + hooks + b"tR"
-    )  # fmt: skip
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + whole(offset)
+        + sizes
+        + strides
+        + (b"\x89" + hooks + b"tR")
+    )
 
 
 def seal(path):
@@ -168,8 +173,9 @@ def nested_lists(path):
 
 
 def byte_array(path):
-    torch_zip(path, b"\x80\x02}" + text("a") + b"c__builtin__\nbytearray\n" + whole(8 * GIB)
-              + b"\x85Rs.")  # fmt: skip
+    torch_zip(
+        path, b"\x80\x02}" + text("a") + b"c__builtin__\nbytearray\n" + whole(8 * GIB) + b"\x85Rs."
+    )
 
 
 def huge_storage_of_legacy(path):

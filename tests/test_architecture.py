@@ -237,9 +237,11 @@ def faults(path: Path) -> Iterator[str]:
             yield f"{where} of more than {', '.join(SAFE_CLASSES)}"
         # what is imported must be named in the source
         is_import = name in ("importlib.import_module", "__import__")
-        if is_import and not path.is_relative_to(ROOT / "tests") and not (
-            node.args and isinstance(node.args[0], ast.Constant)
-        ):  # fmt: skip
+        if (
+            is_import
+            and not path.is_relative_to(ROOT / "tests")
+            and not (node.args and isinstance(node.args[0], ast.Constant))
+        ):
             yield f"{where} of a name that is computed"
     for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module in RUNNING:

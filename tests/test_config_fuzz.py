@@ -193,10 +193,14 @@ def test_bytes_of_every_kind(tmp_path, content):
     check(tmp_path, content)
 
 
-LAUGHS = "{a: &a [x, x, x, x, x, x, x, x, x], " + ", ".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
-    for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
-) + "}"  # fmt: skip
+LAUGHS = (
+    "{a: &a [x, x, x, x, x, x, x, x, x], "
+    + ", ".join(
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+        for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
+    )
+    + "}"
+)
 DEEP_PAIRS = [("[", "]"), ("{a: ", "}"), ("[{a: ", "}]")]
 HARMFUL = {
     "aliases": f"model: {{kwargs: {LAUGHS}}}",

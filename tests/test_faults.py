@@ -46,11 +46,6 @@ def final_bytes(folder):
     return (folder / "final.safetensors").read_bytes()
 
 
-# torch's handler of the child's end raises in whatever runs then, now and then its own clean-up
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <function _MultiProcessingDataLoaderIter.__del__"
-    ":pytest.PytestUnraisableExceptionWarning"
-)
 def test_a_loader_process_that_the_kernel_kills(tmp_path):
     sections = {"data": {**STEPS, "workers": 1}, "schedule": {"epochs": 2}}
 

@@ -95,9 +95,12 @@ def test_a_figure_that_is_none_is_not_read(tmp_path, value):
 def test_rows_that_are_no_longer_in_the_zoo_are_left_out(tmp_path):
     record = example()[0]
     records.update_record(tmp_path, MANIFEST, "cifar", lambda _: record)
-    fewer = replace(MANIFEST, checkpoints={
-        name: entry for name, entry in MANIFEST.checkpoints.items() if name != "cct_cifar10_htm"
-    })  # fmt: skip
+    fewer = replace(
+        MANIFEST,
+        checkpoints={
+            name: entry for name, entry in MANIFEST.checkpoints.items() if name != "cct_cifar10_htm"
+        },
+    )
     left = records.read_record(tmp_path, fewer, "cifar")
     assert "cct_cifar10_htm" not in left.rows and "cct_cifar10_htm" not in left.training
     assert left.rows["cct_cifar10_vtm"] == record.rows["cct_cifar10_vtm"]

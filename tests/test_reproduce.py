@@ -170,8 +170,9 @@ def test_an_interruption_is_taken_up_again(world, run, evaluations):
     first = rows["cct_cifar10_htm"]
     evaluations.switch.stop = None
     run("--table", "cifar")
-    assert evaluations.names == [f"cct_{n}.pth.tar" for n in ("cifar10_htm", "cifar10_vtm",
-                                                              "cifar100_htm")]  # fmt: skip
+    assert evaluations.names == [
+        f"cct_{n}.pth.tar" for n in ("cifar10_htm", "cifar10_vtm", "cifar100_htm")
+    ]
     assert rows_of(world)["cct_cifar10_htm"] == first
 
 

@@ -118,8 +118,9 @@ def test_list_of_the_real_manifest(tmp_path, capsys):
     code, out, _ = run_zoo(capsys, "list", "--weights", tmp_path)
     assert code == 0
     for wanted in read_manifest().checkpoints.values():
-        assert any(line.startswith(wanted.name + " ") and wanted.file in line for line in
-                   out.splitlines())  # fmt: skip
+        assert any(
+            line.startswith(wanted.name + " ") and wanted.file in line for line in out.splitlines()
+        )
 
 
 def test_download_of_all_goes_on_after_a_failure(server, tmp_path, weights, capsys):
