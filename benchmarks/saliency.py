@@ -27,10 +27,10 @@ from experiments.models.build import build_model
 from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import (
     horizontal_mixup,
-    query_key_saliency,
     sample_difficulty,
     soft_cross_entropy,
 )
+from tokenmixup.hosts.base import input_saliency
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
 SPEED_UP = 30
@@ -107,13 +107,7 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
         model.backbone(images)
     handle.remove()
 
-    @torch.no_grad()
-    def obtain() -> Tensor:
-        query, key, scale = adapter.query_key(layer, seen[0], (), {}, layout.class_token)
-        prefix = layout.num_prefix_tokens
-        return query_key_saliency(query, key, scale, prefix, class_token=layout.class_token)
-
-    return obtain
+    return lambda: input_saliency(adapter, layout, layer, seen[0], (), {})
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tokenmixup import TokenMixupModel
 from tokenmixup.functional import (
     horizontal_mixup,
-    query_key_saliency,
     saliency_gain,
     salient_positions,
     sample_difficulty,
 )
+from tokenmixup.hosts.base import input_saliency
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,8 @@ def _horizontal(
 
 
 def _saliency(model: TokenMixupModel, layer: nn.Module, call: _Call) -> Tensor:
-    layout, adapter = model.layout, model.adapter
-    given = (call.args, call.kwargs, layout.class_token)
-    query, key, scale = adapter.query_key(layer, call.tokens, *given)
-    return query_key_saliency(
-        query,
-        key,
-        scale,
-        layout.num_prefix_tokens,
-        class_token=layout.class_token,
-        bias=adapter.score_bias(layer, *given),
-    )
+    place = model.adapter, model.layout, layer
+    return input_saliency(*place, call.tokens, call.args, call.kwargs)
 
 
 def _attention(

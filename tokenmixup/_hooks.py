@@ -16,14 +16,19 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenmixup._session import Session, StepRecord
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.functional import mix_tokens, query_key_saliency, salient_positions
+from tokenmixup.functional import mix_tokens, salient_positions
 from tokenmixup.horizontal import horizontal_step, scorenet_loss
-from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, Remembered, TokenLayout
+from tokenmixup.hosts.base import (
+    Args,
+    HostAdapter,
+    Kwargs,
+    Remembered,
+    TokenLayout,
+    input_saliency,
+    layer_saliency,
+)
 from tokenmixup.scorenet import ScoreNet
 from tokenmixup.vertical import remember, remembered_before
-
-QueryKey = tuple[Tensor, Tensor, float]
-"""Queries, keys and the scale of their scores, as an adapter gives them."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,6 @@ class _SaliencyHook(_Hook):
     def __init__(self, shared: Attachment, index: int) -> None:
         self.shared = shared
         self.index = index
-
-    def _saliency(
-        self, layer: nn.Module, query_key: QueryKey, args: Args, kwargs: Kwargs
-    ) -> Tensor:
-        layout = self.shared.layout
-        query, key, scale = query_key
-        return query_key_saliency(
-            query,
-            key,
-            scale,
-            layout.num_prefix_tokens,
-            class_token=layout.class_token,
-            bias=self.shared.adapter.score_bias(layer, args, kwargs, layout.class_token),
-        )
 
     def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
         """Keep the tokens at the positions that were chosen."""
@@ -156,13 +147,11 @@ class _LayerHook(_SaliencyHook):
         decision = record.decisions[self.index][1]
         return mix_tokens(tokens, decision, self.shared.layout.num_prefix_tokens)
 
-    @torch.no_grad()
     def _input_saliency(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
-        adapter, class_row = self.shared.adapter, self.shared.layout.class_token
-        query_key = adapter.query_key(layer, tokens, args, kwargs, class_row)
-        return self._saliency(layer, query_key, args, kwargs)
+        shared = self.shared
+        return input_saliency(shared.adapter, shared.layout, layer, tokens, args, kwargs)
 
 
 class _ProjectionHook(_SaliencyHook):
@@ -184,9 +173,9 @@ class _ProjectionHook(_SaliencyHook):
 
     @torch.no_grad()
     def _projected_saliency(self, projected: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        adapter, class_row = self.shared.adapter, self.shared.layout.class_token
-        query_key = adapter.projected_query_key(self.layer, projected, class_row)
-        return self._saliency(self.layer, query_key, args, kwargs)
+        adapter, layout = self.shared.adapter, self.shared.layout
+        query_key = adapter.projected_query_key(self.layer, projected, layout.class_token)
+        return layer_saliency(adapter, layout, self.layer, query_key, args, kwargs)
 
 
 def _remembers(shared: Attachment, index: int) -> bool:

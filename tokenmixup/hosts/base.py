@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmixup.functional import query_key_saliency
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -183,6 +185,53 @@ class HostAdapter(ABC):
     def no_weight_decay(self, host: nn.Module) -> set[str]:
         """Names of the host's parameters that an optimiser should not decay."""
         return set()
+
+
+@torch.no_grad()
+def layer_saliency(
+    adapter: HostAdapter,
+    layout: TokenLayout,
+    layer: nn.Module,
+    query_key: tuple[Tensor, Tensor, float],
+    args: Args,
+    kwargs: Kwargs,
+) -> Tensor:
+    """Saliency (B, T) of a layer's tokens, from what one of the adapter's two ways has given.
+
+    Args:
+        adapter: of the host.
+        layout: of the host's tokens.
+        layer: one of the host's layers.
+        query_key: of :meth:`HostAdapter.query_key` or :meth:`HostAdapter.projected_query_key`.
+        args: positional arguments of the layer's call.
+        kwargs: keyword arguments of the layer's call.
+    """
+    query, key, scale = query_key
+    return query_key_saliency(
+        query,
+        key,
+        scale,
+        layout.num_prefix_tokens,
+        class_token=layout.class_token,
+        bias=adapter.score_bias(layer, args, kwargs, layout.class_token),
+    )
+
+
+@torch.no_grad()
+def input_saliency(
+    adapter: HostAdapter,
+    layout: TokenLayout,
+    layer: nn.Module,
+    tokens: Tensor,
+    args: Args,
+    kwargs: Kwargs,
+) -> Tensor:
+    """Saliency (B, T) of the tokens (B, N, D) that enter a layer, before the layer has run.
+
+    Arguments are those of :func:`layer_saliency`.
+    """
+    query_key = adapter.query_key(layer, tokens, args, kwargs, layout.class_token)
+    return layer_saliency(adapter, layout, layer, query_key, args, kwargs)
 
 
 def class_name(kind: type) -> str:
