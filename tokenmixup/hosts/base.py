@@ -202,7 +202,7 @@ def layer_saliency(
         adapter: of the host.
         layout: of the host's tokens.
         layer: one of the host's layers.
-        query_key: of :meth:`HostAdapter.query_key` or :meth:`HostAdapter.projected_query_key`.
+        query_key: what the adapter's ``query_key`` or ``projected_query_key`` gives.
         args: positional arguments of the layer's call.
         kwargs: keyword arguments of the layer's call.
     """
