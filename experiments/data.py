@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from experiments.config import DataConfig, MixupConfig, RunConfig
 from experiments.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD, Images
-from experiments.errors import ConfigError, DataError
+from experiments.errors import ConfigError, DataError, LoaderProcessLost
 from experiments.seeding import derive_seed, generators_kept, seed_generators, seeded
 from experiments.stopping import outlive_the_main_process
 
@@ -378,3 +378,6 @@ def _readable_errors(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, 
     except DataError as error:
         # from a loader process it comes with that process's traceback in front
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except (ConnectionError, EOFError) as error:
+        # its tensors come through a socket, whose end may be noticed before the process's
+        raise LoaderProcessLost(str(error) or type(error).__name__) from error

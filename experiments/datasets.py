@@ -275,8 +275,8 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
         ConfigError: the config says otherwise, or neither says anything.
     """
     wanted = config.model.num_classes
-    images = images.whole if isinstance(images, PartOfImages) else images
-    found = images.num_classes if isinstance(images, TimmImages) else None
+    whole = _whole(images)
+    found = whole.num_classes if isinstance(whole, TimmImages) else None
     if found is None and wanted is None:
         raise ConfigError(
             f"data.dataset: {config.data.dataset!r} does not state its number of classes; "
@@ -291,7 +291,13 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
 
 def class_names(images: Images) -> tuple[str, ...] | None:
     """The names of a data set's classes, in order, where it states them."""
-    return images.class_names if isinstance(images, TimmImages) else None
+    whole = _whole(images)
+    return whole.class_names if isinstance(whole, TimmImages) else None
+
+
+def _whole(images: Images) -> Images:
+    """The data set itself, which alone knows its classes."""
+    return images.whole if isinstance(images, PartOfImages) else images
 
 
 def readable_names(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from experiments.config import RunConfig
 from experiments.data import Division
+from experiments.errors import LoaderProcessLost
 
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -22,10 +23,12 @@ def further_deaths_unheard() -> Iterator[None]:
 
     torch's handler raises in whatever the main thread does when a loader process ends.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGCHLD)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or before is None:  # None: not Python's, so it raises nothing
         yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:
@@ -46,16 +49,21 @@ def explain(
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return _out_of_memory(text, config, division, evaluating)
+    if isinstance(error, LoaderProcessLost):
+        return _loader_process_ended("a data-loader process", text, config)
     if isinstance(error, RuntimeError) and (killed := _KILLED_WORKER.search(text)):
-        return (
-            f"data-loader process {killed[1]} was ended from outside ({killed[2].strip(' .')}), "
-            "most often by the kernel for want of memory: fewer of them need less (data.workers, "
-            f"now {config.data.workers})"
-        )
+        return _loader_process_ended(f"data-loader process {killed[1]}", killed[2], config)
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f" {error.filename}" if error.filename else ""
         return f"cannot write{where}: {error.strerror}"
     return None
+
+
+def _loader_process_ended(which: str, said: str, config: RunConfig) -> str:
+    return (
+        f"{which} was ended from outside ({said.strip(' .')}), most often by the kernel for want of "
+        f"memory: fewer of them need less (data.workers, now {config.data.workers})"
+    )
 
 
 def _out_of_memory(text: str, config: RunConfig, division: Division, evaluating: bool) -> str:

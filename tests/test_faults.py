@@ -46,13 +46,18 @@ def final_bytes(folder):
     return (folder / "final.safetensors").read_bytes()
 
 
+# torch's handler of the child's end raises in whatever runs then, now and then its own clean-up
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <function _MultiProcessingDataLoaderIter.__del__"
+    ":pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_loader_process_that_the_kernel_kills(tmp_path):
     sections = {"data": {**STEPS, "workers": 1}, "schedule": {"epochs": 2}}
 
     def kill():  # one of them, as the kernel does: the one that loads for the evaluation under way
         max(multiprocessing.active_children(), key=lambda process: process.pid).kill()
 
-    message = r"data-loader process \d+ was ended.*data\.workers, now 1\); the last checkpoint is "
+    message = r"data-loader process .*was ended.*data\.workers, now 1\); the last checkpoint is "
     with pytest.raises(TrainingStopped, match=message):
         fit(tmp_path, Then(14, kill), **sections)
     resumed = fit(tmp_path, **sections)

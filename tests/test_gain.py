@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenmixup import _gain
 from tokenmixup.functional import saliency_gain
@@ -80,3 +81,10 @@ def test_without_the_loop_all_is_the_same(monkeypatch):
     by_loop = _gain.gain_rows(saliency, saliency, 0.2)
     monkeypatch.setattr(_gain, "compiled_loop", lambda: None)
     torch.testing.assert_close(_gain.gain_rows(saliency, saliency, 0.2), by_loop)
+
+
+def test_tensors_without_memory_take_the_plain_way():
+    """Those of tools that estimate a model's memory or trace it."""
+    with FakeTensorMode():
+        gain = _gain.gain_rows(torch.empty(5, 8), torch.empty(7, 8), 0.1)
+    assert gain.shape == (5, 7)

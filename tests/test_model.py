@@ -303,3 +303,16 @@ def test_version_and_names():
     assert issubclass(UnsupportedHostError, ValueError)
     for name in tokenmixup.__all__:
         assert getattr(tokenmixup, name) is not None
+
+
+@HOSTS
+def test_a_projection_that_was_exchanged_after_attach_is_told(host):
+    """Layer 0 then has nothing to remember by, and layer 2 would attend to less than it should."""
+    model = attach(host(), vertical=VTM).train()
+    attention = model.backbone.blocks[0].attn
+    attention.qkv = copy.deepcopy(attention.qkv)
+    attention.qkv._forward_hooks.clear()
+    with pytest.raises(
+        RuntimeError, match=r"VTM's remembering was not carried out at layer\(s\) 0"
+    ):
+        model(*batch())

@@ -28,7 +28,8 @@ def gain_rows(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return (columns.unsqueeze(0) - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
-    if rows.device.type == "cpu" and rows.dtype == columns.dtype == torch.float32:
+    in_memory = type(rows) is type(columns) is Tensor and rows.device.type == "cpu"
+    if in_memory and rows.dtype == columns.dtype == torch.float32:  # no fake tensor of a tracer
         loop = compiled_loop()
         if loop is not None:
             return _by_loop(loop, rows.contiguous(), columns.contiguous(), rho)

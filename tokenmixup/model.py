@@ -119,11 +119,14 @@ class TokenMixupModel(nn.Module):
         return TokenMixupOutput(logits, record.targets, loss, record.stats)
 
     def _check_carried_out(self, record: StepRecord) -> None:
-        for name, config, done in (
-            ("HTM", self.horizontal, record.decisions.keys()),
-            ("VTM", self.vertical, record.attended),
+        mixing = self.horizontal.layers if self.horizontal is not None else ()
+        attending = self.vertical.layers if self.vertical is not None else ()
+        for name, layers, done in (
+            ("HTM", mixing, record.decisions.keys()),
+            ("VTM", attending, record.attended),
+            ("VTM's remembering", range(max(attending, default=0)), record.memory.keys()),
         ):
-            missing = [] if config is None else [i for i in config.layers if i not in done]
+            missing = [index for index in layers if index not in done]
             if missing:
                 raise RuntimeError(
                     f"{name} was not carried out at layer(s) {', '.join(map(str, missing))}: the "
