@@ -54,6 +54,23 @@ def _is_named(descriptor: int, path: Path) -> bool:
         return False
 
 
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _leave_to_the_parent() -> None:
+    """Close what a forked process, such as a data loader's, has of the locks.
+
+    It may outlive the process that holds them by seconds, and would keep others out as long.
+    """
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 class Occupied(Exception):
     """Another process holds a lock file; says which."""
 
@@ -66,6 +83,7 @@ def held(path: Path) -> Iterator[None]:
         Occupied: another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,4 +94,6 @@ def held(path: Path) -> Iterator[None]:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:  # not in a forked process, which has closed it
+            _held.remove(descriptor)
+            os.close(descriptor)

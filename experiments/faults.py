@@ -61,8 +61,8 @@ def explain(
 
 def _loader_process_ended(which: str, said: str, config: RunConfig) -> str:
     return (
-        f"{which} was ended from outside ({said.strip(' .')}), most often by the kernel for want of "
-        f"memory: fewer of them need less (data.workers, now {config.data.workers})"
+        f"{which} was ended from outside ({said.strip(' .')}), most often by the kernel for want "
+        f"of memory: fewer of them need less (data.workers, now {config.data.workers})"
     )
 
 
