@@ -22,7 +22,7 @@ from naive_host import (
     watched,
 )
 
-import tokenmixup._hooks
+import tokenmixup.hosts.base
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
 KAPPA = 3
@@ -144,13 +144,13 @@ def test_saliency_is_that_of_the_explicit_map(case, monkeypatch):
     plain = switch_off_fused_attention(copy.deepcopy(host))
     images, _ = batch(case)
     found = []
-    inner = tokenmixup._hooks.query_key_saliency
+    inner = tokenmixup.hosts.base.query_key_saliency
 
     def spy(*args, **kwargs):
         found.append(inner(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(tokenmixup._hooks, "query_key_saliency", spy)
+    monkeypatch.setattr(tokenmixup.hosts.base, "query_key_saliency", spy)
     model = attach(host, vertical=VTM).train()
     torch.manual_seed(3)
     with watched(host) as seen:
