@@ -141,6 +141,11 @@ def times(found: dict[str, float], digits: int = 2) -> str:
     return f"{middle} ({low}–{high})"
 
 
+def at_most(row: str, over: dict[str, float], limit: float, of: str) -> Target:
+    """That a ratio is no larger than its limit, in multiples of what `of` names."""
+    return Target(row, f"≤ {limit} × {of}", times(over, 3), over["ratio"] <= limit)
+
+
 def mebibytes(number: int | None) -> str:
     """Bytes for a table."""
     return "–" if number is None else f"{number / 2**20:,.1f}"

@@ -4,7 +4,7 @@ Dimensions: B batch, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ class Workload:
     precision: str = "fp32"
     compile: bool = False
     quick: bool = False
+
+
+def sized(workloads: Sequence[Workload], quick: bool) -> Sequence[Workload]:
+    """The workloads, or tiny ones of the same families for a smoke run."""
+    return [Workload(w.model, 4, quick=True) for w in workloads] if quick else workloads
 
 
 def make_config(workload: Workload, variant: str, device: torch.device) -> RunConfig:

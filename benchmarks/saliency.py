@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.harness import Row, Settings, Target
-from benchmarks.learners import Steps, Workload, make_batch, make_config, make_learner, time_steps
+from benchmarks.learners import (
+    Steps,
+    Workload,
+    make_batch,
+    make_config,
+    make_learner,
+    sized,
+    time_steps,
+)
 from benchmarks.timing import interleaved, ratio
 from experiments.distributed import ONE_PROCESS
 from experiments.markdown import aligned_table
@@ -112,9 +120,7 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Obtaining the saliency, then whole HTM steps, each in the two ways in turn."""
-    workloads: tuple[Workload, ...] = WORKLOADS
-    if settings.quick:
-        workloads = tuple(Workload(w.model, 4, quick=True) for w in WORKLOADS)
+    workloads = sized(WORKLOADS, settings.quick)
     return {"models": [_model(settings, workload) for workload in workloads]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.direct import DirectModel
 from benchmarks.harness import Row, Settings, Target
-from benchmarks.learners import Steps, Workload, make_learner, time_steps
+from benchmarks.learners import Steps, Workload, make_learner, sized, time_steps
 from benchmarks.timing import ratio
 from experiments.distributed import ONE_PROCESS
 from experiments.markdown import aligned_table
@@ -23,9 +23,7 @@ VARIANTS = ("plain", "HTM", "VTM", "HVTM")
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Both models: four variants in turn, then HTM in our form and the direct one in turn."""
-    workloads: tuple[Workload, ...] = WORKLOADS
-    if settings.quick:
-        workloads = tuple(Workload(w.model, 4, quick=True) for w in WORKLOADS)
+    workloads = sized(WORKLOADS, settings.quick)
     return {"models": [_model(settings, workload) for workload in workloads]}
 
 
@@ -93,23 +91,9 @@ def targets(values: dict[str, Any]) -> list[Target]:
     for model in values["models"]:
         name, limit = f"{model['model']}, B={model['batch']}", PLAIN_RATIO[model["model"]]
         for variant, over in model["over_plain"].items():
-            found.append(
-                Target(
-                    f"2. step, {name}, {variant}",
-                    f"≤ {limit} × plain",
-                    harness.times(over, 3),
-                    over["ratio"] <= limit,
-                )
-            )
-        over = model["over_direct"]
-        found.append(
-            Target(
-                f"3. HTM step, {name}",
-                f"≤ {DIRECT_RATIO} × direct form",
-                harness.times(over, 3),
-                over["ratio"] <= DIRECT_RATIO,
-            )
-        )
+            found.append(harness.at_most(f"2. step, {name}, {variant}", over, limit, "plain"))
+        row, over = f"3. HTM step, {name}", model["over_direct"]
+        found.append(harness.at_most(row, over, DIRECT_RATIO, "direct form"))
     return found
 
 
