@@ -93,7 +93,7 @@ def provenance(entries: Entries) -> str:
         lines.append(
             [
                 f"`{entry['command']}`",
-                entry["time"].replace("+00:00", " UTC").replace("T", " "),
+                entry["time"].replace("T", " ").replace("+00:00", " UTC"),
                 entry["commit"] or "–",
                 f"{entry['hardware']}, {entry['cores']} cores",
                 load,
