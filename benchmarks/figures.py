@@ -58,7 +58,10 @@ def pairing_curve(values: dict[str, Any]) -> Figure:
     axes.set_ylabel("milliseconds (median, quartiles)")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # the line and its mark alone: error bars in the handles hide the dashes
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle[0] for handle in handles]
+    axes.legend(lines, labels, frameon=False, fontsize=9, handlelength=4)
     return figure
 
 

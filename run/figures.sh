@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes every figure of README.md and docs/ anew: trains six small models on a CPU (a quarter of an
-# hour on two busy cores; what is trained already is kept), draws them, and copies the figures to docs/figures.
+# Makes the pictures of README.md and docs/pictures.md anew: trains six small models on a CPU (a quarter of
+# an hour on two busy cores; what is trained already is kept), draws them, and copies them to docs/figures.
+# Those of docs/performance.md are made by `python -m benchmarks.report`, those of docs/results.md by
+# `python -m experiments.study --study FILE --report`, each from its records.
 #
 #   bash run/figures.sh
 

@@ -1,5 +1,8 @@
 #!/bin/sh
-# A template for Slurm: sbatch --nodes 1 --gpus-per-node 4 run/slurm.sh vit_imagenet_HTM [ARGUMENT ...]
+# A template for Slurm: sbatch --nodes 1 --gpus-per-node 4 run/slurm.sh vit_imagenet_HTM [--section.key VALUE ...]
+#
+# RUN_FOLDER is the run folder, in the place of --output (default: output/NAME). Two minutes before the
+# time limit the run saves and stops, and the job queues itself again until the run is done.
 #SBATCH --job-name=tokenmixup
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -8,10 +11,25 @@
 #SBATCH --signal=USR1@120
 set -eu
 cd "${SLURM_SUBMIT_DIR:-.}"
+: "${SLURM_JOB_ID:?run this with sbatch}"
+folder=${RUN_FOLDER:-output/${1:?which experiment? a file of configs/ without its ending}}
 # One torchrun a machine; they meet at the first machine of the job.
 NNODES=${SLURM_NNODES:-1}
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
-RDZV_ID=${SLURM_JOB_ID:-tokenmixup}
-RDZV_ENDPOINT=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" | head -n 1):29500
+RDZV_ID=$SLURM_JOB_ID
+RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500
 export NNODES NPROC RDZV_ID RDZV_ENDPOINT
-exec srun sh run/train.sh "$@"
+
+begin=$(mktemp)
+trap 'rm -f "$begin"' EXIT
+code=0
+srun sh run/train.sh "$@" --output "$folder" || code=$?
+# Stopped, saved and not done? The run's heartbeat tells, where the exit code cannot: torchrun has codes
+# of its own. One from before this job says nothing of this job, which may have failed at its start.
+heartbeat=$folder/heartbeat.json
+if [ "$heartbeat" -nt "$begin" ] && grep -q '"state": "stopped"' "$heartbeat"; then
+  echo "$0: the run was stopped and has saved: queued again" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$code"

@@ -20,6 +20,7 @@ from experiments.metrics import METRICS_FILE, read_metrics
 from experiments.run_folder import CONFIG_FILE
 from experiments.tables import mean_over_layers
 
+TOP1 = "validation top-1"
 _PLACE_OF_A_RUN = ("seed", "device")  # what may differ between runs of one band
 
 
@@ -47,16 +48,20 @@ def _over_layers(leaf: str, factor: float = 1.0) -> Callable[[dict[str, Any]], f
     return read
 
 
+def _tokens_mixed(row: dict[str, Any]) -> float | None:
+    """None where no sample was mixed, of which there is no mean."""
+    mixed = _over_layers("mixed_share")(row)
+    return _over_layers("tokens_mixed")(row) if mixed else None
+
+
 QUANTITIES = (
     Quantity("training loss", "cross-entropy (nats)", "train", _of("loss")),
     Quantity("validation loss", "cross-entropy (nats)", "validation", _of("loss")),
-    Quantity("validation top-1", "correct images (%)", "validation", _of("top1")),
+    Quantity(TOP1, "correct images (%)", "validation", _of("top1")),
     Quantity(
         "samples mixed by HTM", "training samples (%)", "train", _over_layers("mixed_share", 100)
     ),
-    Quantity(
-        "tokens mixed by HTM", "tokens per easy sample", "train", _over_layers("tokens_mixed")
-    ),
+    Quantity("tokens mixed by HTM", "tokens per easy sample", "train", _tokens_mixed),
 )
 
 

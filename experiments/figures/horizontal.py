@@ -25,7 +25,7 @@ COLUMNS = (
     "difficulty\nagainst τ",
     "saliency",
     "partner,\nits saliency",
-    "tokens from\nthe partner",
+    "token mask:\nfrom the partner",
     "mixed image",
     "mixed label",
 )

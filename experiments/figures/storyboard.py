@@ -84,7 +84,7 @@ def _horizontal(scene: Scene, layer: HorizontalRecord, sample: int) -> list[Step
     donor, chosen = scene.images[other], mask[sample]
     alone = Step(
         title=f"Horizontal TokenMixup, layer {layer.layer}",
-        text="One image of a training batch.",
+        text="One image of the batch.",
         seconds=1.6,
         sample=sample,
         left=image,
@@ -110,7 +110,8 @@ def _horizontal(scene: Scene, layer: HorizontalRecord, sample: int) -> list[Step
     donor_seen = heat(donor, saliency[other], high)
     steps.append(replace(pair, text=text, seconds=2.6, left=seen, right=donor_seen))
 
-    text = f"4  Mask: the {int(chosen.sum())} of {len(chosen)} tokens more salient in the partner."
+    taken = f"{int(chosen.sum())} of {len(chosen)} tokens"
+    text = f"4  Mask: the {taken} more salient there by more than ρ."
     lit = {"left": spotlight(image, chosen, PARTNER), "right": spotlight(donor, chosen, PARTNER)}
     steps.append(replace(pair, text=text, seconds=2.4, left=lit["left"], right=lit["right"]))
 

@@ -7,11 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.figures import style
-from experiments.figures.curves import QUANTITIES, Band, Group, band, read_groups
+from experiments.figures.curves import QUANTITIES, TOP1, Band, Group, band, read_groups
 from experiments.figures.style import DASHES, GRID, SERIES
 
 NAME = "training_curves"
 _COLUMNS, _ROW_INCHES = 3, 2.35
+_POINTS_TO_MAGNIFY = 3
 
 
 def write_curves(folders: list[Path], output: Path) -> list[Path]:
@@ -42,11 +43,13 @@ def draw_curves(groups: list[Group]) -> Figure:
             _line(axis, one, number, groups[number].label)
         axis.set_title(quantity.title, fontsize=9, fontweight="bold", loc="left")
         axis.set_ylabel(quantity.unit)
-        axis.set_xlabel("training (epochs)")
+        axis.set_xlabel("epoch")
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=axis.get_xlim()[1] > 2))
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
+        if quantity.title == TOP1:
+            _magnify_the_end(axis, found)
     for axis in axes[len(panels) :]:
         axis.axis("off")
     lines = {line.get_label(): line for axis in axes for line in axis.lines}
@@ -73,11 +76,32 @@ def draw_curves(groups: list[Group]) -> Figure:
 
 def last_top1(group: Group) -> str:
     """Top-1 of a group after its last common epoch, in words."""
-    one = band(group, next(q for q in QUANTITIES if q.title == "validation top-1"))
+    one = band(group, next(q for q in QUANTITIES if q.title == TOP1))
     if one is None:
         return "no top-1 in common"
     spread = "" if one.deviation is None else f" ± {one.deviation[-1]:.2f}"
     return f"top-1 {one.mean[-1]:.2f}{spread}% after epoch {one.epochs[-1]:g}"
+
+
+def _magnify_the_end(axis: Axes, found: list[tuple[int, Band]]) -> None:
+    """The last third in a small panel: runs differ little beside what all of them learn."""
+    last = max(one.epochs[-1] for _, one in found)
+    ends = [(number, _after(one, 2 / 3 * last)) for number, one in found]
+    if any(len(one.epochs) < _POINTS_TO_MAGNIFY for _, one in ends):
+        return
+    inset = axis.inset_axes((0.52, 0.14, 0.47, 0.46))
+    for number, one in ends:
+        _line(inset, one, number, "")
+    inset.tick_params(labelsize=6.5, length=2)
+    inset.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    inset.yaxis.set_major_locator(MaxNLocator(4))
+    inset.grid(color=GRID, linewidth=0.6)
+
+
+def _after(one: Band, epoch: float) -> Band:
+    kept = one.epochs >= epoch
+    deviation = None if one.deviation is None else one.deviation[kept]
+    return Band(one.epochs[kept], one.mean[kept], deviation)
 
 
 def _line(axis: Axes, one: Band, number: int, label: str) -> None:

@@ -66,13 +66,18 @@ def _draw_top1(axes: Any, comparison: Comparison) -> None:
     for height, line in enumerate(comparison.lines):
         values = list(line.by_seed.values())
         # equal values stand below each other, so that every seed is seen
-        heights = [height + 0.14 + 0.08 * values[:n].count(v) for n, v in enumerate(values)]
-        axes.plot(values, heights, "|", color=_SEED, markersize=3, mew=2)
+        heights = [height + 0.12 + 0.11 * values[:n].count(v) for n, v in enumerate(values)]
+        axes.plot(values, heights, "o", color=_SEED, markersize=2.6, markeredgewidth=0)
         if line.top1 is not None:
             axes.errorbar(
                 line.top1.mean, height - 0.08, xerr=line.top1.std, fmt="o", color=_MEAN, capsize=3
             )
-    axes.set_xlabel("top-1 (%):\neach seed (|), mean ± standard deviation (●)")
+    several = any(line.top1 is not None and line.top1.count > 1 for line in comparison.lines)
+    axes.set_xlabel(
+        "top-1 (%):\neach seed (small, grey), mean ± standard deviation (large, black)"
+        if several
+        else "top-1 (%), one seed"
+    )
     _grid(axes)
 
 
@@ -96,7 +101,12 @@ def _draw_differences(axes: Any, comparison: Comparison) -> None:
                     capsize=3,
                     markersize=5,
                 )
-    axes.set_xlabel("difference in top-1 (points),\n95% interval, paired over seeds")
+    paired = [line.to_plain for line in comparison.lines if line.to_plain is not None]
+    axes.set_xlabel(
+        "difference in top-1 (points),\n95% interval, paired over seeds"
+        if any(difference.half_width is not None for difference in paired)
+        else "difference in top-1 (points), one seed"
+    )
     handles = [Line2D([], [], color=_TO_PLAIN, marker="o", label=f"to {plain}")]
     names = {other_of(comparison.study, line.variant) for line in comparison.lines} - {None}
     if others:
