@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from host_cases import batch, every_host, some_hosts
+from host_cases import BY_NAME, batch, every_host, some_hosts
 
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
 
@@ -63,6 +63,32 @@ def assert_close(first, second):
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_step_that_fails_leaves_nothing_behind():
+    """A graph break runs what was traced before as it stands; the failure comes behind it."""
+    case = BY_NAME["vit"]
+    model = build(case)
+    images, targets = batch(case)
+    mlp = model.backbone.blocks[2].mlp
+    forward = mlp.forward
+
+    @torch._dynamo.disable
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    mlp.forward = fail
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compiled(images, targets)
+    mlp.forward = forward
+    model.eval()
+    expected = model.backbone(images)
+    for run in (compiled, torch.compile(model.backbone, backend="eager")):
+        assert torch.equal(run(images), expected)
+        with torch.no_grad():
+            assert torch.equal(run(images), expected)
 
 
 def check(case, backend):

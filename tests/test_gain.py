@@ -88,3 +88,10 @@ def test_tensors_without_memory_take_the_plain_way():
     with FakeTensorMode():
         gain = _gain.gain_rows(torch.empty(5, 8), torch.empty(7, 8), 0.1)
     assert gain.shape == (5, 7)
+
+
+def test_tensors_that_torch_func_wraps_take_the_plain_way():
+    saliency, easy = torch.rand(6, 40).softmax(1), torch.ones(6, dtype=torch.bool)
+    expected = saliency_gain(saliency, easy, 0.001)
+    several = torch.func.vmap(lambda s: saliency_gain(s, easy, 0.001))(saliency.expand(2, 6, 40))
+    torch.testing.assert_close(several, expected.expand(2, 6, 6))

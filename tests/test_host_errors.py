@@ -9,8 +9,9 @@ import torchvision
 from host_cases import BY_NAME, batch, one_of_each, timm_host
 from torch import nn
 
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
-from tokenmixup.hosts import UnsupportedHostError, base, find_adapter
+from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
+from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
+from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
 from tokenmixup.hosts.unsupported import REASONS
 
 HTM = HorizontalConfig(layers=(1,), rho=0.005, scorenet=None)
@@ -201,6 +202,48 @@ def test_a_host_that_leaves_a_layer_out():
         model(*batch(case))
 
 
+def test_a_host_that_drops_tokens_on_the_way():
+    """As those that prune: the n-th tokens of two images would come from different places."""
+    for name, kept in (("vit", 9), ("dynamic_size", 9)):  # T known, and T of the image
+        case = BY_NAME[name]
+        host = case.build()
+        host.blocks[0].register_forward_hook(lambda _, args, output, kept=kept: output[:, :kept])
+        model = attach(host, vertical=VerticalConfig(layers=(2,), kappa=3)).train()
+        with pytest.raises(ValueError, match=r"layer 1 was called with 9 tokens instead of 17"):
+            model(*batch(case))
+
+
+def test_layers_that_run_more_than_once():
+    host = vit()
+    host.blocks[2] = host.blocks[1]
+    with pytest.raises(UnsupportedHostError, match="3 layers are 2 modules"):
+        attach(host, horizontal=HTM)
+    assert attach(host).backbone is host  # the plain host may
+
+
+def test_data_parallel_is_refused_before_and_after():
+    with pytest.raises(UnsupportedHostError, match="use DistributedDataParallel"):
+        attach(nn.DataParallel(vit()))
+    case = BY_NAME["vit"]
+    model = attach(case.build(), horizontal=HTM).train()
+    replica = model._replicate_for_data_parallel()  # as DataParallel makes one for each device
+    with pytest.raises(RuntimeError, match="DataParallel, whose replicas share hooks"):
+        replica(*batch(case))
+
+
+def test_layers_that_run_without_gradients():
+    case = BY_NAME["vit"]
+    host = case.build()
+    layer = host.blocks[0]
+    layer.forward = torch.no_grad()(layer.forward)
+    host.blocks[1].forward = torch.no_grad()(host.blocks[1].forward)
+    model = attach(host, horizontal=HTM).train()
+    model(*batch(case))  # the hook of layer 1 itself has gradients
+    host.forward_features = torch.no_grad()(host.forward_features)
+    with pytest.raises(RuntimeError, match=r"freeze them by requires_grad_\(False\) instead"):
+        model(*batch(case))
+
+
 def test_an_adapter_that_promises_other_tokens_than_the_host_has():
     case = BY_NAME["vit"]
     host = case.build()
@@ -262,9 +305,21 @@ def test_an_adapter_without_its_parts_cannot_be_made():
         Half()
 
 
-def test_the_first_adapter_that_takes_a_class_is_used():
-    class MyViT(timm.models.vision_transformer.VisionTransformer):
-        pass
+class MyViT(timm.models.vision_transformer.VisionTransformer):
+    pass
 
+
+def test_the_adapter_of_the_nearest_class_is_used(monkeypatch):
+    """Of a subclass that has none, that of its base; and a class can be registered anew."""
+    monkeypatch.setattr("tokenmixup.hosts._adapters", list(hosts._adapters))
     host = MyViT(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
     assert find_adapter(host).family == "timm VisionTransformer"
+    for family in ("mine", "mine, of the cell run again"):
+
+        class Mine(TimmVisionTransformer):
+            host_classes = (base.class_name(MyViT),)
+
+        Mine.family = family
+        register_adapter(Mine())
+        assert find_adapter(host).family == family
+    assert find_adapter(vit()).family == "timm VisionTransformer"

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -299,6 +300,43 @@ def test_an_adapter_of_a_known_class_cannot_be_registered_again():
         register_adapter(Again())
 
 
+def test_logits_of_an_evaluation_can_be_saved(tmp_path):
+    """Warnings are errors here: torch warns of hooks that it cannot save."""
+    model = attach(vit(), horizontal=HTM).eval()
+    logits = model(batch()[0])
+    torch.save(logits, tmp_path / "logits.pt")
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
+
+
+def test_what_detach_has_left_is_not_trained():
+    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
+    model.detach()
+    with pytest.raises(RuntimeError, match=r"taken off this model by detach\(\)"):
+        model(*batch())
+
+
+def test_a_model_inside_itself_is_told():
+    host = vit()
+    model = attach(host, vertical=VTM).train()
+    images, _ = batch()
+    host.blocks[0].register_forward_pre_hook(lambda *_: model(images) and None)
+    with pytest.raises(RuntimeError, match="called inside a training step of its own"):
+        model(images)
+
+
+def test_a_copy_of_the_backbone_alone():
+    model = attach(vit(), horizontal=HTM)
+    with pytest.raises(ValueError, match=r"copy the TokenMixupModel, and detach\(\) that"):
+        attach(copy.deepcopy(model.backbone), vertical=VTM)
+    attach(copy.deepcopy(model).detach(), vertical=VTM)
+
+
+def test_targets_that_are_no_tensor():
+    model = attach(vit(), horizontal=HTM).train()
+    with pytest.raises(ValueError, match=r"class indices \(6,\); got list"):
+        model(batch()[0], [0, 1, 2, 3, 4, 0])
+
+
 def test_version_and_names():
     assert issubclass(UnsupportedHostError, ValueError)
     for name in tokenmixup.__all__:
@@ -316,3 +354,28 @@ def test_a_projection_that_was_exchanged_after_attach_is_told(host):
         RuntimeError, match=r"VTM's remembering was not carried out at layer\(s\) 0"
     ):
         model(*batch())
+
+
+def test_gradients_by_torch_func():
+    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
+    images, targets = batch()
+
+    def loss(parameters):
+        out = torch.func.functional_call(model, parameters, (images, targets))
+        return out.logits.square().mean() + out.scorenet_loss
+
+    parameters = dict(model.named_parameters())
+    found = torch.func.grad(loss)({n: p.detach() for n, p in parameters.items()})
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = HorizontalConfig(layers=np.array([2, 1]), tau=np.float32(0.25), rho=np.float64(0.5))
+    assert (config.layers, config.tau, config.rho) == ((1, 2), 0.25, 0.5)
+    assert type(config.tau) is float and all(type(layer) is int for layer in config.layers)
+    kappa = VerticalConfig(layers=(1,), kappa=np.int64(3)).kappa
+    assert type(kappa) is int and kappa == 3
+    with pytest.raises(ValueError, match="tau must be a finite number >= 0"):
+        HorizontalConfig(layers=(1,), tau=np.float32("nan"), rho=0.5)

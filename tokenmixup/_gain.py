@@ -28,12 +28,25 @@ def gain_rows(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return (columns.unsqueeze(0) - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
-    in_memory = type(rows) is type(columns) is Tensor and rows.device.type == "cpu"
-    if in_memory and rows.dtype == columns.dtype == torch.float32:  # no fake tensor of a tracer
+    if _in_memory(rows) and _in_memory(columns):
         loop = compiled_loop()
         if loop is not None:
             return _by_loop(loop, rows.contiguous(), columns.contiguous(), rho)
     return _plain(rows, columns, rho)
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether a loop in C can read it: float32 numbers on a CPU.
+
+    Fake tensors of a tracer have none, nor have those that torch.func wraps.
+    """
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _by_loop(loop: Callable[..., Any], rows: Tensor, columns: Tensor, rho: float) -> Tensor:

@@ -95,9 +95,9 @@ class _LayerHook(_SaliencyHook):
         record, again = self.shared.session.current()
         if record is None:
             return None
-        _refuse_reentrant(record, self.index)
+        _refuse_without_gradients(record, self.index)
         tokens = self.shared.adapter.tokens(args, kwargs)
-        self._check(tokens)
+        self._check(record, tokens)
         if self.mixes:
             tokens = self._mix(record, again, layer, tokens, args, kwargs)
         if self.projected:
@@ -110,12 +110,22 @@ class _LayerHook(_SaliencyHook):
             return None
         return self.shared.adapter.with_tokens(tokens, args, kwargs)
 
-    def _check(self, tokens: Tensor) -> None:
-        layout = self.shared.layout
+    def _check(self, record: StepRecord, tokens: Tensor) -> None:
+        layout, patches = self.shared.layout, self.shared.layout.num_patch_tokens
         if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
             raise ValueError(
                 f"layer {self.index} was called with tokens of shape {tuple(tokens.shape)}, but "
                 f"{self.shared.adapter.family} promises (B, N, {layout.width})"
+            )
+        if record.num_tokens is None:
+            record.num_tokens = (
+                tokens.shape[1] if patches is None else layout.num_prefix_tokens + patches
+            )
+        if tokens.shape[1] != record.num_tokens:
+            raise ValueError(
+                f"layer {self.index} was called with {tokens.shape[1]} tokens instead of "
+                f"{record.num_tokens}: a host that drops, merges or adds tokens on the way has no "
+                "token grid that lasts, so that tokens of one place would meet those of another"
             )
 
     def _mix(
@@ -206,7 +216,7 @@ class _AttendHook(_AttentionHook):
         record, again = self.shared.session.current()
         if record is None:
             return None
-        _refuse_reentrant(record, self.index)
+        _refuse_without_gradients(record, self.index)
         remembered = self._remembered(record)
         if not again:
             tokens = remembered.tokens
@@ -227,12 +237,13 @@ class _OwnTokensHook(_AttentionHook):
         return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)
 
 
-def _refuse_reentrant(record: StepRecord, index: int) -> None:
+def _refuse_without_gradients(record: StepRecord, index: int) -> None:
     if record.grad_enabled and not torch.is_grad_enabled():
         raise RuntimeError(
-            f"layer {index} runs without gradients inside a training step that has them. "
-            "Reentrant activation checkpointing does this, and loses ScoreNet's loss and the "
-            "remembered tokens' gradient: use use_reentrant=False"
+            f"layer {index} runs without gradients inside a training step that has them, which "
+            "would lose ScoreNet's loss and the remembered tokens' gradient. Reentrant activation "
+            "checkpointing does this (use use_reentrant=False), and a host that runs layers under "
+            "torch.no_grad() (freeze them by requires_grad_(False) instead)"
         )
 
 

@@ -5,14 +5,19 @@ Dimensions: B batch, C classes, D width, K kappa.
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from tokenmixup.functional import MixingDecision
+
+_Announce = Callable[[Tensor], None]
+_may_be_saved: Callable[[_Announce], _Announce] = unserializable_hook
+"""Lets a tensor be saved without its hook, and without a warning about that."""
 
 
 class StepRecord:
@@ -28,6 +33,7 @@ class StepRecord:
         positions: by layer, the positions (B, K) that it remembers.
         attended: VTM layers whose attention got its remembered tokens.
         grad_enabled: whether the pass began with gradients on.
+        num_tokens: N of every layer, None before the first.
 
     Activation checkpointing runs layers again in the backward pass. They then find here what they
     decided, instead of deciding anew.
@@ -43,6 +49,7 @@ class StepRecord:
         self.positions: dict[int, Tensor] = {}
         self.attended: set[int] = set()
         self.grad_enabled = torch.is_grad_enabled()
+        self.num_tokens: int | None = None
 
 
 class _Thread(threading.local):
@@ -69,7 +76,11 @@ class Session:
     @contextmanager
     def step(self, targets: Tensor | None) -> Iterator[StepRecord]:
         """Run the host's forward pass in here; whatever happens, nothing of it stays behind."""
-        assert self._thread.running is None, "a TokenMixupModel cannot run inside itself"
+        if self._thread.running is not None:
+            raise RuntimeError(
+                "a TokenMixupModel was called inside a training step of its own: something that "
+                "its host runs calls the model again"
+            )
         record = self._thread.running = StepRecord(targets)
         try:
             yield record
@@ -77,7 +88,11 @@ class Session:
             self._thread.running = None
 
     def begin_traced(self, targets: Tensor | None) -> StepRecord:
-        """As :meth:`step`, for torch.compile, which runs no other thread while it traces."""
+        """As :meth:`step`, for torch.compile, which runs no other thread while it traces.
+
+        Where something breaks the graph, what was traced runs as it stands, failures included: so
+        :meth:`end_traced` must be called whatever happens.
+        """
         self._traced = StepRecord(targets)
         return self._traced
 
@@ -113,4 +128,4 @@ class Session:
                 self._thread.backward_of = None if record is None else weakref.ref(record)
                 self._thread.backward_task = torch._C._current_graph_task_id()
 
-            output.register_hook(announce)
+            output.register_hook(_may_be_saved(announce))

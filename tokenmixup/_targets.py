@@ -15,7 +15,10 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
     """
     classes = "C" if num_classes is None else num_classes
     if not isinstance(targets, Tensor):
-        raise ValueError(f"targets must be a tensor ({batch}, {classes}), got {targets!r}")
+        raise ValueError(
+            f"targets must be a tensor, soft ({batch}, {classes}) or class indices ({batch},); "
+            f"got {type(targets).__name__}"
+        )
     if (
         targets.dim() != 2
         or targets.shape[0] != batch
@@ -53,8 +56,8 @@ def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Ten
         if len(outside):
             index = int(outside[0])
             raise ValueError(
-                f"targets must be class indices 0 to {num_classes - 1}, "
-                f"but targets[{index}] is {targets[index].item()}"
+                f"targets must be class indices 0 to {num_classes - 1} (the classifier's, as "
+                f"attach found it), but targets[{index}] is {targets[index].item()}"
             )
     one_hot = torch.zeros(batch, num_classes, device=targets.device)
     return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)

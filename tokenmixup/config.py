@@ -1,5 +1,6 @@
 """Settings of Horizontal and Vertical TokenMixup, checked where they are made."""
 
+import numbers
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,20 +39,20 @@ class HorizontalConfig:
     def __post_init__(self) -> None:
         layers = layer_indices("HorizontalConfig.layers", self.layers, lowest=0)
         object.__setattr__(self, "layers", layers)
-        _check_number("HorizontalConfig", "rho", self.rho)
+        _settle_number(self, "rho")
         if self.scorenet is not None and self.scorenet not in SCORENET_TYPES:
             raise ValueError(
                 f"HorizontalConfig.scorenet must be one of {', '.join(SCORENET_TYPES)}, or None "
                 f"to mix every sample; got {self.scorenet!r}"
             )
         if self.tau is not None:
-            _check_number("HorizontalConfig", "tau", self.tau)
+            _settle_number(self, "tau")
         elif self.scorenet is not None:
             raise ValueError(
                 "HorizontalConfig.tau is needed to tell easy samples by ScoreNet "
                 f"(scorenet={self.scorenet!r}); scorenet=None mixes every sample"
             )
-        _check_number("HorizontalConfig", "scorenet_lambda", self.scorenet_lambda)
+        _settle_number(self, "scorenet_lambda")
         _check_bool("HorizontalConfig", "scorenet_stop_gradient", self.scorenet_stop_gradient)
 
 
@@ -78,6 +79,7 @@ class VerticalConfig:
         object.__setattr__(self, "layers", layers)
         if not _is_int(self.kappa) or self.kappa < 1:
             raise ValueError(f"VerticalConfig.kappa must be an integer >= 1, got {self.kappa!r}")
+        object.__setattr__(self, "kappa", int(self.kappa))
         _check_bool("VerticalConfig", "stop_gradient", self.stop_gradient)
 
 
@@ -94,13 +96,19 @@ def layer_indices(name: str, layers: Iterable[int], lowest: int) -> tuple[int, .
             raise ValueError(f"{name} must be integers >= {lowest}{reason}, got {layer!r}")
     if len(set(layers)) < len(layers):
         raise ValueError(f"{name} must not name a layer twice, got {layers}")
-    return tuple(sorted(layers))
+    return tuple(sorted(int(layer) for layer in layers))
 
 
-def _check_number(owner: str, field: str, value: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= _LARGEST:
-        raise ValueError(f"{owner}.{field} must be a finite number >= 0, got {value!r}")
+def _settle_number(owner: object, field: str) -> None:
+    """Check a field; keep a number of another library, such as NumPy's, as Python's own."""
+    value = getattr(owner, field)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = float(value) if is_number and not isinstance(value, int) else value
+    if not is_number or not 0 <= number <= _LARGEST:
+        raise ValueError(
+            f"{type(owner).__name__}.{field} must be a finite number >= 0, got {value!r}"
+        )
+    object.__setattr__(owner, field, number)
 
 
 def _check_bool(owner: str, field: str, value: bool) -> None:
@@ -109,4 +117,4 @@ def _check_bool(owner: str, field: str, value: bool) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

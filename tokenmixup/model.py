@@ -3,6 +3,7 @@
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C classes, K kappa.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +13,7 @@ from tokenmixup._hooks import Attachment, has_hooks, install_hooks
 from tokenmixup._session import Session, StepRecord
 from tokenmixup._targets import check_soft_targets, one_hot_targets
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.hosts import HostAdapter, TokenLayout, find_adapter
+from tokenmixup.hosts import HostAdapter, TokenLayout, UnsupportedHostError, find_adapter
 from tokenmixup.scorenet import ScoreNet
 
 
@@ -77,6 +78,7 @@ class TokenMixupModel(nn.Module):
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
         self._handles = self._install_hooks()
+        self._is_attached = bool(self._handles)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -95,18 +97,34 @@ class TokenMixupModel(nn.Module):
                     "model.train() before a training step, or model(images) to evaluate"
                 )
             logits = self.adapter.logits(self.backbone(images))
-            if not torch.compiler.is_compiling():
+            if self._is_attached and not torch.compiler.is_compiling():
                 self._session.mark_backward(None, logits)
             return logits
+        self._check_usable()
         targets = self._soft_targets(images, targets)
         if torch.compiler.is_compiling():
             record = self._session.begin_traced(targets)
-            output = self.backbone(images)
-            self._session.end_traced()
+            try:  # dynamo cannot trace step(), a context manager of its own
+                output = self.backbone(images)
+            finally:
+                self._session.end_traced()
         else:
             with self._session.step(targets) as record:
                 output = self.backbone(images)
         return self._collect(record, self.adapter.logits(output))
+
+    def _check_usable(self) -> None:
+        if not self._is_attached and (self.horizontal or self.vertical):
+            raise RuntimeError(
+                "TokenMixup was taken off this model by detach(): train what detach() returned, or "
+                "attach TokenMixup to it again"
+            )
+        # torch marks what DataParallel makes in this way
+        if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
+                "that belong to the original: use DistributedDataParallel, also on one machine"
+            )
 
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
@@ -156,6 +174,7 @@ class TokenMixupModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._is_attached = False
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
@@ -206,7 +225,8 @@ def attach(
     if isinstance(model, TokenMixupModel) or has_hooks(model):
         raise ValueError(
             "TokenMixup is attached to this model already: give all layers in one call of attach, "
-            "or take it off with detach() first"
+            "or take it off with detach() first (a backbone copied alone keeps its hooks, which do "
+            "nothing: copy the TokenMixupModel, and detach() that)"
         )
     for name, value, kind in (
         ("horizontal", horizontal, HorizontalConfig),
@@ -216,21 +236,29 @@ def attach(
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
     adapter = find_adapter(model)
     layout = adapter.layout(model)
-    _check_layers(horizontal, vertical, len(adapter.layers(model)))
+    _check_layers(horizontal, vertical, adapter.layers(model))
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes)
 
 
 def _check_layers(
-    horizontal: HorizontalConfig | None, vertical: VerticalConfig | None, depth: int
+    horizontal: HorizontalConfig | None,
+    vertical: VerticalConfig | None,
+    layers: Sequence[nn.Module],
 ) -> None:
+    depth = len(layers)
     for config in (horizontal, vertical):
         if config is not None and config.layers[-1] >= depth:
             raise ValueError(
                 f"{type(config).__name__}.layers names layer {config.layers[-1]}, but the model "
                 f"has {depth} layers, 0 to {depth - 1}"
             )
+    if (horizontal is not None or vertical is not None) and len(set(layers)) < depth:
+        raise UnsupportedHostError(
+            f"the model's {depth} layers are {len(set(layers))} modules, so some of them run more "
+            "than once in a pass, and TokenMixup could not tell the layers apart"
+        )
 
 
 def _check_kappa(vertical: VerticalConfig | None, layout: TokenLayout) -> None:

@@ -39,16 +39,20 @@ _adapters: list[HostAdapter] = [
 def register_adapter(adapter: HostAdapter) -> None:
     """Make `tokenmixup.attach` take a further family of hosts.
 
+    It goes before those for base classes of its own. Registering a class of adapters anew, as when
+    a notebook's cell is run again, replaces it.
+
     Raises:
-        ValueError: an adapter for one of its classes is registered already.
+        ValueError: another adapter for one of its classes is registered already.
     """
-    for known in _adapters:
+    others = [known for known in _adapters if class_name(type(known)) != class_name(type(adapter))]
+    for known in others:
         taken = set(known.host_classes) & set(adapter.host_classes)
         if taken:
             raise ValueError(
                 f"an adapter for {', '.join(sorted(taken))} is registered already: {known.family}"
             )
-    _adapters.append(adapter)
+    _adapters[:] = [*others, adapter]
 
 
 def find_adapter(host: nn.Module) -> HostAdapter:
@@ -57,10 +61,12 @@ def find_adapter(host: nn.Module) -> HostAdapter:
     Raises:
         UnsupportedHostError: no adapter takes the host's class, or its internals do not fit.
     """
-    for adapter in _adapters:
-        if adapter.takes(host):
-            _check(adapter, host)
-            return adapter
+    # the nearest base class decides, so that a subclass may have an adapter of its own
+    for base in type(host).__mro__:
+        for adapter in _adapters:
+            if class_name(base) in adapter.host_classes:
+                _check(adapter, host)
+                return adapter
     supported = "; ".join(
         f"{known.family} ({', '.join(known.host_classes)})" for known in _adapters
     )

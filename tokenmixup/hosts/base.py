@@ -69,14 +69,10 @@ class HostAdapter(ABC):
     family: ClassVar[str]
     """Name for people."""
     host_classes: ClassVar[tuple[str, ...]]
-    """Full names of the classes that the adapter takes, subclasses included."""
+    """Full names of the classes that the adapter takes, subclasses included.
 
-    def takes(self, host: nn.Module) -> bool:
-        """Whether the host is an instance of one of ``host_classes``.
-
-        Told by name, so that no host's library is imported for it.
-        """
-        return any(class_name(base) in self.host_classes for base in type(host).__mro__)
+    Names, so that no host's library is imported for them.
+    """
 
     @abstractmethod
     def check(self, host: nn.Module) -> None:

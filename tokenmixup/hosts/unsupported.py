@@ -8,6 +8,11 @@ _WRAPPED = (
     "it wraps the model: attach TokenMixup to the model itself first, then wrap what attach returns"
 )
 
+_REPLICATED = (
+    "it runs copies of the model that share the hooks of the original: use "
+    "DistributedDataParallel, also on one machine"
+)
+
 REASONS: dict[str, str] = {
     "timm.models.swin_transformer.SwinTransformer": _WINDOWS,
     "timm.models.swin_transformer_v2.SwinTransformerV2": _WINDOWS,
@@ -75,6 +80,6 @@ REASONS: dict[str, str] = {
     "ViTForImageClassification around it",
     "torch._dynamo.eval_frame.OptimizedModule": _WRAPPED,
     "torch.nn.parallel.distributed.DistributedDataParallel": _WRAPPED,
-    "torch.nn.parallel.data_parallel.DataParallel": _WRAPPED,
+    "torch.nn.parallel.data_parallel.DataParallel": _REPLICATED,
 }
 """By full name of the class; subclasses are meant as well."""
