@@ -305,7 +305,7 @@ def test_logits_of_an_evaluation_can_be_saved(tmp_path):
     model = attach(vit(), horizontal=HTM).eval()
     logits = model(batch()[0])
     torch.save(logits, tmp_path / "logits.pt")
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits)
 
 
 def test_what_detach_has_left_is_not_trained():
