@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
-from experiments.released import is_released, load_released
+from experiments.released import is_classifier, is_released, load_released
 from experiments.sealed import refuse_damaged, save_sealed
 from experiments.weight_files import NPZ, RUN_FORMAT, load_plain, read_weights, recognise
 from tokenmixup import TokenMixupModel
@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     Args:
         model: is changed in place, or left as it was where the file does not fit.
         path: of the file.
-        new_head: leave the classifier out, for a data set of other classes.
+        new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the message names the keys.
@@ -149,17 +149,18 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     target = _as_attached(own, own)
     if is_released(found.state_dict):
         try:
-            report = load_released(model, found.state_dict)
+            report = load_released(model, found.state_dict, new_head)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        return Loaded("released checkpoint", (), report.unused)
-    left_out: list[str] = []
-    if not any(name.startswith(_SCORENETS) for name in weights):
-        left_out = [name for name in target if name.startswith(_SCORENETS)]
+        return Loaded("released checkpoint", report.left_out, report.unused)
     if new_head:
-        head = [name for name in target if name.startswith(_HOST + "head.")]
-        left_out += head
-        weights = {name: value for name, value in weights.items() if name not in head}
+        weights = {name: value for name, value in weights.items() if not is_classifier(name)}
+    has_scorenets = any(name.startswith(_SCORENETS) for name in weights)
+    left_out = [
+        name
+        for name in target
+        if (new_head and is_classifier(name)) or (name.startswith(_SCORENETS) and not has_scorenets)
+    ]
     resized = _resize_position_embedding(model, weights, found.kind == NPZ)
     problems = []
     for title, names in (

@@ -95,7 +95,7 @@ class Trainings:
             raise ConfigError(
                 f"{path}: holds {row.name} with seed {', '.join(map(str, others))}, trained with "
                 "other settings than the config and the command line say now; one mean needs one "
-                f"setting: give the settings of then, remove {row.name} under \"training\" there, "
+                f'setting: give the settings of then, remove {row.name} under "training" there, '
                 "or give another --results and --runs"
             )
 
