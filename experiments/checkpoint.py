@@ -35,6 +35,9 @@ _FREE_KEYS = (
     *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
 )
 
+# what the saved state of the optimiser is made for
+_FIXED_KEYS = ("optimizer.name",)
+
 _HOST, _SCORENETS = "backbone.", "scorenets."
 
 
@@ -91,7 +94,8 @@ def refuse_changed_config(
         The allowed keys that do differ, each with its two values.
 
     Raises:
-        ConfigError: other keys differ, which the message lists; or an allowed one does not.
+        ConfigError: other keys differ, which the message lists; or an allowed one does not, or
+            never may.
     """
     before, after = deciding_keys(saved), deciding_keys(now)
     changed = {
@@ -100,6 +104,13 @@ def refuse_changed_config(
         if before.get(key) != after.get(key)
     }
     refused = [text for key, text in changed.items() if key not in allowed]
+    for key in _FIXED_KEYS:
+        if key in changed:
+            raise ConfigError(
+                f"{path} cannot be continued with {changed[key]}: its state is of that optimiser; "
+                f"set {key} back, or begin another run (--output) from its weights: "
+                f"--model.weights {path}"
+            )
     if refused:
         names = ",".join(changed)
         raise ConfigError(

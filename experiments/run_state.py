@@ -145,7 +145,8 @@ class RunState:
                 f"{path}: does not fit the model or the optimiser: {' '.join(reason)[:300]}"
             ) from None
         _set_changed(learner.optimizer, groups, allow_changed)
-        learner.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty without fp16: a run that changes to it begins a scale anew
+            learner.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
         learner.skipped = self.progress.skipped_steps
         self.reports, self.rows = list(content["reports"]), content["rows"]

@@ -273,6 +273,7 @@ class Run:
             self._say(f"{self.folder.path}: all {self.total_epochs} epochs are done already")
             return True
         if self.world.is_main:
+            self.folder.forget_final_weights()
             self.folder.save_config(yaml.safe_dump(as_plain(self.config), sort_keys=False))
         return False
 
