@@ -28,11 +28,12 @@ __all__ = [
 
 _VERSION = 2
 
-# keys that change where and how fast a run computes, what it reports and which faults it bears,
-# never the weights of a run without faults
+# keys that change where and how fast a run computes, how it is evaluated, what it reports and which
+# faults it bears, never the weights of a run without faults
 _FREE_KEYS = (
     *("output", "data.root", "data.workers", "data.download", "data.max_bad_images", "logging."),
     *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
+    *("data.eval_batch_size", "eval_precision"),
 )
 
 # what the saved state of the optimiser is made for
