@@ -167,6 +167,20 @@ def test_another_optimiser_is_refused_whatever_is_allowed(cut, allowed):
         fit(cut, allow_changed=allowed, **changed)
 
 
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_the_optimiser_computes_as_this_device_wants_it(cut, implementation):
+    """A checkpoint of a CPU says fused: null, which would be slow on a GPU, and the reverse."""
+    run = runs.Run(small_config(cut, "run", **SECTIONS), ONE_PROCESS)
+    groups = run.learner.optimizer.param_groups
+    assert not groups[0][implementation]
+    for group in groups:
+        group[implementation] = True
+    run.fit()
+    assert all(group[implementation] is True for group in groups)
+    for state in run.learner.optimizer.state.values():
+        assert state["step"] == 22, "the state was taken over"
+
+
 @pytest.mark.parametrize("precisions", [("fp32", "fp16"), ("fp16", "bf16")])
 def test_another_precision_may_go_on(tmp_path, precisions):
     before, after = precisions
