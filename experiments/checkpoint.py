@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
-from experiments.released import is_released, load_released
+from experiments.released import is_classifier, is_released, load_released
 from experiments.sealed import refuse_damaged, save_sealed
 from experiments.weight_files import NPZ, RUN_FORMAT, load_plain, read_weights, recognise
 from tokenmixup import TokenMixupModel
@@ -28,12 +28,16 @@ __all__ = [
 
 _VERSION = 2
 
-# keys that change where and how fast a run computes, what it reports and which faults it bears,
-# never the weights of a run without faults
+# keys that change where and how fast a run computes, how it is evaluated, what it reports and which
+# faults it bears, never the weights of a run without faults
 _FREE_KEYS = (
     *("output", "data.root", "data.workers", "data.download", "data.max_bad_images", "logging."),
     *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
+    *("data.eval_batch_size", "eval_precision"),
 )
+
+# what the saved state of the optimiser is made for
+_FIXED_KEYS = ("optimizer.name",)
 
 _HOST, _SCORENETS = "backbone.", "scorenets."
 
@@ -91,7 +95,8 @@ def refuse_changed_config(
         The allowed keys that do differ, each with its two values.
 
     Raises:
-        ConfigError: other keys differ, which the message lists; or an allowed one does not.
+        ConfigError: other keys differ, which the message lists; or an allowed one does not, or
+            never may.
     """
     before, after = deciding_keys(saved), deciding_keys(now)
     changed = {
@@ -100,6 +105,13 @@ def refuse_changed_config(
         if before.get(key) != after.get(key)
     }
     refused = [text for key, text in changed.items() if key not in allowed]
+    for key in _FIXED_KEYS:
+        if key in changed:
+            raise ConfigError(
+                f"{path} cannot be continued with {changed[key]}: its state is of that optimiser; "
+                f"set {key} back, or begin another run (--output) from its weights: "
+                f"--model.weights {path}"
+            )
     if refused:
         names = ",".join(changed)
         raise ConfigError(
@@ -138,7 +150,7 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     Args:
         model: is changed in place, or left as it was where the file does not fit.
         path: of the file.
-        new_head: leave the classifier out, for a data set of other classes.
+        new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the message names the keys.
@@ -149,17 +161,18 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     target = _as_attached(own, own)
     if is_released(found.state_dict):
         try:
-            report = load_released(model, found.state_dict)
+            report = load_released(model, found.state_dict, new_head)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        return Loaded("released checkpoint", (), report.unused)
-    left_out: list[str] = []
-    if not any(name.startswith(_SCORENETS) for name in weights):
-        left_out = [name for name in target if name.startswith(_SCORENETS)]
+        return Loaded("released checkpoint", report.left_out, report.unused)
     if new_head:
-        head = [name for name in target if name.startswith(_HOST + "head.")]
-        left_out += head
-        weights = {name: value for name, value in weights.items() if name not in head}
+        weights = {name: value for name, value in weights.items() if not is_classifier(name)}
+    has_scorenets = any(name.startswith(_SCORENETS) for name in weights)
+    left_out = [
+        name
+        for name in target
+        if (new_head and is_classifier(name)) or (name.startswith(_SCORENETS) and not has_scorenets)
+    ]
     resized = _resize_position_embedding(model, weights, found.kind == NPZ)
     problems = []
     for title, names in (

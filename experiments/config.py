@@ -39,7 +39,7 @@ class ModelConfig:
     weights: str | None = None
     """File of weights to start from: any kind that `experiments.evaluate` takes."""
     new_head: bool = False
-    """Leave the classifier of `weights` out, for a data set of other classes."""
+    """Leave the classifier and the ScoreNets of `weights` out, for a data set of other classes."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model's constructor."""
 

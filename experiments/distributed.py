@@ -5,6 +5,7 @@ torchrun tells each process its place through the environment; without it there 
 
 import gc
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ from torch import Tensor
 from experiments.errors import ConfigError, ProcessLost
 from experiments.rendezvous import meet
 
-# what torch's backends say where another process does not answer
-_SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+# what torch's backends say where another process does not answer; they have other errors as well
+_BACKENDS = ("gloo", "nccl")
+_SIGNS_OF_A_LOST_PROCESS = re.compile(
+    r"timed out|timeout|abort|broken pipe|connection refused|connectfullmesh failed"
+    r"|(closed|reset) by (remote )?peer|remote process exit|exit of a remote peer|socket closed"
+)
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,11 @@ def _lost_processes_told(rank: int, size: int, timeout_minutes: float) -> Iterat
 
 
 def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(s in text for s in _SIGNS_OF_A_LOST_PROCESS)
+    of_a_backend = isinstance(error, dist.DistError) or any(name in text for name in _BACKENDS)
+    return of_a_backend and _SIGNS_OF_A_LOST_PROCESS.search(text) is not None
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -25,6 +25,9 @@ from tokenmixup.functional import soft_cross_entropy
 
 CHECKED = ("training loss", "ScoreNet's loss", "norm of the gradient")
 """What must be finite at each step."""
+_MOST_OVERFLOWS = 32
+"""Steps in a row that fp16's scaler may leave out: from any scale that it starts with, so many
+halvings come to one at which a finite gradient cannot overflow."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Learner:
             )
         self.skipped = 0
         """Steps that were left out so far, since something was not finite."""
+        self._overflows = torch.zeros((), device=self.device)
+        """Steps in a row, up to the last one, that the scaler has left out."""
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> "StepResult":
@@ -161,11 +166,19 @@ class Learner:
                 values["scorenet_loss"] = output.scorenet_loss.detach()
             statistics.append(values)
         norm = self._gradient_norm()
+        gradient_finite = norm.isfinite()
+        measured = {"gradient_norm": norm}
+        if self.scaler.is_enabled():
+            # an overflow of fp16 is no fault: the scaler leaves the step out and lowers its scale
+            measured = {
+                "gradient_norm": norm.where(gradient_finite, 0.0),
+                "finite_share": gradient_finite.float(),
+            }
+            self._overflows = (self._overflows + 1).where(~gradient_finite, 0.0)
+            gradient_finite = self._overflows < _MOST_OVERFLOWS
         for values in statistics:
-            values["gradient_norm"] = norm
-        # an overflow of fp16 is no fault: the scaler leaves the step out and lowers its scale
-        measured = torch.zeros_like(norm) if self.scaler.is_enabled() else norm
-        finite = torch.cat((torch.stack(losses).isfinite().all(0), measured.isfinite().view(1)))
+            values |= measured
+        finite = torch.cat((torch.stack(losses).isfinite().all(0), gradient_finite.view(1)))
         skipped = False
         if self.config.on_nonfinite == "skip":
             finite = self.world.minimum(finite.float()).bool()
@@ -273,17 +286,18 @@ class Tally:
         """What a checkpoint keeps, once `refuse_not_finite` has found nothing."""
         return {"steps": self.steps, "statistics": self._statistics.state_dict()}
 
-    def load_state_dicts(self, states: list[dict[str, Any]], steps: int) -> None:
+    def load_state_dicts(self, states: list[dict[str, Any]], mine: bool = True) -> None:
         """Go on from what `state_dict` gave in one or several processes.
 
         Args:
-            states: those that this process takes on.
-            steps: optimiser steps since the last report, the same in every process.
+            states: of the processes, which have made the same steps.
+            mine: whether this process takes them on; else another one of the run does.
         """
         self._restart()
-        self.steps = steps
-        self._good_steps = self._good_steps + steps
-        self._statistics.load_state_dicts([s["statistics"] for s in states], self._device)
+        self.steps = states[0]["steps"]
+        self._good_steps = self._good_steps + self.steps
+        statistics = [state["statistics"] for state in states]
+        self._statistics.load_state_dicts(statistics, self._device, mine)
 
 
 def _not_finite(finite: list[bool]) -> str:

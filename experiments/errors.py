@@ -19,6 +19,14 @@ class CheckpointError(UserError):
     """A file of weights that is missing, unreadable or does not fit the model."""
 
 
+class TrainingFailed(UserError):
+    """A training's process ended before its last epoch. Exit code: that of the process."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on, for example after a loss that is not finite. Exit code 3."""
 

@@ -36,7 +36,11 @@ def further_deaths_unheard() -> Iterator[None]:
 
 
 def explain(
-    error: BaseException, config: RunConfig, division: Division, evaluating: bool
+    error: BaseException,
+    config: RunConfig,
+    division: Division,
+    evaluating: bool,
+    saved: bool = False,
 ) -> str | None:
     """Say what happened and what to do, or None where it is no fault from outside.
 
@@ -45,10 +49,11 @@ def explain(
         config: of the run.
         division: of its batches.
         evaluating: whether it happened in the evaluation.
+        saved: whether there is a checkpoint that another command would go on from.
     """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return _out_of_memory(text, config, division, evaluating)
+        return _out_of_memory(text, config, division, evaluating, saved)
     if isinstance(error, LoaderProcessLost):
         return _loader_process_ended("a data-loader process", text, config)
     if isinstance(error, RuntimeError) and (killed := _KILLED_WORKER.search(text)):
@@ -66,7 +71,9 @@ def _loader_process_ended(which: str, said: str, config: RunConfig) -> str:
     )
 
 
-def _out_of_memory(text: str, config: RunConfig, division: Division, evaluating: bool) -> str:
+def _out_of_memory(
+    text: str, config: RunConfig, division: Division, evaluating: bool, saved: bool
+) -> str:
     said = text.strip().splitlines()[0][:200]
     if evaluating:
         size = config.data.eval_batch_size or config.data.batch_size
@@ -82,8 +89,9 @@ def _out_of_memory(text: str, config: RunConfig, division: Division, evaluating:
     smaller = _next_smaller(config, division)
     if smaller is None:
         return f"{line}; a smaller model, smaller images or a lower precision need less"
+    goes_on = " --allow-changed data.micro_batch" if saved else ""
     line += (
-        f"; try --data.micro_batch {smaller}, which computes the same batch in "
+        f"; try --data.micro_batch {smaller}{goes_on}, which computes the same batch in "
         f"{config.data.batch_size // smaller} parts one after another"
     )
     if config.horizontal is not None:

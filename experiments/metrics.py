@@ -27,13 +27,18 @@ _PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
 
 # tokenmixup gives these as means over the easy samples of a batch
 _PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")
+# steps of fp16 whose gradient overflowed have no norm
+_PER_FINITE_STEP = "gradient_norm"
 
 
 class RunningStatistics:
     """Means, minima and maxima of 0-d tensors over steps, kept on their device.
 
     A name that ends in `_min` or `_max` gives the smallest or largest value of any step; a mean
-    over easy samples counts each step by its share of easy samples; all others give the mean.
+    over easy samples counts each step by its share of easy samples, the norm of the gradient by
+    whether it was finite, where that is told; all others give the mean.
+
+    Whether there are names is the same in all processes, and decides whether they exchange values.
     """
 
     def __init__(self) -> None:
@@ -47,7 +52,7 @@ class RunningStatistics:
         stacked = torch.stack([values[name].float() for name in names])
         one = torch.ones((), device=stacked.device)
         scaled = stacked * torch.stack([values.get(_weight_of(name), one) for name in names])
-        if not self.steps:
+        if not self._names:
             self._names = names
             self._sums, self._low, self._high = scaled, stacked, stacked
         else:
@@ -63,13 +68,22 @@ class RunningStatistics:
             name: rows.tolist()  # float32 as Python's floats: exact, and back again
             for name, rows in (("sums", self._sums), ("low", self._low), ("high", self._high))
         }
-        return {"steps": self.steps, "names": self._names if self.steps else [], **values}
+        return {"steps": self.steps, "names": self._names, **values}
 
-    def load_state_dicts(self, states: list[dict[str, Any]], device: torch.device) -> None:
-        """Go on from what `state_dict` gave, in one process or in several together."""
-        states = [state for state in states if state["steps"]]
-        self.steps = sum(state["steps"] for state in states)
-        if not self.steps:
+    def load_state_dicts(
+        self, states: list[dict[str, Any]], device: torch.device, mine: bool = True
+    ) -> None:
+        """Go on from what `state_dict` gave, in one process or in several together.
+
+        Args:
+            states: of the processes.
+            device: where the values go.
+            mine: whether to count them here; else the names alone are taken over.
+        """
+        states = [state for state in states if state["names"]]
+        self.steps = sum(state["steps"] for state in states) if mine else 0
+        self._names = []
+        if not states:
             return
         self._names = list(states[0]["names"])
         sums, low, high = (
@@ -77,10 +91,14 @@ class RunningStatistics:
             for name in ("sums", "low", "high")
         )
         self._sums, self._low, self._high = sums.sum(0), low.amin(0), high.amax(0)
+        if not mine:
+            self._sums = torch.zeros_like(self._sums)
+            self._low = torch.full_like(self._low, math.inf)
+            self._high = -self._low
 
     def read(self, world: World) -> dict[str, float]:
         """The values so far, over all processes, in one exchange with the device; then anew."""
-        if not self.steps:
+        if not self._names:
             return {}
         count = self._sums.new_tensor([self.steps])
         *totals, steps = world.sum(torch.cat((self._sums, count))).tolist()
@@ -95,16 +113,18 @@ class RunningStatistics:
             elif name.endswith("_max"):
                 result[name] = -minus_high[name]
             elif _weight_of(name) in sums:
-                easy = sums[_weight_of(name)]
-                result[name] = sums[name] / easy if easy else 0.0
+                weight = sums[_weight_of(name)]
+                result[name] = sums[name] / weight if weight else 0.0
             else:
                 result[name] = sums[name] / steps
-        self.steps = 0
+        self.steps, self._names = 0, []
         return result
 
 
 def _weight_of(name: str) -> str:
-    """The name of the share of samples over which a value is a mean, or ""."""
+    """The name of the share of samples or steps over which a value is a mean, or ""."""
+    if name == _PER_FINITE_STEP:
+        return "finite_share"
     layer, _, leaf = name.rpartition("/")
     return f"{layer}/easy_share" if leaf in _PER_EASY_SAMPLE else ""
 

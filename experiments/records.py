@@ -83,6 +83,7 @@ class SeedResult:
     seconds: float
     """Of this call's training; a resumed run took longer in all."""
     identity: str
+    """Hash of all that the training depends on but its seed: the seeds of a row share it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class TableRecord:
         """The same with the training of one seed added or replaced."""
         before = self.training.get(row.name)
         seeds = {s.seed: s for s in before.seeds} if before else {}
+        assert all(s.identity == result.identity for s in seeds.values()), "seeds of two settings"
         seeds[result.seed] = result
         training = Training(
             name=row.name,

@@ -60,10 +60,12 @@ class LoadReport:
     Attributes:
         loaded: names of the model's parameters that were filled.
         unused: names in the file that the model has no use for: ScoreNets where it has none.
+        left_out: names of the model's parameters that stay as initialised: its new classifiers.
     """
 
     loaded: tuple[str, ...]
     unused: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def is_released(state_dict: Mapping[str, Tensor]) -> bool:
@@ -71,13 +73,21 @@ def is_released(state_dict: Mapping[str, Tensor]) -> bool:
     return _family(state_dict) is not None
 
 
-def load_released(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadReport:
+def is_classifier(name: str) -> bool:
+    """Whether a parameter of a model belongs to what knows the classes: its head, its ScoreNets."""
+    return name.removeprefix("backbone.").startswith(("head.", "scorenets."))
+
+
+def load_released(
+    model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bool = False
+) -> LoadReport:
     """Load a state dict with the released names, strictly.
 
     Args:
         model: a plain host (our CCT, timm's ViT) or a `TokenMixupModel` around one. A ScoreNet of
             the file is left out, and named in the report, only where the model has none at all.
         state_dict: released name -> tensor.
+        new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
 
     Returns:
         What was loaded and what was left out.
@@ -99,11 +109,13 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadRep
     wanted = {
         f"backbone.{name}" if attached and not name.startswith("scorenets.") else name: tensor
         for name, tensor in renamed.items()
-        if name not in unused
+        if name not in unused and not (new_head and is_classifier(name))
     }
-    _check_fit(model.state_dict(), wanted, sources, attached)
-    model.load_state_dict(wanted)
-    return LoadReport(tuple(wanted), tuple(s for name in unused for s in sources[name]))
+    own = model.state_dict()
+    left_out = tuple(name for name in own if new_head and is_classifier(name))
+    _check_fit({n: t for n, t in own.items() if n not in left_out}, wanted, sources, attached)
+    model.load_state_dict({**wanted, **{name: own[name] for name in left_out}})
+    return LoadReport(tuple(wanted), tuple(s for name in unused for s in sources[name]), left_out)
 
 
 def _family(state_dict: Mapping[str, Tensor]) -> str | None:

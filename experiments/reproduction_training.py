@@ -4,6 +4,7 @@ Each training is a process of its own, by the same command that a person would g
 finished is in the table's record; what was begun goes on from its run folder.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -17,20 +18,18 @@ from pathlib import Path
 from types import FrameType
 
 from experiments import provenance, records
+from experiments.config import as_plain
 from experiments.config_file import load_config
 from experiments.distributed import choose_device
-from experiments.errors import ConfigError, UserError
+from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 from experiments.metrics import read_metrics
 from experiments.records import SeedResult, TableRecord
+from experiments.run_folder import FINAL_WEIGHTS, HEARTBEAT_FILE
 from experiments.zoo_manifest import Manifest, Row
 
-
-class TrainingFailed(UserError):
-    """A training ended before its last epoch. Exit code: that of the training."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code
+_LAUNCHER = ("sh", str(provenance.ROOT / "run" / "launch.sh"))
+_CLOCKS_DIFFER = 2.0
+"""Seconds by which a file server's clock may be behind this machine's."""
 
 
 @dataclass
@@ -59,16 +58,21 @@ class Trainings:
         """Train each row with each seed, and keep each result at once.
 
         Raises:
-            UserError: a config that cannot be used; found before anything is trained.
+            UserError: a config that cannot be used, or a record of other settings; found before
+                anything is trained.
             TrainingFailed: a training did not come to its end; the others are not begun.
+            SavedAndStopped: a training was asked to stop; the others are not begun.
         """
-        work = [(row, seed, self._identity(row, seed)) for seed in seeds for row in rows]
+        identities = {row.name: self._identity(row) for row in rows}
+        for row in rows:
+            self._refuse_other_settings(row, identities[row.name])
+        work = [(row, seed, identities[row.name]) for seed in seeds for row in rows]
         for number, (row, seed, identity) in enumerate(work, start=1):
             where = f"[{number}/{len(work)}] {row.config}, seed {seed}"
             record = records.read_record(self.results, self.manifest, row.table)
             known = record.training.get(row.name)
             done = next((s for s in known.seeds if s.seed == seed), None) if known else None
-            if done is not None and done.identity == identity:
+            if done is not None:
                 self.say(f"{where}: {done.top1:.2f}%, trained {done.time}")
                 continue
             result = self._train(row, seed, identity, where)
@@ -81,6 +85,20 @@ class Trainings:
         )
         self.finished(record)
 
+    def _refuse_other_settings(self, row: Row, identity: str) -> None:
+        """One mean and one deviation speak of one training, so all its seeds share settings."""
+        record = records.read_record(self.results, self.manifest, row.table)
+        known = record.training.get(row.name)
+        others = [s.seed for s in known.seeds if s.identity != identity] if known else []
+        if others:
+            path = records.record_path(self.results, row.table)
+            raise ConfigError(
+                f"{path}: holds {row.name} with seed {', '.join(map(str, others))}, trained with "
+                "other settings than the config and the command line say now; one mean needs one "
+                f'setting: give the settings of then, remove {row.name} under "training" there, '
+                "or give another --results and --runs"
+            )
+
     def folder(self, row: Row, seed: int) -> Path:
         """The run folder of a training."""
         return self.output / row.config / f"seed{seed}"
@@ -89,20 +107,22 @@ class Trainings:
         path, folder = self.manifest.config_path(row.config), self.folder(row, seed)
         settings = {**self._settings(row), "seed": str(seed), "output": str(folder)}
         words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-        module = [*launcher(), "-m", "experiments.train", "--config", str(path), *words]
-        command = shlex.join(["python", *module])
+        module = ["experiments.train", "--config", str(path), *words]
+        processes = number_of_processes()
+        command = shlex.join(["python", "-m", *module])
+        if processes > 1:
+            command = f"NPROC={processes} {shlex.join(['sh', 'run/launch.sh', *module])}"
         self.say(f"{where}: {command}")
-        start = time.perf_counter()
-        code = _run([sys.executable, *module])
-        if code != 0:
-            raise TrainingFailed(
-                f"{row.config}, seed {seed}: the training ended with status {code}; the same "
-                "command goes on from its last checkpoint",
-                code,
-            )
+        start, begun = time.perf_counter(), time.time()
+        code = _run([sys.executable, "-m", *module] if processes == 1 else [*_LAUNCHER, *module])
+        config = load_config(path, settings)
         rows = [entry for entry in read_metrics(folder) if entry["split"] == "validation"]
+        finished = (folder / FINAL_WEIGHTS).exists() and bool(rows)
+        # torchrun's own exit code may be 0 where the run was asked to stop and has saved
+        if code != 0 or not finished or rows[-1]["epoch"] != config.schedule.total_epochs:
+            raise _unfinished(f"{row.config}, seed {seed}", folder, code, begun)
         last = rows[-1]
-        device = choose_device(load_config(path, settings).device)
+        device = choose_device(config.device)
         return SeedResult(
             seed=seed,
             top1=round(last["top1"], 4),
@@ -124,13 +144,15 @@ class Trainings:
         path = self.weights / Path(config.model.weights).name
         return {"model.weights": str(path), **self.overrides}
 
-    def _identity(self, row: Row, seed: int) -> str:
+    def _identity(self, row: Row) -> str:
+        """A hash of what the trainings of a row have in common, wherever their data lie."""
         config = load_config(self.manifest.config_path(row.config), self._settings(row))
-        return provenance.training_identity(config, seed=seed)
+        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
+        return provenance.training_identity(config, data=data, seed=None)
 
 
-def launcher() -> list[str]:
-    """What stands before `-m experiments.train`: torchrun where NPROC asks for several processes.
+def number_of_processes() -> int:
+    """Of each training: NPROC in the environment, as for `run/launch.sh`.
 
     Raises:
         ConfigError: NPROC is no number.
@@ -138,14 +160,35 @@ def launcher() -> list[str]:
     text = os.environ.get("NPROC") or "1"
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"environment: NPROC: got {text!r}; allowed: a whole number from 1")
-    if text == "1":
-        return []
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", text]
+    return int(text)
+
+
+def _unfinished(
+    training: str, folder: Path, code: int, begun: float
+) -> SavedAndStopped | TrainingFailed:
+    """What to tell of a training that did not come to its last epoch."""
+    heartbeat = folder / HEARTBEAT_FILE
+    try:
+        stopped = json.loads(heartbeat.read_text())["state"] == "stopped"
+        stopped = stopped and heartbeat.stat().st_mtime >= begun - _CLOCKS_DIFFER
+    except (OSError, ValueError, KeyError, TypeError):
+        stopped = False
+    if stopped:
+        return SavedAndStopped(
+            f"{training}: the training was asked to stop and has saved; the same command goes on"
+        )
+    missing = "" if code else f", but {folder} lacks the weights or the row of its last epoch"
+    return TrainingFailed(
+        f"{training}: the training ended with status {code}{missing}; the same command goes on "
+        "from its last checkpoint",
+        code or 3,
+    )
 
 
 def _run(command: list[str]) -> int:
     """Run a command to its end; what ends this process asks the command to end first."""
-    process = subprocess.Popen(command, cwd=Path.cwd())
+    launcher = {"TOKENMIXUP_PYTHON": sys.executable, "NNODES": "1", "RDZV_ENDPOINT": ""}
+    process = subprocess.Popen(command, cwd=Path.cwd(), env={**os.environ, **launcher})
     with _handing_on(process):
         try:
             return process.wait()

@@ -148,6 +148,15 @@ class RunFolder:
         with self.refuse_unwritable():
             write_atomically(self.path / CONFIG_FILE, text.encode())
 
+    def forget_final_weights(self) -> None:
+        """Remove those of fewer epochs, since they tell that a run is done.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        with self.refuse_unwritable():
+            self.final_weights.unlink(missing_ok=True)
+
     def beat(self, state: str, at_once: bool = False, **facts: int) -> None:
         """Write the heartbeat, at most every ten seconds unless it must be now."""
         now = time.monotonic()

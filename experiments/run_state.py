@@ -138,6 +138,7 @@ class RunState:
         groups = [dict(group) for group in learner.optimizer.param_groups]
         try:
             learner.model.load_state_dict(content["model"])
+            _compute_as_here(content["optimizer"]["param_groups"], groups)
             learner.optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()
@@ -145,7 +146,8 @@ class RunState:
                 f"{path}: does not fit the model or the optimiser: {' '.join(reason)[:300]}"
             ) from None
         _set_changed(learner.optimizer, groups, allow_changed)
-        learner.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty without fp16: a run that changes to it begins a scale anew
+            learner.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
         learner.skipped = self.progress.skipped_steps
         self.reports, self.rows = list(content["reports"]), content["rows"]
@@ -159,7 +161,7 @@ class RunState:
         if len(processes) == world.size:
             own = processes[world.rank]
             restore_random_state(own["random"])
-            self.tally.load_state_dicts([own["tally"]], own["tally"]["steps"])
+            self.tally.load_state_dicts([own["tally"]])
             self.batches.bad_images = dict.fromkeys(own["bad_images"])
             return
         if self.config.data.micro_batch is None:
@@ -176,10 +178,19 @@ class RunState:
         warn(f"the run so far had {len(processes)} processes, now {world.size}: {kept}")
         # the random states belong to processes that are gone; every step seeds its own anyway
         tallies = [each["tally"] for each in processes]
-        self.tally.load_state_dicts(tallies if world.is_main else [], tallies[0]["steps"])
+        self.tally.load_state_dicts(tallies, mine=world.is_main)
         self.batches.bad_images = dict.fromkeys(
             problem for each in processes for problem in each["bad_images"]
         )
+
+
+def _compute_as_here(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Give saved settings of the optimiser this device's implementation: fused on CUDA.
+
+    Before they are loaded, since it decides where torch puts the state.
+    """
+    for group, here in zip(saved, groups, strict=False):
+        group.update({name: here[name] for name in ("fused", "foreach") if name in here})
 
 
 def _set_changed(

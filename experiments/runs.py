@@ -142,7 +142,8 @@ class Run:
             raise type(error)(f"{error}; {self._last_good()}") from None
         except (RuntimeError, OSError) as error:
             with faults.further_deaths_unheard():
-                told = faults.explain(error, self.config, self.batches.division, self._evaluating)
+                division, saved = self.batches.division, bool(self.folder.saved())
+                told = faults.explain(error, self.config, division, self._evaluating, saved)
                 if told is None:
                     raise
                 raise TrainingStopped(f"{told}; {self._last_good()}") from error
@@ -273,6 +274,7 @@ class Run:
             self._say(f"{self.folder.path}: all {self.total_epochs} epochs are done already")
             return True
         if self.world.is_main:
+            self.folder.forget_final_weights()
             self.folder.save_config(yaml.safe_dump(as_plain(self.config), sort_keys=False))
         return False
 

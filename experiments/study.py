@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.config_file import known_keys, optional_sections
-from experiments.errors import ConfigError, SavedAndStopped
+from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 
 if TYPE_CHECKING:
     from experiments.studies.plan import Study
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     jobs, threads = _count(options, "jobs"), _count(options, "threads")
 
     from experiments.studies.plan import read_study  # torch only now
-    from experiments.studies.queue import Queue, StudyFailed
+    from experiments.studies.queue import Queue
 
     study = read_study(options["study"])
     output = Path(options.get("output", "output/studies"))
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         with StopRequests() as requests:
             queue.train(jobs, requests)
-    except (SavedAndStopped, StudyFailed):
+    except (SavedAndStopped, TrainingFailed):
         if queue.path.exists():
             show(study, results)  # what is done so far
         raise

@@ -1,4 +1,5 @@
-# Shared by run/train.sh and run/eval.sh, which source it: one process or torchrun, from the environment.
+# One process or torchrun, from the environment. run/train.sh and run/eval.sh source it; by itself it
+# runs any module of the project in the folder where one is: sh run/launch.sh MODULE [ARGUMENT ...]
 #
 #   NPROC       processes on this machine, one a GPU (default: 1)
 #   NNODES      machines (default: 1)
@@ -7,12 +8,15 @@
 #   RDZV_ENDPOINT, RDZV_ID, RDZV_BACKEND   torchrun's elastic rendezvous instead of the two lines above
 #   MAX_RESTARTS   restarts of all processes after one has died (default: 3)
 #
-# The interpreter is that of the checkout's .venv, or python3 where there is none (conda).
+# The interpreter is TOKENMIXUP_PYTHON, or that of the checkout's .venv, or python3 where there is none (conda).
 
 # Runs a module of the project: launch MODULE [ARGUMENT ...]
 launch() {
-  python=python3
-  if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+  python=${TOKENMIXUP_PYTHON:-}
+  if [ -z "$python" ]; then
+    python=python3
+    if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+  fi
   nproc=${NPROC:-1}
   nnodes=${NNODES:-1}
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
@@ -38,3 +42,7 @@ launch() {
     --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
     --max-restarts "${MAX_RESTARTS:-3}" -m "$@"
 }
+
+case $0 in
+  launch.sh | */launch.sh) launch "$@" ;;
+esac

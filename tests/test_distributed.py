@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs_helper import HTM, VTM, write_config
 from safetensors.torch import load_file
 
 from experiments import evaluate, train
 from experiments.config import DataConfig
 from experiments.data import EpochBatches, divide_batch
-from experiments.errors import ConfigError
+from experiments.distributed import _lost_processes_told
+from experiments.errors import ConfigError, ProcessLost
 from experiments.metrics import CLOCK_VALUES
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,34 @@ def test_shares_of_all_processes_make_up_the_batch(size, micro_batch):
 def test_batches_that_cannot_be_shared_out(settings, size, message):
     with pytest.raises(ConfigError, match=message):
         divide_batch(DataConfig(**settings), 0, size)
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] "
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:9843"), True),
+        (RuntimeError(GLOO + "Timed out waiting 15000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (dist.DistBackendError("ncclRemoteError: a remote process exiting prematurely."), True),
+        (dist.DistBackendError("ncclSystemError: socketProgress: closed by remote peer"), True),
+        (dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL"), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (dist.DistStoreError("wait timeout after 1000ms"), True),
+        (dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected"), False),
+        (dist.DistBackendError("ncclUnhandledCudaError: out of memory"), False),
+        (RuntimeError("No backend type associated with device type cpu (nccl)"), False),
+        (RuntimeError(GLOO + "op.preamble.length <= op.nbytes. 8 vs 4"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+    ],
+    ids=lambda value: str(value)[-30:] if isinstance(value, Exception) else "",
+)
+def test_a_lost_process_is_told_from_other_errors_of_the_backends(error, lost):
+    """Those have their traceback, since nobody else is gone."""
+    with pytest.raises(ProcessLost if lost else type(error)), _lost_processes_told(0, 2, 10):
+        raise error
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments.config import MixupConfig
 from experiments.data import BatchMixer, divide_batch
-from experiments.distributed import ONE_PROCESS
+from experiments.distributed import ONE_PROCESS, World
 from experiments.engine import Learner, Tally, evaluate, train_epoch
 from experiments.errors import TrainingStopped
 from experiments.models.build import build_model
@@ -211,6 +211,34 @@ def test_fp16_may_overflow(tmp_path):
     assert report.values["loss"] > 0
     assert learner.scaler.get_scale() == 2.0**119
     assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
+    assert (report.values["finite_share"], report.values["gradient_norm"]) == (0, 0)
+
+
+def test_the_norm_of_the_gradient_is_that_of_the_steps_that_did_not_overflow(tmp_path):
+    config = small_config(tmp_path, precision="fp16", logging={"interval": 4})
+    sections = {"schedule": {"name": "constant", "lr": 1e-12}}
+    learner, expected = learner_of(config), learner_of(small_config(tmp_path, **sections))
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    learner.schedule = expected.schedule  # its weights stay as they are
+    calls = itertools.count(1)
+    weight = learner.model.backbone.head.weight
+    weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) in (1, 3) else 1.0))
+    for group in learner.optimizer.param_groups:
+        group["lr"] = 0.0
+    (report,) = reports_of(learner, Batches(*[batch()] * 4))
+    (wanted,) = reports_of(expected, Batches(batch()))
+    assert report.values["finite_share"] == 0.5
+    assert report.values["gradient_norm"] == pytest.approx(wanted.values["gradient_norm"], rel=0.05)
+
+
+def test_a_gradient_of_fp16_that_is_never_finite_stops(tmp_path):
+    learner = learner_of(small_config(tmp_path, precision="fp16", logging={"interval": 50}))
+    calls = itertools.count(1)
+    weight = learner.model.backbone.head.weight
+    # two overflows, a good step, and then none
+    weight.register_hook(lambda gradient: gradient / (1.0 if next(calls) == 3 else 0.0))
+    with pytest.raises(TrainingStopped, match=r"^step 35 \(epoch 1\): the norm of the gradient is"):
+        reports_of(learner, Batches(*[batch(2)] * 40))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -254,7 +282,8 @@ def test_training_waits_for_the_gpu_at_reports_alone(tmp_path):
     device = torch.device("cuda")
     config = small_config(tmp_path, vertical=VTM, logging={"interval": 100}, device="cuda")
     learner = learner_of(config)
-    learner = dataclasses.replace(learner, model=learner.model.to(device), device=device)
+    learner.model.to(device)  # the optimiser's parameters are the same objects
+    learner = dataclasses.replace(learner, world=World(0, 1, device))
     learner.model.train()
     images, labels = (tensor.to(device) for tensor in batch())
     learner.step(images, labels, 0, 0)  # optimisers allocate their state

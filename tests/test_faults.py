@@ -1,6 +1,7 @@
 """Faults from outside, real ones: the message says what to do, and the run goes on afterwards."""
 
 import multiprocessing
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from runs_helper import HTM, small_config
 
-from experiments import runs
+from experiments import cli, runs, train
 from experiments.data import Division
 from experiments.distributed import ONE_PROCESS
 from experiments.errors import ConfigError, DataError, TrainingStopped
@@ -128,6 +129,19 @@ def test_what_would_fit_the_memory_of_a_gpu(tmp_path, sections, division, evalua
     config = small_config(tmp_path, **sections)
     told = explain(torch.OutOfMemoryError("CUDA out of memory."), config, division, evaluating)
     assert words in told and "CUDA out of memory." in told
+
+
+def test_the_advice_for_memory_is_one_that_a_run_takes(tmp_path):
+    """Both pieces of advice, by the words of their messages, for a run that has a checkpoint."""
+    advice = r"try (--data\.(?:eval_batch_size|micro_batch) \d+(?: --allow-changed \S+)?)"
+    config = small_config(tmp_path, data={"batch_size": 350, "eval_batch_size": 64})
+    runs.Run(config, ONE_PROCESS).fit()
+    for evaluating in (True, False):
+        error = torch.OutOfMemoryError("CUDA out of memory.")
+        told = explain(error, config, Division(350, 0, 1), evaluating, saved=True)
+        words = re.search(advice, told)[1].rstrip(",").split()
+        given = ["--config", str(tmp_path / "small.yaml"), *words, "--output", config.output]
+        assert cli.run(train.main, given) == 0, words
 
 
 def test_other_errors_are_not_explained_away(tmp_path):

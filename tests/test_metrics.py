@@ -48,6 +48,42 @@ def test_means_over_easy_samples_count_a_step_by_its_easy_samples():
     assert statistics.read(ONE_PROCESS)["htm/layer1/tokens_mixed"] == 0.0
 
 
+class Counting:
+    """Two processes of which one is here: counts how often they exchange values."""
+
+    exchanges = 0
+
+    def sum(self, tensor):
+        self.exchanges += 1
+        return tensor + 1
+
+    def minimum(self, tensor):
+        self.exchanges += 1
+        return tensor
+
+
+def test_processes_that_took_nothing_on_exchange_as_often_as_the_one_that_did():
+    """Another number of processes goes on, and the steps up to the report are all left out."""
+    before = RunningStatistics()
+    before.add({"loss": torch.tensor(3.0), **tensors(difficulty_min=0.2, saliency_max=0.1)})
+    states = [before.state_dict()] * 2
+    exchanges, saved = [], []
+    for mine in (True, False):
+        statistics, world = RunningStatistics(), Counting()
+        statistics.load_state_dicts(states, torch.device("cpu"), mine)
+        saved.append(statistics.state_dict())
+        statistics.read(world)
+        exchanges.append(world.exchanges)
+    assert exchanges == [2, 2]
+    # what the others hold changes nothing, once more saved and taken on
+    together = RunningStatistics()
+    together.load_state_dicts(saved, torch.device("cpu"))
+    together.add({"loss": torch.tensor(6.0), **tensors(difficulty_min=0.4, saliency_max=0.0)})
+    assert together.read(ONE_PROCESS) == pytest.approx(
+        {"loss": 4.0, "htm/layer1/difficulty_min": 0.2, "htm/layer1/saliency_max": 0.1}
+    )
+
+
 def test_adding_never_reads_a_tensor(monkeypatch):
     """A read makes a GPU wait; only `read` may."""
 

@@ -1,5 +1,6 @@
 """`reproduce --train`: rows over seeds, kept one by one, and taken up again."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -108,10 +109,74 @@ def test_what_is_finished_is_not_trained_again(tmp_path, words, calls, capsys):
     both = training_of(tmp_path)
     assert both["seeds"][0] == first["seeds"][0] and first["std"] is None
     assert ", trained 20" in capsys.readouterr().out
-    # with another setting it is another training: the run folder refuses to go on with it
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1", "--schedule.lr", "0.001")) == 2
-    assert "the training ended with status 2" in capsys.readouterr().err
-    assert training_of(tmp_path) == both
+    # the same wherever the data lie and however they are read
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1", "--data.root", "elsewhere")) == 0
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("seeds", ["1", "3", "1,2,3"])
+def test_seeds_of_other_settings_are_not_averaged(tmp_path, words, calls, capsys, seeds):
+    seen, _ = calls
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2")) == 0
+    before = training_of(tmp_path)
+    more = ("--seeds", seeds, "--schedule.lr", "0.001")
+    assert cli.run(reproduce.main, words("mixed", "plain", *more)) == 2
+    told = capsys.readouterr().err
+    assert "digits.json: holds plain with seed 1, 2, trained with other settings" in told
+    assert training_of(tmp_path) == before
+    assert len(seen) == 2, "refused before anything is trained"
+
+
+def forgets_its_weights(folder):
+    (folder / "final.safetensors").unlink()
+
+
+def lacks_its_last_row(folder):
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def lacks_all_rows(folder):
+    (folder / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize("damage", [forgets_its_weights, lacks_its_last_row, lacks_all_rows])
+def test_what_is_not_finished_is_not_recorded(tmp_path, words, monkeypatch, capsys, damage):
+    def run(command):
+        code = cli.run(train.main, command[3:])
+        damage(tmp_path / "runs" / "plain" / "seed1")
+        return code
+
+    monkeypatch.setattr("experiments.reproduction_training._run", run)
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 3
+    told = capsys.readouterr().err
+    assert "ended with status 0, but" in told and "lacks the weights or the row of its" in told
+    assert not (tmp_path / "r" / "digits.json").exists()
+
+
+def test_a_stop_under_torchrun_is_told_as_one(tmp_path, words, monkeypatch, capsys):
+    """A run that was asked to stop leaves torchrun with 0."""
+    stop = ["--max-minutes", "0.0001"]
+
+    def run(command):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        code = cli.run(train.main, [*command[3:], *stop])
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert stop == [] or code == 0
+        return code
+
+    monkeypatch.setattr("experiments.reproduction_training._run", run)
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 75
+    assert "plain, seed 1: the training was asked to stop and has saved" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "digits.json").exists()
+    # that it has stopped once says nothing of the next start, which fails
+    os.utime(tmp_path / "runs" / "plain" / "seed1" / "heartbeat.json", (0, 0))
+    monkeypatch.setattr("experiments.reproduction_training._run", lambda command: 2)
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 2
+    monkeypatch.setattr("experiments.reproduction_training._run", run)
+    stop.clear()
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 0
+    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [2]
 
 
 def test_a_training_that_fails_stops_and_is_taken_up_again(tmp_path, words, calls, capsys):
@@ -148,12 +213,7 @@ def test_pretrained_weights_come_from_their_folder(tmp_path, words, calls, monke
     assert "--model.weights" not in seen[1]
 
 
-def test_several_processes_a_training(words, calls, capsys, monkeypatch):
-    from experiments.reproduction_training import launcher
-
-    assert launcher() == []
-    monkeypatch.setenv("NPROC", "4")
-    assert launcher()[1:] == ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+def test_a_wrong_number_of_processes_is_refused(words, calls, capsys, monkeypatch):
     for text in ("0", "many", "-1"):
         monkeypatch.setenv("NPROC", text)
         assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 2
@@ -163,14 +223,14 @@ def test_several_processes_a_training(words, calls, capsys, monkeypatch):
     assert "start it without torchrun" in capsys.readouterr().err
 
 
-def started(words):
+def started(words, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.reproduce", *words],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
@@ -206,3 +266,35 @@ def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, 
     assert "going on after step" in out
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
     assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [40, 40]
+
+
+def living_processes(word):
+    """Ids of the processes whose command line holds a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_all_processes_of_a_training(tmp_path, words, number):
+    """Real processes under torchrun, which by itself would leave them behind at SIGUSR1."""
+    given = words("plain", "--seeds", "1", "--schedule.epochs", "60", "--data.batch_size", "32")
+    process = started(given, NPROC="2")
+    folder = tmp_path / "runs" / "plain" / "seed1"
+    wait_for(folder / "checkpoints" / "step-00000008.pt", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out + err
+    assert "NPROC=2 sh run/launch.sh experiments.train" in out
+    assert "plain, seed 1: the training was asked to stop and has saved" in err
+    assert living_processes(str(folder)) == []
+    assert not (tmp_path / "r" / "digits.json").exists()
+    again = started(given, NPROC="2")
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, out + err
+    assert "going on after step" in out
+    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [60]

@@ -156,6 +156,53 @@ def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):
     assert newest["config"]["optimizer"]["weight_decay"] == 0.1
 
 
+@pytest.mark.parametrize("allowed", [(), ("optimizer.name",), ("optimizer.name", "seed")])
+def test_another_optimiser_is_refused_whatever_is_allowed(cut, allowed):
+    changed = {"optimizer": {"name": "sgd"}, **({"seed": 3} if "seed" in allowed else {})}
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.name: 'adamw' there, 'sgd' now: its state is of that optimiser; set .* "
+        r"--model\.weights .*step-\d+\.pt",
+    ):
+        fit(cut, allow_changed=allowed, **changed)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_the_optimiser_computes_as_this_device_wants_it(cut, implementation):
+    """A checkpoint of a CPU says fused: null, which would be slow on a GPU, and the reverse."""
+    run = runs.Run(small_config(cut, "run", **SECTIONS), ONE_PROCESS)
+    groups = run.learner.optimizer.param_groups
+    assert not groups[0][implementation]
+    for group in groups:
+        group[implementation] = True
+    run.fit()
+    assert all(group[implementation] is True for group in groups)
+    for state in run.learner.optimizer.state.values():
+        assert state["step"] == 22, "the state was taken over"
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "fp16"), ("fp16", "bf16")])
+def test_another_precision_may_go_on(tmp_path, precisions):
+    before, after = precisions
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(13), precision=before)
+    folder = fit(tmp_path, allow_changed=["precision"], precision=after)
+    scaler = load_checkpoint(RunFolder(folder).saved()[0])["scaler"]
+    assert bool(scaler) == (after == "fp16")
+
+
+def test_weights_of_fewer_epochs_do_not_tell_that_a_longer_run_is_done(tmp_path):
+    folder = fit(tmp_path, schedule={"epochs": 1})
+    longer = {"allow_changed": ["schedule.epochs"], "schedule": {"epochs": 3}}
+    before = (folder / "final.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="another experiment"):
+        fit(tmp_path, schedule={"epochs": 3})
+    assert (folder / "final.safetensors").read_bytes() == before, "a refusal changes nothing"
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(2), **longer)
+    assert not (folder / "final.safetensors").exists()
+
+
 def test_an_epoch_of_another_length_cannot_be_continued(cut):
     with pytest.raises(
         ConfigError, match=r"had 285 images and 11 steps an epoch, and .* 285 images and 5"

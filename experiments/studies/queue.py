@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.errors import ConfigError, SavedAndStopped, UserError
+from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 from experiments.stopping import StopRequests
 from experiments.studies.plan import Study
 from experiments.studies.study_records import (
@@ -25,14 +25,6 @@ from experiments.studies.study_records import (
 from experiments.studies.training import Training
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-
-
-class StudyFailed(UserError):
-    """A training did not come to its end. Exit code: that of the training."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code
 
 
 @dataclass
@@ -108,7 +100,7 @@ class Queue:
 
         Raises:
             ConfigError: as `missing`.
-            StudyFailed: a training failed; those that run are brought to their end, no other is
+            TrainingFailed: a training failed; those that run are brought to their end, no other is
                 begun.
             SavedAndStopped: asked to stop; what ran has saved itself.
         """
@@ -135,7 +127,7 @@ class Queue:
                         f"({done} of {total})"
                     )
                 else:
-                    failed = failed or StudyFailed(
+                    failed = failed or TrainingFailed(
                         f"{training.name} ended with status {process.returncode}, see "
                         f"{self._log(training)}; the same command goes on from its last checkpoint",
                         process.returncode or 1,
