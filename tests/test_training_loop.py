@@ -1,8 +1,10 @@
 """docs/training_loop.md: its code runs, in its order, and its table of limits is computed."""
 
 import functools
+import importlib
 import importlib.util
 import math
+import os
 import re
 import subprocess
 import sys
@@ -58,16 +60,15 @@ IN_PARALLEL = "Several GPUs"
 @pytest.fixture(scope="module")
 def after(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The names that are there when all blocks of one process have run."""
-    names: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("training_loop")
+    code = [code for heading, code in CODE.items() if heading != IN_PARALLEL]
+    (folder / "documented_loop.py").write_text("\n".join([PRELUDE, *code]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("training_loop"))
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
         patch.setattr(timm, "create_model", timm.create_model)  # the prelude replaces it
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        exec(PRELUDE, names)
-        for heading, code in CODE.items():
-            if heading != IN_PARALLEL:
-                exec(compile(code, heading, "exec"), names)
-        yield names
+        yield vars(importlib.import_module("documented_loop"))
     torch._dynamo.reset()
 
 
@@ -178,7 +179,7 @@ def test_two_processes(tmp_path: Path) -> None:
     program.write_text(code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", str(program)]
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
