@@ -1,6 +1,6 @@
 """Measure what is promised of faults: `python -m benchmarks.faults`.
 
-Real trainings of the quickstart's small model are killed, stopped, damaged and gone on with. Each
+Real trainings of the quickstart's small model are killed, stopped, damaged and resumed. Each
 part is written to `results/reliability/DATE.json` when it is done, and `docs/reliability.md` shows
 the newest; parts may be measured one by one. The whole takes about half an hour on two cores.
 

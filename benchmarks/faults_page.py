@@ -91,9 +91,9 @@ def _row(part: str, entry: Mapping[str, Any]) -> tuple[str, str, str]:
         )
     first, last = entry["resident_mib"]
     return (
-        f"{entry['cycles']} times gone on with and stopped, in one process, "
-        f"{entry['minutes']:.1f} min",
-        f"resident memory {first:.0f} to {last:.0f} MiB ({entry['kib_a_cycle']:+.2f} KiB a cycle), "
+        f"{entry['cycles']} times resumed and stopped, in one process, {entry['minutes']:.1f} min",
+        f"resident memory {first:.0f} to {last:.0f} MiB "
+        f"({entry['kib_a_cycle']:+.2f} KiB a cycle over the second half), "
         f"open files {entry['files'][0]} to {entry['files'][1]}, "
         f"threads {entry['threads'][0]} to {entry['threads'][1]}",
         "no growth",

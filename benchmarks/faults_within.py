@@ -31,7 +31,7 @@ class Damages:
     truncated: int
     flipped: int
     continued: int
-    """Runs that were really gone on with, to the same bytes, after damage of either kind."""
+    """Runs that were really resumed, to the same bytes, after damage of either kind."""
 
 
 def measure_damages(folder: Path, count: int, seed: int) -> Damages:
@@ -58,7 +58,7 @@ def measure_damages(folder: Path, count: int, seed: int) -> Damages:
         result.recovered += saved is not None and saved.path == before
         newest.with_name(newest.name + ".damaged").unlink(missing_ok=True)
         assert before.read_bytes() == expected
-        if number < 2:  # one of each kind is gone on with
+        if number < 2:  # one of each kind is resumed
             run = folder / f"damaged-{number}"
             shutil.copytree(whole, run)
             (run / "checkpoints" / newest.name).write_bytes(damaged)

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
@@ -12,6 +12,7 @@ from experiments.files import write_atomically
 matplotlib.use("Agg")  # files only: no window, no display
 
 from matplotlib import pyplot as plt
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -60,7 +61,7 @@ def pairing_curve(values: dict[str, Any]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     # the line and its mark alone: error bars in the handles hide the dashes
     handles, labels = axes.get_legend_handles_labels()
-    lines = [handle[0] for handle in handles]
+    lines = [handle[0] for handle in cast(list[ErrorbarContainer], handles)]
     axes.legend(lines, labels, frameon=False, fontsize=9, handlelength=4)
     return figure
 

@@ -141,7 +141,8 @@ def _print_help(module: str, description: str, options: Mapping[str, Option]) ->
     shown = {}
     usage = [f"python -m {module}"]
     for name, option in options.items():
-        text = f"--{name} {name.upper()}" if option.takes_value else f"--{name}"
+        spelt = name.replace("_", "-")
+        text = f"--{spelt} {name.upper()}" if option.takes_value else f"--{spelt}"
         shown[text] = option.help
         usage.append(text if option.required else f"[{text}]")
     shown["--SECTION.KEY VALUE"] = "overrides a key of the config"

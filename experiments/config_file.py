@@ -24,6 +24,7 @@ from experiments.strict_yaml import parse_yaml, read_yaml, refuse_strange
 
 COMMAND_LINE = "command line"
 _FILE_OF_A_SECTION = "Path to a configuration file."
+_HELP_COLUMN = 24  # where jsonargparse begins the texts of its help, too
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -254,11 +255,21 @@ def make_parser(wanted: frozenset[str]) -> ArgumentParser:
 
 def help_text(usage: str, description: str, options: Mapping[str, str]) -> str:
     """The help of an entry point: its own options, then every key with its default."""
-    own = "\n".join(f"  {option:<22}{text}" for option, text in options.items())
+    own = "\n".join(_help_line(f"  {option}", text) for option, text in options.items())
     body = make_parser(frozenset(optional_sections())).format_help().partition("\n\n")[2]
     # jsonargparse offers a file for each section, which the command line here does not
     body = "\n".join(line for line in body.splitlines() if not line.endswith(_FILE_OF_A_SECTION))
-    return f"usage: {usage}\n\n{description}\n\noptions:\n{own}\n\nkeys of the config:\n{body}"
+    return (
+        f"usage: {usage}\n\n{description}\n\n"
+        f"options (within a name, - and _ are the same):\n{own}\n\nkeys of the config:\n{body}"
+    )
+
+
+def _help_line(option: str, text: str) -> str:
+    """An option and its text in two columns; the text begins a new line where the first is full."""
+    if len(option) > _HELP_COLUMN - 2:
+        return f"{option}\n{' ' * _HELP_COLUMN}{text}"
+    return option.ljust(_HELP_COLUMN) + text
 
 
 def describe(hint: Any) -> str:

@@ -11,6 +11,11 @@ from experiments.markdown import aligned_table
 from experiments.metrics import METRICS_FILE, TENSORBOARD_FOLDER, mean_of_rows, read_metrics
 from experiments.run_folder import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 
+_LEGEND = (
+    "Samples mixed and tokens mixed are means over the whole run (a study's page takes the last "
+    "epoch); tokens mixed counts the tokens replaced in an easy sample."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,7 +99,8 @@ def markdown(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return aligned_table(head, cells, range(1, len(head)))
+    legend = "" if all(row.mixed_share is None for row in rows) else f"\n{_LEGEND}\n"
+    return aligned_table(head, cells, range(1, len(head))) + legend
 
 
 def paths_text(rows: list[Row]) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import cli
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, DataError
 
 DEFAULT_COUNT = 8
 
@@ -65,9 +65,13 @@ def main(argv: Sequence[str]) -> None:
         print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
     with _written_to(out):
         written = write_scene(scene, out)
-        if "animate" in command.options:
-            written.append(write_animation(scene, out))
-    _tell(written)
+    _tell(written)  # at once: there may be nothing to animate
+    if "animate" in command.options:
+        try:
+            with _written_to(out):
+                print(f"  {write_animation(scene, out)}")
+        except DataError as error:
+            raise DataError(f"{error}; the figures above are written") from None
 
 
 def _compare(argv: Sequence[str]) -> None:

@@ -55,7 +55,10 @@ def test_rows_say_what_the_runs_recorded(tmp_path):
     assert second.tokens_mixed == pytest.approx(6.0)
     assert second.tokens_remembered == 3
     assert (second.epochs, second.steps) == (1, 30)
-    table = markdown([first, second]).splitlines()
+    table, _, legend = markdown([first, second]).partition("\n\n")
+    assert "over the whole run" in legend and "in an easy sample" in legend
+    assert "\n\n" not in markdown([first])
+    table = table.splitlines()
     assert len({len(line) for line in table}) == 1, "the columns are aligned"
     assert [cell.strip() for cell in table[2].split("|")[1:-1]][:3] == ["plain", "97.50%", "1.00 x"]
 

@@ -134,6 +134,29 @@ def test_help_shows_every_key(capsys):
         assert f"--{key} " in text, key
 
 
+def test_help_of_own_options(capsys):
+    """Names that are too long for their column stand on a line of their own; hyphens are taken."""
+    own = {
+        "max_minutes": cli.Option("save and stop"),
+        "no": cli.Option("value", takes_value=False),
+    }
+    assert cli.parse(["--help"], "experiments.train", "Train.", own) is None
+    text = capsys.readouterr().out
+    assert "[--max-minutes MAX_MINUTES] [--no] [--SECTION.KEY VALUE ...]\n" in text
+    options = text.partition("are the same):\n")[2].partition("\n\n")[0].splitlines()
+    gap = 24 * " "
+    assert options == [
+        "  --config CONFIG".ljust(24) + "the experiment, a YAML file",
+        "  --max-minutes MAX_MINUTES",
+        gap + "save and stop",
+        "  --no".ljust(24) + "value",
+        "  --SECTION.KEY VALUE".ljust(24) + "overrides a key of the config",
+    ]
+    for spelt in ("--max-minutes", "--max_minutes", "--on-nonfinite", "--on_nonfinite"):
+        found, words = cli.split_options([spelt, "1"], {**own, "on_nonfinite": cli.Option("")})
+        assert found == {spelt.removeprefix("--").replace("-", "_"): "1"} and not words
+
+
 def test_help_needs_neither_timm_nor_torchvision():
     """They take seconds to import, and whoever asks for help should not wait for them."""
     code = (

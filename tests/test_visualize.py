@@ -268,6 +268,19 @@ def test_without_data_the_number_of_classes_must_be_told(tmp_path, capsys):
     assert code == 2 and "model.num_classes: got null" in err and err.count("\n") == 1
 
 
+def test_pictures_are_told_where_there_is_nothing_to_animate(tmp_path, capsys):
+    path = write_config(tmp_path, "small", horizontal={**HTM, "tau": 0.0})
+    weights_of(load_config(path), 10, tmp_path / "weights.safetensors")
+    given = ("--config", path, "--checkpoint", tmp_path / "weights.safetensors", "--count", 2)
+    code, out, err = run(capsys, *given, "--out", tmp_path / "out", "--animate")
+    assert code == 2 and err.count("\n") == 1
+    assert "nothing to animate: no image of this batch was mixed" in err
+    assert "the figures above are written" in err
+    written = set((tmp_path / "out").iterdir())
+    assert written == {Path(line.strip()) for line in out.partition("figures:\n")[2].splitlines()}
+    assert written
+
+
 def test_weights_without_a_scorenet_are_told(tmp_path, capsys):
     weights_of(small_config(tmp_path, "plain"), 10, tmp_path / "plain.safetensors")
     path = write_config(tmp_path, "small", horizontal=HTM)

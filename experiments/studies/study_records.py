@@ -46,7 +46,7 @@ class StudyRecord:
     cpu_seconds: float
     """Processor time of all parts."""
     parts: int
-    """1, and one more for each time that the training was stopped and gone on with."""
+    """1, and one more for each time that the training was stopped and resumed."""
     images_per_second: float
     """Of training, from the median over the steps of an interval, the median of the intervals."""
     identity: str
