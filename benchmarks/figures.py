@@ -74,11 +74,12 @@ def step_timelines(values: dict[str, Any]) -> Figure:
         for variant, found in model["variants"].items()
         if "timeline" in found["profile"]
     ]
+    rows = max(1, len(lanes))  # a model for which there was no time has none
     figure, all_axes = plt.subplots(
-        len(lanes), figsize=(7.2, 0.9 * len(lanes) + 0.8), layout="constrained", squeeze=False
+        rows, figsize=(7.2, 0.9 * rows + 0.8), layout="constrained", squeeze=False
     )
     colours = (_BLUE, _ORANGE, "#D55E00", _GREY)
-    for axes, (label, bars) in zip(all_axes[:, 0], lanes, strict=True):
+    for axes, (label, bars) in zip(all_axes[:, 0], lanes, strict=False):
         for kind, colour in enumerate(colours):
             axes.broken_barh(
                 [(begin / 1e3, length / 1e3) for begin, length, k in bars if k == kind],

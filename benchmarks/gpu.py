@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import gpu_report, harness
 from benchmarks.harness import Row, Settings
-from benchmarks.learners import Steps, Workload, make_learner
+from benchmarks.learners import CONFIGS, Steps, Workload, make_learner
 from benchmarks.profiles import profiled
 from benchmarks.timing import interleaved, ratio
 from experiments import cli
@@ -34,7 +34,8 @@ WORKLOADS = (
 )
 QUICK_WORKLOADS = (
     Workload("CCT-7/3×1", 4, "bf16", quick=True),
-    Workload("ViT-B/16", 4, "bf16", quick=True),
+    # so many images that a step's memory peaks by its activations, not by its gradients
+    Workload("ViT-B/16", 32, "bf16", quick=True),
 )
 VARIANTS = ("plain", "HVTM", "HTM", "VTM")  # what matters most comes first
 LIMIT_SECONDS = 9 * 60
@@ -43,7 +44,8 @@ _RESERVE_SECONDS = 100
 LOADER_PROCESSES, LOADER_STEPS = 16, 300
 WAITED = 0.1
 """A step waited for data where the loader took more than this share of a median step."""
-TRACE = ROOT / "output" / "benchmarks" / "trace.json.gz"
+TRACES = ROOT / "output" / "benchmarks"
+"""Folder of each model's trace."""
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -54,16 +56,15 @@ def measure(settings: Settings) -> dict[str, Any]:
     for workload in QUICK_WORKLOADS if settings.quick else WORKLOADS:
         parts: dict[str, Any] = {"model": workload.model, "batch": workload.batch}
         found["models"].append(parts)
-        steps = {name: Steps(workload, make_learner(workload, name, world)) for name in VARIANTS}
-        ready = {}
-        for name, step in steps.items():
+        ready: dict[str, Steps] = {}
+        for name in VARIANTS:
             if time.monotonic() > end - _RESERVE_SECONDS:
                 found["left_out"].append(f"{workload.model}, {name}")
                 continue
+            ready[name] = Steps(workload, make_learner(workload, name, world))
             for _ in range(1 if settings.quick else 3):
-                step()  # compiles
-            ready[name] = step
-        parts |= _speed(settings, ready)
+                ready[name]()  # compiles
+        parts |= _speed(settings, workload, ready)
         for title, part in (("data", _data), ("checkpointing", _checkpointing)):
             if title == "data" and workload.model != "CCT-7/3×1":
                 continue  # the loader is that of CIFAR
@@ -71,7 +72,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                 found["left_out"].append(f"{workload.model}, {title}")
                 continue
             parts[title] = part(settings, workload, ready, world)
-        steps.clear()
+        settings.keep(found)
         ready.clear()
         torch._dynamo.reset()
         if settings.device.type == "cuda":
@@ -79,7 +80,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _speed(settings: Settings, steps: dict[str, Steps]) -> dict[str, Any]:
+def _speed(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
     """Images a second, mixing, exchanges and memory of each variant."""
     on_cuda = settings.device.type == "cuda"
     timings = interleaved(
@@ -92,7 +93,8 @@ def _speed(settings: Settings, steps: dict[str, Steps]) -> dict[str, Any]:
     found: dict[str, Any] = {"variants": {}, "over_plain": {}}
     for name, timing in timings.items():
         step = steps[name]
-        trace = TRACE if on_cuda and name == "HVTM" else None
+        kept = TRACES / f"trace-{CONFIGS[workload.model][name]}.json.gz"
+        trace = kept if on_cuda and name == "HVTM" else None
         profile = profiled(step, settings.device, 2 if settings.quick else 5, trace)
         if name not in ("plain", "HVTM"):
             del profile["timeline"]  # the figure shows these two
@@ -127,7 +129,9 @@ def _kept_bytes(learner: Learner) -> int:
     tensors = [*learner.model.parameters(), *learner.model.buffers()]
     for state in learner.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors if t.device == learner.device)
+    # a device without an index, such as "cuda", is not equal to that of its tensors, "cuda:0"
+    kind = learner.device.type
+    return sum(t.numel() * t.element_size() for t in tensors if t.device.type == kind)
 
 
 def _data(
@@ -207,7 +211,11 @@ class _WatchedBatches:
 def _checkpointing(
     settings: Settings, workload: Workload, steps: dict[str, Steps], world: World
 ) -> dict[str, Any]:
-    """HTM and VTM with activation checkpointing and without, eager, from the same weights."""
+    """HTM and VTM with activation checkpointing and without, eager, from the same weights.
+
+    The gradient of the first step shows that what is computed again is the same: the loss does
+    not, since it is computed before, and a step of the warm-up hardly changes the next one.
+    """
     eager = Workload(workload.model, workload.batch, workload.precision, quick=workload.quick)
     found: dict[str, Any] = {}
     for name in ("without", "with"):
@@ -216,9 +224,9 @@ def _checkpointing(
             backbone: Any = step.learner.model.backbone
             backbone.set_grad_checkpointing()
         step()
-        step()  # its loss shows the gradient of the first one
-        loss = step.statistics["loss"].item()
-        found[name] = {"loss": loss, "peak_bytes": _peak_bytes(step)}
+        norm = step.statistics["gradient_norm"].item()
+        step()
+        found[name] = {"gradient_norm": norm, "peak_bytes": _peak_bytes(step)}
         del step
     return found
 

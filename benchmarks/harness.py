@@ -25,6 +25,8 @@ class Settings:
 
     given_rounds: int | None = None
     """Repetitions of everything, in the place of each row's own number."""
+    keep: Callable[[dict[str, Any]], object] = lambda values: None
+    """Takes what was measured so far: a row that is cut off leaves as much."""
 
     def rounds(self, full: int) -> int:
         """Repetitions of what is compared, which are `full` in a full run."""
@@ -88,10 +90,9 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
+    return int(text)
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
@@ -100,6 +101,8 @@ def words_of(options: argparse.Namespace) -> list[str]:
     for name in ("threads", "rounds"):
         value = getattr(options, name)
         words += [f"--{name}", str(value)] if value is not None else []
+    if getattr(options, "device", "cuda") != "cuda":  # rows of the CPU alone have no such option
+        words += ["--device", options.device]
     return words
 
 
@@ -107,24 +110,25 @@ def run(row: Row, options: argparse.Namespace, device: torch.device | None = Non
     """Measure a row, print its tables and targets, and keep the record."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    settings = Settings(options.quick, device or torch.device("cpu"), options.rounds)
     command = " ".join([f"python -m benchmarks.{row.name}", *words_of(options)])
-    entry = records.origin(settings.device, command)
-    values = row.measure(settings)
-    entry |= {
-        "load_after": round(os.getloadavg()[0], 2),
-        "quick": settings.quick,
-        "values": values,
-    }
+    folder = options.results
+    if folder is None and not options.quick:
+        folder = records.RESULTS
+    device = device or torch.device("cpu")
+    origin = records.origin(device, command)
+
+    def keep(values: dict[str, Any]) -> Path | None:
+        load = round(os.getloadavg()[0], 2)
+        entry = {**origin, "load_after": load, "quick": options.quick, "values": values}
+        return None if folder is None else records.write(row.name, entry, folder)
+
+    values = row.measure(Settings(options.quick, device, options.rounds, keep))
+    path = keep(values)
     print(row.tables(values))
     for target in row.targets(values):
         state = "reached" if target.reached else "NOT REACHED"
         print(f"{target.row}: target {target.target}; measured {target.measured}: {state}")
-    folder = options.results
-    if folder is None and not settings.quick:
-        folder = records.RESULTS
-    if folder is not None:
-        path = records.write(row.name, entry, folder)
+    if path is not None:
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         print(f"written to {shown}", file=sys.stderr)
 

@@ -52,6 +52,8 @@ def interleaved(
         synchronise: waits until the device has done all that it was given.
     """
     names = list(actions)
+    if not names:
+        return {}
     calls = dict.fromkeys(names, 1)
     for _ in range(warm_up):
         for name in names:

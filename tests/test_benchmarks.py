@@ -9,7 +9,7 @@ import torch
 from memory_helper import MIB, make_temporaries
 from torch.autograd import DeviceType
 
-from benchmarks import cost_model, gpu, learners, profiles, records, report, rows
+from benchmarks import cost_model, gpu, harness, learners, profiles, records, report, rows
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
 from benchmarks.harness import Settings
@@ -203,13 +203,93 @@ def test_smoke_run_of_the_gpu_rows_on_a_cpu(models, variants, monkeypatch):
         bars = profiles.read_timeline(model["variants"]["HVTM"]["profile"]["timeline"])
         assert len(bars) > 100 and {kind for _, _, kind in bars} >= {0, 1, 3}
         checkpointing = model["checkpointing"]
-        assert checkpointing["with"]["loss"] == pytest.approx(checkpointing["without"]["loss"])
+        norms = [checkpointing[name]["gradient_norm"] for name in ("with", "without")]
+        assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0
     assert values["models"][0]["data"]["steps"] == 4
     text = gpu.ROW.tables(values)
     assert "activation checkpointing" in text and "from the loader" in text
     numbers = {target.row.partition(".")[0] for target in gpu.ROW.targets(values)}
     assert numbers == {"7", "8", "9", "10"}
     assert len(report.figures.step_timelines(values).axes) == 2 * len(models)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_gpu_rows_for_which_time_runs_out_leave_what_was_measured(monkeypatch, tmp_path, capsys):
+    """The second model finds no time; the record of the first was written before it."""
+    kept = []
+
+    def keep(values):
+        kept.append(json.loads(json.dumps(values, allow_nan=False)))
+        if len(kept) == 1:
+            monkeypatch.setattr(gpu.time, "monotonic", lambda: 1e9)
+
+    monkeypatch.setattr(gpu, "VARIANTS", ("plain", "HVTM"))
+    values = gpu.measure(Settings(quick=True, keep=keep))
+    assert [len(one["models"]) for one in kept] == [1, 2]
+    assert set(kept[0]["models"][0]["variants"]) == {"plain", "HVTM"} and not kept[0]["left_out"]
+    assert values["models"][1]["variants"] == {}
+    left_out = ["ViT-B/16, plain", "ViT-B/16, HVTM", "ViT-B/16, checkpointing"]
+    assert values["left_out"] == left_out
+    assert f"Left out for want of time: {'; '.join(left_out)}." in gpu.ROW.tables(values)
+    assert not any("ViT-B/16" in target.row for target in gpu.ROW.targets(values))
+    assert len(report.figures.step_timelines(values).axes) == 2
+
+
+def test_gpu_rows_without_any_time_are_told_as_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "LIMIT_SECONDS", 0)
+    words = ["--quick", "--device", "cpu", "--results", str(tmp_path)]
+    assert cli.run(gpu.main, words) == 0
+    assert "Left out for want of time: CCT-7/3×1, plain" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    entry = json.loads(path.read_text())["gpu"]
+    assert entry["command"] == "python -m benchmarks.gpu --quick --device cpu"
+    assert len(report.figures.step_timelines(entry["values"]).axes) == 1
+
+
+def test_a_row_that_is_cut_off_leaves_what_it_has_kept(tmp_path):
+    def measure(settings):
+        settings.keep({"first": 1})
+        raise KeyboardInterrupt
+
+    row = harness.Row("cut", measure, lambda values: "", lambda values: [])
+    options = harness.parser("cut", None).parse_args(["--results", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(row, options)
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["cut"]["values"] == {"first": 1}
+
+
+def test_a_number_of_rounds_must_be_one(capsys):
+    with pytest.raises(SystemExit):
+        harness.parser("row", None).parse_args(["--rounds", "0"])
+    assert "--rounds: got '0'; allowed: a whole number from 1" in capsys.readouterr().err
+
+
+def test_what_a_training_keeps_is_counted_on_a_device_with_or_without_an_index():
+    learner = learners.make_learner(gpu.QUICK_WORKLOADS[0], "plain", ONE_PROCESS)
+    parameters = sum(p.numel() * p.element_size() for p in learner.model.parameters())
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        learner.device = device
+        assert gpu._kept_bytes(learner) >= parameters
+
+
+def test_another_gradient_with_checkpointing_is_no_success():
+    def target(norm):
+        model = {
+            "model": "CCT-7/3×1",
+            "batch": 4,
+            "variants": {},
+            "over_plain": {},
+            "checkpointing": {
+                "without": {"gradient_norm": 2.0, "peak_bytes": 20},
+                "with": {"gradient_norm": norm, "peak_bytes": 10},
+            },
+        }
+        (found,) = gpu.ROW.targets({"models": [model], "left_out": []})
+        return found.reached
+
+    assert target(2.001)
+    assert not target(1.9) and not target(0.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
