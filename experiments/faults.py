@@ -4,8 +4,9 @@ import errno
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from experiments.data import Division
 from experiments.errors import LoaderProcessLost
 
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)")
+_T = TypeVar("_T")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -23,16 +25,26 @@ def further_deaths_unheard() -> Iterator[None]:
 
     torch's handler raises in whatever the main thread does when a loader process ends.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    before = _despite_deaths(lambda: signal.getsignal(signal.SIGCHLD))
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or before is None:  # None: not Python's, so it raises nothing
         yield
         return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _despite_deaths(lambda: signal.signal(signal.SIGCHLD, signal.SIG_DFL))
     try:
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def _despite_deaths(call: Callable[[], _T]) -> _T:
+    """Make a call once more wherever the news of a loader process's death came in between."""
+    while True:
+        try:
+            return call()
+        except RuntimeError as error:
+            if not _KILLED_WORKER.search(str(error)):
+                raise
 
 
 def explain(

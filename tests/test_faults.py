@@ -4,6 +4,7 @@ import multiprocessing
 import re
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from experiments import cli, runs, train
 from experiments.data import Division
 from experiments.distributed import ONE_PROCESS
 from experiments.errors import ConfigError, DataError, TrainingStopped
-from experiments.faults import explain
+from experiments.faults import explain, further_deaths_unheard
 from experiments.run_folder import RunFolder
 from experiments.stopping import StopRequests
 
@@ -63,6 +64,22 @@ def test_a_loader_process_that_the_kernel_kills(tmp_path):
         fit(tmp_path, Then(14, kill), **sections)
     resumed = fit(tmp_path, **sections)
     assert final_bytes(resumed) == final_bytes(fit(tmp_path, name="whole", **sections))
+
+
+def test_a_death_that_is_heard_while_it_is_silenced(monkeypatch):
+    """torch's handler raises in whatever runs, also in what silences it."""
+    before, getsignal, news = signal.getsignal(signal.SIGCHLD), signal.getsignal, [1]
+
+    def interrupted(number):
+        if news:
+            news.clear()
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        return getsignal(number)
+
+    monkeypatch.setattr(signal, "getsignal", interrupted)
+    with further_deaths_unheard():
+        assert getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    assert getsignal(signal.SIGCHLD) == before and not news
 
 
 @pytest.fixture
