@@ -134,6 +134,14 @@ def test_help_shows_every_key(capsys):
         assert f"--{key} " in text, key
 
 
+def test_a_config_can_be_checked_without_being_run(tmp_path):
+    path = write_config(tmp_path)
+    words = ["--config", str(path), "--check"]
+    assert cli.parse(words, "experiments.train", "Train.") is None
+    with pytest.raises(ConfigError, match=r"schedule\.epochs: got 0;"):
+        cli.parse([*words, "--schedule.epochs", "0"], "experiments.train", "Train.")
+
+
 def test_help_needs_neither_timm_nor_torchvision():
     """They take seconds to import, and whoever asks for help should not wait for them."""
     code = (
