@@ -11,6 +11,7 @@ the newest; parts may be measured one by one. The whole takes about half an hour
 """
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -65,7 +66,7 @@ def good(part: str, figures: Mapping[str, Any]) -> bool:
         every = figures["detected"] == figures["recovered"] == figures["total"]
         return every and figures["continued"] == 2
     if part == "stops":
-        return figures["same"] and max(figures["to_saved"]) < 2
+        return figures["same"] and max(figures["to_saved"], default=math.inf) < 2
     if part == "cost":
         return figures["percent"] < 2
     first, last = figures["resident_mib"]

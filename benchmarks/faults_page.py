@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import DataError
+from experiments.provenance import ROOT
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "reliability"
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
@@ -76,6 +76,8 @@ def _row(part: str, entry: Mapping[str, Any]) -> tuple[str, str, str]:
         )
     if part == "stops":
         saved, ended = entry["to_saved"], entry["to_exit"]
+        if not saved or not ended:
+            return "SIGTERM", "none of the runs was stopped", "saved within 2 s of the step's end"
         return (
             f"SIGTERM, {len(saved)} times: until saved; until the exit",
             f"median {statistics.median(saved):.2f} s, longest {max(saved):.2f} s; "

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.metrics import CLOCK_VALUES, read_metrics
+from experiments.provenance import ROOT
 from experiments.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "digits_HVTM.yaml"
 STEPS, EPOCHS = 22, 3
 """Of the runs that are killed: steps an epoch, and epochs."""

@@ -1,20 +1,17 @@
 """Row 4: saliency by attention against saliency by input gradients, and whole steps with each.
 
 By attention it comes from queries and keys of the layer that mixes. By gradients it costs one more
-forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix", ICML 2020):
-the root mean square over the channels of the loss's gradient by the pixels, pooled to the grid of
-the tokens. Gradients of the weights are not computed in it.
+forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix", ICML 2020), in
+which gradients of the weights are not computed.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness
@@ -32,6 +29,7 @@ from benchmarks.timing import interleaved, ratio
 from experiments.distributed import ONE_PROCESS
 from experiments.markdown import aligned_table
 from experiments.models.build import build_model
+from experiments.studies.alternatives import pixel_gradient_saliency
 from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import (
     horizontal_mixup,
@@ -42,17 +40,6 @@ from tokenmixup.hosts.base import input_saliency
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
 SPEED_UP = 30
-
-
-def gradient_saliency(host: nn.Module, images: Tensor, targets: Tensor, patches: int) -> Tensor:
-    """Saliency (B, T) of a square grid of T patches, rows that sum to one."""
-    pixels = images.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = soft_cross_entropy(host(pixels), targets).sum()
-        (gradient,) = torch.autograd.grad(loss, pixels)
-    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, H, W)
-    pooled = F.adaptive_avg_pool2d(strength, math.isqrt(patches)).flatten(1)
-    return pooled / pooled.sum(1, keepdim=True)
 
 
 class GradientGuided(nn.Module):
@@ -74,7 +61,7 @@ class GradientGuided(nn.Module):
         config, patches = self.horizontal, self.layout.num_patch_tokens
         tau = config.tau
         assert tau is not None and patches is not None
-        saliency = gradient_saliency(self.backbone, images, targets, patches)
+        saliency = pixel_gradient_saliency(self.backbone, images, targets, patches)
         found: dict[str, Any] = {"targets": targets, "loss": 0, "stats": {}}
 
         def mix(index: int, tokens: Tensor) -> Tensor:
@@ -135,7 +122,7 @@ def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
     obtaining = interleaved(
         {
             "attention": attention_saliency_of(learner.model, images),
-            "gradients": lambda: gradient_saliency(host.train(), images, soft, patches),
+            "gradients": lambda: pixel_gradient_saliency(host.train(), images, soft, patches),
         },
         settings.rounds(5),
     )

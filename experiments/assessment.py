@@ -1,10 +1,12 @@
 """Weights of any file in the model of a config, evaluated on its validation split."""
 
+from collections.abc import Iterable
+
 import torch
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
-from experiments.data import EvalBatches
+from experiments.data import Batch, EvalBatches
 from experiments.datasets import known_num_classes, open_images, stated_num_classes
 from experiments.distributed import World
 from experiments.engine import Evaluation, evaluate, place
@@ -45,9 +47,14 @@ class Assessment:
             config, self.images, num_classes, pin_memory, world.rank, world.size
         )
 
-    def evaluate(self) -> Evaluation:
-        """Top-1, top-5 and loss over the whole validation split; once."""
+    def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:
+        """Top-1, top-5 and loss over the whole validation split; once.
+
+        Args:
+            batches: `self.batches` as someone watches them go by.
+        """
+        watched = self.batches if batches is None else batches
         try:
-            return evaluate(self.model, self.batches, self.world, self.config)
+            return evaluate(self.model, watched, self.world, self.config)
         finally:
             self.batches.close()

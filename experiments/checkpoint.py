@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.config import dotted_keys
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
 from experiments.released import is_classifier, is_released, load_released
@@ -126,7 +127,7 @@ def refuse_changed_config(
 
 def deciding_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a config, as `section.key`, that decide which weights a run comes to."""
-    flat = _flat(config)
+    flat = dotted_keys(config)
     return {key: value for key, value in flat.items() if not key.startswith(_FREE_KEYS)}
 
 
@@ -233,13 +234,3 @@ def _as_attached(state: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:8])
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -83,12 +83,16 @@ def parse(
     """Read `--config FILE`, the options of the entry point and `--section.key VALUE` overrides.
 
     Returns:
-        The command, or None where the help was asked for and printed.
+        The command, or None where no more is to be done: the help is printed, or all is checked.
 
     Raises:
         ConfigError: an unknown option, a missing value, or what the config itself raises.
     """
-    own = {"config": Option("the experiment, a YAML file", required=True), **(options or {})}
+    own = {
+        "config": Option("the experiment, a YAML file", required=True),
+        **(options or {}),
+        "check": Option("check the command line and the config, and do no more", takes_value=False),
+    }
     if any(word in ("-h", "--help") for word in argv):
         _print_help(module, description, own)
         return None
@@ -101,7 +105,8 @@ def parse(
     for name, option in own.items():
         if option.required and name not in given:
             raise ConfigError(f"command line: --{name}: missing; it is {option.help}")
-    return Command(load_config(given["config"], overrides), given["config"], given)
+    command = Command(load_config(given["config"], overrides), given["config"], given)
+    return None if "check" in given else command
 
 
 def split_options(

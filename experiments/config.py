@@ -342,3 +342,14 @@ def as_plain(config: Any) -> Any:
     if isinstance(config, (tuple, list)):
         return [as_plain(value) for value in config]
     return config
+
+
+def dotted_keys(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What `as_plain` gave as `section.key` -> value; an absent section is one key with None."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            flat.update(dotted_keys(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

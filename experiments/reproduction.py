@@ -101,11 +101,9 @@ class Reproduction:
         self.say(f"{where}: {checkpoint.file}")
         weights = self.zoo.path(checkpoint)
         assessment = Assessment(config, str(weights), one_process(config.device))
-        assessment.batches = tqdm(  # type: ignore[assignment]  # the same batches, and a bar
-            assessment.batches, desc=row.name, leave=False, disable=not sys.stderr.isatty()
-        )
-        start = time.perf_counter()
-        evaluation = assessment.evaluate()
+        start, shown = time.perf_counter(), sys.stderr.isatty()
+        with tqdm(assessment.batches, desc=row.name, leave=False, disable=not shown) as bar:
+            evaluation = assessment.evaluate(bar)
         result = records.judged(
             replace(
                 records.blank(row),

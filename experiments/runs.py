@@ -96,6 +96,7 @@ class Run:
         with self._folder_held(), closing(self.batches), closing(self.val_batches):
             if self._prepare(allow_changed):
                 return
+            self._warn_of_a_long_warmup()
             self._say(self._headline())
             with self._faults_told(), self._recording():
                 for epoch in range(self.state.progress.epochs_done, self.total_epochs):
@@ -155,6 +156,16 @@ class Run:
     def _warn(self, text: str) -> None:
         if self.world.is_main:
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _warn_of_a_long_warmup(self) -> None:
+        """A run shortened by its epochs alone may end within its warm-up, and learn nothing."""
+        schedule = self.config.schedule
+        if schedule.warmup_epochs >= schedule.epochs:
+            self._warn(
+                f"schedule.warmup_epochs is {schedule.warmup_epochs} and schedule.epochs "
+                f"{schedule.epochs}: the learning rate does not come to schedule.lr "
+                f"({schedule.lr:g}); a shorter run wants a shorter warm-up"
+            )
 
     def _beat(self, state: str, at_once: bool = True) -> None:
         if self.world.is_main:

@@ -1,6 +1,7 @@
 """The table that compares runs, from what they recorded."""
 
 import json
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,7 @@ def read_row(folder: Path, first: "Row | None" = None) -> Row:
             f"{folder}: holds no run that was trained and evaluated (looked for {METRICS_FILE}); "
             "give run folders that experiments.train has written"
         )
-    timed = sorted(row["step_seconds"] for row in (train[1:] or train))
-    step_seconds = timed[len(timed) // 2]
+    step_seconds = statistics.median(row["step_seconds"] for row in (train[1:] or train))
     means = mean_of_rows(train)
     return Row(
         name=folder.resolve().name,

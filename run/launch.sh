@@ -1,5 +1,6 @@
 # One process or torchrun, from the environment. run/train.sh and run/eval.sh source it; by itself it
-# runs any module of the project in the folder where one is: sh run/launch.sh MODULE [ARGUMENT ...]
+# runs experiments.train or experiments.evaluate in the folder where one is:
+# sh run/launch.sh MODULE [ARGUMENT ...]
 #
 #   NPROC       processes on this machine, one a GPU (default: 1)
 #   NNODES      machines (default: 1)
@@ -22,6 +23,8 @@ launch() {
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
     exec "$python" -m "$@"
   fi
+  # torchrun takes a mistake for a fault and would repeat it MAX_RESTARTS times
+  "$python" -m "$@" --check || exit $?
   # torchrun (of torch 2.9 and newer) hands these on to its processes, which save and stop; Slurm's
   # SIGUSR1 alone is not among its own
   export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

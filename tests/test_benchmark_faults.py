@@ -51,6 +51,17 @@ def test_what_is_not_as_promised_is_not_good():
     assert not faults.good("soak", {**soak, "resident_mib": [500, 600]})
 
 
+def test_a_part_that_stopped_nothing_is_told_and_not_good():
+    stops = {"same": True, "to_saved": [], "to_exit": []}
+    assert not faults.good("stops", stops)
+    assert faults.good("stops", {**stops, "to_saved": [0.1], "to_exit": [0.2]})
+    result = faults_page.newest_result(faults_page.RESULTS)
+    entry = {**result["stops"], **stops, "good": False}
+    assert "| SIGTERM | none of the runs was stopped **(not met)** |" in faults_page.table(
+        {"stops": entry}
+    )
+
+
 def test_a_run_that_goes_on_again_and_again_leaves_no_file_and_no_thread_open(tmp_path):
     """In a process of its own: what other tests left would come and go in between."""
     code = (

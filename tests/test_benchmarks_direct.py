@@ -10,7 +10,8 @@ import torch
 import experiments.models  # noqa: F401 (registers CCT)
 from benchmarks import direct
 from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
-from benchmarks.saliency import GradientGuided, gradient_saliency
+from benchmarks.saliency import GradientGuided
+from experiments.studies.alternatives import pixel_gradient_saliency
 from tokenmixup import HorizontalConfig, attach, functional
 
 HTM = {"rho": 1e-4, "scorenet_lambda": 0.5}
@@ -93,7 +94,7 @@ def test_saliency_by_gradients_is_that_of_the_loss():
     host = vit().double().train()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     targets = torch.eye(5, dtype=torch.float64)[[1, 3]]
-    found = gradient_saliency(host, images, targets, 16)
+    found = pixel_gradient_saliency(host, images, targets, 16)
     assert all(p.grad is None for p in host.parameters())
     torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64))
 
@@ -126,7 +127,9 @@ def test_step_guided_by_gradients_mixes_by_them(host):
     targets = torch.rand(8, 5, dtype=torch.float64).softmax(-1)
     guided = GradientGuided(build(host, 100))
     out, gradients = step(guided, images, targets)
-    saliency_ = gradient_saliency(guided.backbone, images, targets, guided.layout.num_patch_tokens)
+    saliency_ = pixel_gradient_saliency(
+        guided.backbone, images, targets, guided.layout.num_patch_tokens
+    )
     easy = torch.ones(8, dtype=torch.bool)
     expected = functional.decide_mixing(saliency_, targets, easy, HTM["rho"])
     assert expected.mask.any()

@@ -142,7 +142,7 @@ def test_help_of_own_options(capsys):
     }
     assert cli.parse(["--help"], "experiments.train", "Train.", own) is None
     text = capsys.readouterr().out
-    assert "[--max-minutes MAX_MINUTES] [--no] [--SECTION.KEY VALUE ...]\n" in text
+    assert "[--max-minutes MAX_MINUTES] [--no] [--check] [--SECTION.KEY VALUE ...]\n" in text
     options = text.partition("are the same):\n")[2].partition("\n\n")[0].splitlines()
     gap = 24 * " "
     assert options == [
@@ -150,11 +150,20 @@ def test_help_of_own_options(capsys):
         "  --max-minutes MAX_MINUTES",
         gap + "save and stop",
         "  --no".ljust(24) + "value",
+        "  --check".ljust(24) + "check the command line and the config, and do no more",
         "  --SECTION.KEY VALUE".ljust(24) + "overrides a key of the config",
     ]
     for spelt in ("--max-minutes", "--max_minutes", "--on-nonfinite", "--on_nonfinite"):
         found, words = cli.split_options([spelt, "1"], {**own, "on_nonfinite": cli.Option("")})
         assert found == {spelt.removeprefix("--").replace("-", "_"): "1"} and not words
+
+
+def test_a_config_can_be_checked_without_being_run(tmp_path):
+    path = write_config(tmp_path)
+    words = ["--config", str(path), "--check"]
+    assert cli.parse(words, "experiments.train", "Train.") is None
+    with pytest.raises(ConfigError, match=r"schedule\.epochs: got 0;"):
+        cli.parse([*words, "--schedule.epochs", "0"], "experiments.train", "Train.")
 
 
 def test_help_needs_neither_timm_nor_torchvision():

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 SHORT = ("--schedule.epochs", "1", "--data.batch_size", "700", "--logging.tensorboard", "false")
 
 
-def start(folder, **environment):
+def start(folder, *words, **environment):
     return subprocess.Popen(
-        ["sh", "run/train.sh", "digits_baseline", *SHORT, "--output", str(folder)],
+        ["sh", "run/train.sh", "digits_baseline", *SHORT, *words, "--output", str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0", **environment},
         stdout=subprocess.PIPE,
@@ -36,6 +36,14 @@ def finish(*processes):
     for process, (_, errors) in zip(processes, texts, strict=True):
         assert process.returncode == 0, errors
     return "".join(text for text, _ in texts)
+
+
+def test_a_mistake_is_told_once_and_not_tried_again(tmp_path):
+    process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("error: command line: --schedule.epoch: unknown option")
 
 
 @pytest.mark.slow

@@ -1,24 +1,22 @@
-"""Weights of one data set as the beginning of another's: `model.new_head`."""
+"""Weights that begin a data set of other classes: all but what knows the classes is taken over."""
 
 import pytest
 import timm
 import torch
 from runs_helper import HTM, VTM, small_config
-from test_checkpoint import golden_state
+from standins import cct_state
 
+import experiments.models  # noqa: F401 (registers CCT)
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.errors import CheckpointError
 from experiments.models.build import build_model
 from tokenmixup import HorizontalConfig, attach
 
-
-@pytest.fixture
-def model(tmp_path):
-    return build_model(small_config(tmp_path, horizontal=HTM, vertical=VTM), 10)
+HEAD = ["head.weight", "head.bias"]
 
 
 def new_classifiers(model, path, names):
-    """Load for other classes: whatever knows the classes stays, all else comes from the file."""
+    """Load: whatever knows the classes stays as it is, all else comes from the file."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
     loaded = load_weights(model, path, new_head=True)
     assert loaded.left_out == tuple(names)
@@ -26,36 +24,39 @@ def new_classifiers(model, path, names):
         assert torch.equal(value, before[name]) == (name in names), name
 
 
-def test_a_released_checkpoint_begins_another_data_set(tmp_path):
-    state, _, _ = golden_state()
-    # no two values alike by chance, as zeros of fresh biases are
-    state = {name: value + 1 for name, value in state.items()}
-    torch.save(state, tmp_path / "weights.bin")
-    for classes in (7, 10):  # the same number of other classes is no reason to keep the old ones
-        host = timm.create_model("cct_2_3x2_32", num_classes=classes)
-        names = ["head.weight", "head.bias"]
-        new_classifiers(host, tmp_path / "weights.bin", names)
-        model = attach(
-            timm.create_model("cct_2_3x2_32", num_classes=classes),
-            horizontal=HorizontalConfig(layers=(0,), tau=0.1, rho=0.01),
-        )
-        scorenets = [name for name in model.state_dict() if name.startswith("scorenets.")]
-        new_classifiers(
-            model, tmp_path / "weights.bin", [f"backbone.{name}" for name in names] + scorenets
-        )
+def host(classes):
+    return timm.create_model("cct_7_3x1_32", num_classes=classes)
+
+
+@pytest.mark.parametrize("classes", [7, 10])  # as many others are no reason to keep the old ones
+def test_a_released_checkpoint(tmp_path, classes):
+    path = tmp_path / "weights.bin"
+    torch.save(cct_state(10, htm=2, vtm=3), path)
+    new_classifiers(host(classes), path, HEAD)
+    model = attach(host(classes), horizontal=HorizontalConfig(layers=(2,), tau=0.1, rho=0.01))
+    scorenets = [name for name in model.state_dict() if name.startswith("scorenets.")]
+    assert len(scorenets) == 4
+    new_classifiers(model, path, [f"backbone.{name}" for name in HEAD] + scorenets)
+
+
+def test_without_being_asked_nothing_is_left_out(tmp_path):
+    path = tmp_path / "weights.bin"
+    torch.save(cct_state(10, htm=2), path)
     with pytest.raises(CheckpointError, match=r"classifier\.fc\.weight has shape"):
-        load_weights(timm.create_model("cct_2_3x2_32", num_classes=7), tmp_path / "weights.bin")
+        load_weights(host(7), path)
 
 
-def test_own_weights_begin_another_data_set(tmp_path, model):
+@pytest.mark.parametrize("classes", [7, 10])
+def test_weights_of_our_own(tmp_path, classes):
+    path = tmp_path / "final.safetensors"
+    trained = build_model(small_config(tmp_path, horizontal=HTM, vertical=VTM), 10)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in trained.parameters():
             parameter += 1
-    save_final_weights(tmp_path / "final.safetensors", model)
-    for classes in (7, 10):
-        fresh = build_model(small_config(tmp_path, seed=99, horizontal=HTM), classes)
-        names = [n for n in fresh.state_dict() if n.startswith(("backbone.head.", "scorenets."))]
-        assert len(names) > 2
-        new_classifiers(fresh, tmp_path / "final.safetensors", names)
-        plain = build_model(small_config(tmp_path, seed=99), classes)  # has no ScoreNet
-        new_classifiers(plain, tmp_path / "final.safetensors", names[:2])
+    save_final_weights(path, trained)
+    fresh = build_model(small_config(tmp_path, seed=99, horizontal=HTM), classes)
+    names = [n for n in fresh.state_dict() if n.startswith(("backbone.head.", "scorenets."))]
+    assert len(names) > 2
+    new_classifiers(fresh, path, names)
+    plain = build_model(small_config(tmp_path, seed=99), classes)  # has no ScoreNet
+    new_classifiers(plain, path, names[:2])

@@ -16,6 +16,7 @@ from standins import cct_config, save_vit, vit_state, write_yaml
 
 from experiments import cli, evaluate, reproduce
 from experiments.assessment import Assessment
+from experiments.data import EvalBatches
 from experiments.zoo_lock import LOCK_FILE
 from experiments.zoo_manifest import read_manifest
 
@@ -63,11 +64,11 @@ def evaluations(monkeypatch):
             super().__init__(config, checkpoint, world)
             self.name = Path(checkpoint).name
 
-        def evaluate(self):
+        def evaluate(self, batches):
             if self.name == Seen.stop:
                 raise KeyboardInterrupt
             seen.append(self.name)
-            return super().evaluate()
+            return super().evaluate(batches)
 
     monkeypatch.setattr("experiments.reproduction.Assessment", Seen)
     seen_and_stop = type("Seen", (list,), {})(seen)
@@ -157,6 +158,14 @@ def test_rows_are_kept_while_nothing_changed(world, run, evaluations):
     (world.weights / LOCK_FILE).unlink()
     run("VIT_VTM")
     assert evaluations.names[7:] == ["VIT_VTM.bin"]
+
+
+def test_each_row_ends_its_loader(run, monkeypatch):
+    closed = []
+    close = EvalBatches.close
+    monkeypatch.setattr(EvalBatches, "close", lambda self: closed.append(close(self)))
+    run("VIT_HTM", "VIT_VTM")
+    assert len(closed) == 2
 
 
 def test_an_interruption_is_taken_up_again(world, run, evaluations):

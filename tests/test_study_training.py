@@ -17,6 +17,7 @@ from experiments.errors import ConfigError, DataError
 from experiments.metrics import read_metrics
 from experiments.runs import Run
 from experiments.studies.study_records import keep_record, read_records, records_path
+from experiments.studies.training import _processor_seconds
 
 
 def words_of(folder, path, *more):
@@ -50,6 +51,12 @@ def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
     assert [r.variant for r in records] == ["HTM", "mask"]
     assert records[1].substitutions == ["released mask"]
     assert records[1].loss != records[0].loss
+
+
+def test_processor_time_counts_processes_that_have_ended():
+    before = _processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
+    assert _processor_seconds() - before > 0.05
 
 
 def test_what_is_done_is_not_done_again(tmp_path):

@@ -43,6 +43,17 @@ def test_the_run_folder_holds_what_is_promised(undisturbed):
     assert {name.partition(".")[0] for name in names} == {"backbone", "scorenets"}
 
 
+def test_a_warm_up_that_the_run_does_not_outlast_is_told(tmp_path, capsys):
+    schedule = {"epochs": 1, "warmup_epochs": 2, "lr": 0.5}
+    fit(tmp_path, "short", schedule=schedule)
+    assert (
+        "warning: schedule.warmup_epochs is 2 and schedule.epochs 1: the learning rate does not "
+        "come to schedule.lr (0.5)"
+    ) in capsys.readouterr().err
+    fit(tmp_path, "longer", schedule={**schedule, "epochs": 3})
+    assert "warmup_epochs" not in capsys.readouterr().err
+
+
 def test_metrics_are_complete_and_in_order(undisturbed):
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     train_rows = [row for row in rows if row["split"] == "train"]

@@ -43,13 +43,38 @@ def greedy_partners(gain: Tensor) -> Tensor:
     return torch.from_numpy(found).to(gain.device)
 
 
-def input_gradient_saliency(
-    model: TokenMixupModel, images: Tensor, targets: Tensor, num_tokens: int
+def pixel_gradient_saliency(
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, num_tokens: int
 ) -> Tensor:
     """Saliency from the loss's gradient in the pixels, as image mixing methods measure it.
 
     The root of the mean square over the channels, averaged over each token's square of pixels, and
-    scaled to sum to one as attention does. Dropout and TokenMixup are off in this pass.
+    scaled to sum to one as attention does.
+
+    Args:
+        logits_of: a model's pass, images -> (B, C).
+        images: (B, 3, S, S).
+        targets: (B, C).
+        num_tokens: T, a square number.
+
+    Returns:
+        (B, T), without gradient.
+    """
+    side = round(num_tokens**0.5)
+    assert side * side == num_tokens, "the patch tokens form a square grid"
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        loss = soft_cross_entropy(logits_of(pixels), targets).sum()
+        (gradient,) = torch.autograd.grad(loss, pixels)
+    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, S, S)
+    saliency = F.adaptive_avg_pool2d(strength, side).flatten(1)
+    return saliency / saliency.sum(1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
+
+
+def input_gradient_saliency(
+    model: TokenMixupModel, images: Tensor, targets: Tensor, num_tokens: int
+) -> Tensor:
+    """`pixel_gradient_saliency` of a model; dropout and TokenMixup are off in this pass.
 
     Args:
         model: in training; left as it came.
@@ -60,22 +85,16 @@ def input_gradient_saliency(
     Returns:
         (B, T), without gradient.
     """
-    side = round(num_tokens**0.5)
-    assert side * side == num_tokens, "the patch tokens form a square grid"
     if not targets.is_floating_point():
         assert model.num_classes is not None, "models of a run have a classifier"
         targets = F.one_hot(targets, model.num_classes).float()
     model.eval()
     try:
-        with torch.enable_grad():
-            pixels = images.detach().requires_grad_()
-            logits = model.adapter.logits(model.backbone(pixels))
-            (gradient,) = torch.autograd.grad(soft_cross_entropy(logits, targets).sum(), pixels)
+        return pixel_gradient_saliency(
+            lambda pixels: model.adapter.logits(model.backbone(pixels)), images, targets, num_tokens
+        )
     finally:
         model.train()
-    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, S, S)
-    saliency = F.adaptive_avg_pool2d(strength, side).flatten(1)
-    return saliency / saliency.sum(1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
 
 
 def gradient_saliency_of_model(

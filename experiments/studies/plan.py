@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config import RunConfig, as_plain
+from experiments.config import RunConfig, as_plain, dotted_keys
 from experiments.config_file import (
     Setting,
     build_config,
@@ -107,8 +107,8 @@ class Study:
 
     def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
         """What is set otherwise than in another variant, by default the plain one: key -> value."""
-        plain = _flat(as_plain(self.config(self.variants[other or self.plain], 0)))
-        own = _flat(as_plain(self.config(variant, 0)))
+        plain = _compared(self.config(self.variants[other or self.plain], 0))
+        own = _compared(self.config(variant, 0))
         nowhere = object()  # null is a value, too
         return {
             key: own.get(key)
@@ -245,14 +245,11 @@ def _check_text(value: Any, where: str) -> str:
     return value
 
 
-def _flat(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections as dotted keys; those of an absent section are absent."""
-    found = {}
-    for key, value in plain.items():
-        if key in ("seed", "output", "logging", "checkpoint"):
-            continue
-        if isinstance(value, dict):
-            found.update({f"{key}.{inner}": item for inner, item in value.items()})
-        elif value is not None:
-            found[key] = value
-    return found
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """The keys by which variants are told apart; those of an absent section are absent."""
+    left_out = ("seed", "output", "logging", "checkpoint")
+    return {
+        key: value
+        for key, value in dotted_keys(as_plain(config)).items()
+        if key.partition(".")[0] not in left_out and ("." in key or value is not None)
+    }

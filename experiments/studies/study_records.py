@@ -44,13 +44,15 @@ class StudyRecord:
     """Wall time of all parts of the training, with evaluation and saving. A process that is halted
     from outside goes on counting."""
     cpu_seconds: float
-    """Processor time of all parts."""
+    """Processor time of all parts, data-loader processes included."""
     parts: int
     """1, and one more for each time that the training was stopped and resumed."""
     images_per_second: float
     """Of training, from the median over the steps of an interval, the median of the intervals."""
     identity: str
-    """Hash of all that the result depends on: while it is the same, the record is kept."""
+    """Hash of the config, seed and device included, and of the substitutions: while it is the same,
+    the record is kept. Where the data lie, how they are read, what is logged and when the run is
+    saved do not count, nor do hardware, versions and commit, which stand beside it."""
     command: str
     hardware: str
     versions: dict[str, str]

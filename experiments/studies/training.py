@@ -1,6 +1,7 @@
 """One training of a study, in this process: by the trainer's own run, then its record."""
 
 import json
+import resource
 import shlex
 import statistics
 import time
@@ -135,7 +136,7 @@ class Training:
 @contextmanager
 def _clock(folder: Path) -> Iterator[None]:
     """Add the time of the block to what earlier parts of the same training took."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _processor_seconds()
     try:
         yield
     finally:
@@ -143,10 +144,16 @@ def _clock(folder: Path) -> Iterator[None]:
             before = _read_clock(folder)
             content = {
                 "seconds": before["seconds"] + time.perf_counter() - wall,
-                "cpu_seconds": before["cpu_seconds"] + time.process_time() - cpu,
+                "cpu_seconds": before["cpu_seconds"] + _processor_seconds() - cpu,
                 "parts": before["parts"] + 1,
             }
             write_atomically(folder / _CLOCK_FILE, (json.dumps(content) + "\n").encode())
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has started and seen end, such as loader processes."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _read_clock(folder: Path) -> dict[str, Any]:
