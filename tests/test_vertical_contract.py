@@ -4,9 +4,11 @@ Dimensions: B batch, H heads, N tokens with prefix, D width, kappa remembered to
 """
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -142,6 +144,49 @@ def test_reset_of_any_layer_clears_the_memory(resetting):
         wrappers[2](tokens[2])
 
 
+@pytest.mark.parametrize("last_layer", [0, 1, 2])
+def test_what_is_remembered_ends_with_its_model(last_layer):
+    """Also that of the model that was built last, which the next wrapper might have belonged to."""
+    wrappers = wrap_all(plain_attentions())[: last_layer + 1]
+    tokens = [x.requires_grad_() * 1 for x in random_tokens()]
+    for wrapper, x in zip(wrappers, tokens, strict=False):
+        wrapper(x)
+    held = [weakref.ref(memory) for memory in (wrappers[0]._memory, *tokens)]
+    del wrappers, wrapper, tokens, x
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 4
+
+
+def test_what_a_thread_remembered_ends_with_it():
+    wrappers = wrap_all(plain_attentions())
+    held = []
+
+    def work():
+        wrappers[0](random_tokens()[0])
+        held.extend(map(weakref.ref, wrappers[0]._memory.tokens().values()))
+
+    work()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=30)
+    gc.collect()
+    own, ended = held
+    assert own() is not None and ended() is None
+
+
+def test_reset_is_of_one_threads_pass():
+    wrappers, tokens = wrap_all(plain_attentions()), random_tokens()
+    expected = run(wrap_all([wrapper.attention for wrapper in wrappers]), tokens)
+    for wrapper, x in zip(wrappers[:2], tokens, strict=False):
+        wrapper(x)
+    thread = threading.Thread(target=wrappers[0].reset)
+    thread.start()
+    thread.join(timeout=30)
+    assert same_bits(wrappers[2](tokens[2])[0], expected[2][0])
+    wrappers[0].reset()
+    assert not wrappers[0]._memory.tokens()
+
+
 # Reports
 
 
@@ -237,10 +282,35 @@ def test_width_and_heads_that_the_attention_does_not_have(dim, heads, named):
         error.match(word)
 
 
-def test_attention_that_returns_no_map():
-    class Mapless(Attention):
-        def forward(self, x):
-            return super().forward(x)[0]
+class Returning(Attention):
+    """An attention whose map is made into something else on its way out."""
 
-    with pytest.raises(ValueError, match="map"):
-        wrap(Mapless().double(), 0)(random_tokens()[0])
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        output, attention = super().forward(x)
+        return self.change(output, attention)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda output, attention: output, ["Tensor"]),
+        (lambda output, attention: (output, None), ["NoneType"]),
+        (lambda output, attention: (output, attention.mean(1)), ["4, 2, 7, 7", "4, 7, 7"]),
+        (lambda output, attention: (output, attention[..., :5]), ["4, 2, 7, 7", "4, 2, 7, 5"]),
+    ],
+)
+def test_attention_that_returns_another_map(change, named):
+    with pytest.raises(ValueError, match="attention of layer 0 must return .*map") as error:
+        wrap(Returning(change).double(), 0)(random_tokens()[0])
+    assert "\n" not in str(error.value) and "numheads" not in str(error.value)
+    for word in named:
+        error.match(word)
+
+
+def test_tokens_that_are_not_three_dimensional():
+    with pytest.raises(ValueError, match=r"\(B, N, D\).*\(7, 6\)"):
+        wrap(Attention().double(), 0)(random_tokens()[0][0])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmixup._recomputation import in_backward
 from tokenmixup._targets import check_soft_targets
 from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
@@ -261,6 +262,10 @@ class HorizontalTokenMixupLayer(nn.Module):
         return F.interpolate(grid, target, mode="bilinear", align_corners=False).flatten(1)
 
     def _report(self, step: HorizontalStep) -> None:
+        if torch.compiler.is_compiling():  # a count would be a constant of the compiled code
+            return
+        if in_backward():  # activation checkpointing runs a step again that is counted already
+            return
         self.steps += 1
         if not self.verbose or self.steps % self.report_every != 1 % self.report_every:
             return

@@ -4,13 +4,15 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, H heads, K kappa, M rem
 """
 
 import logging
-import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenmixup._memory import VerticalMemory, memory_for
+from tokenmixup._recomputation import Calls, Region, checkpointed_region
 from tokenmixup.config import VerticalConfig, layer_indices
 from tokenmixup.functional import attention_saliency, gather_tokens, salient_positions
 
@@ -32,46 +34,19 @@ def remember(
     return gather_tokens(tokens, positions, num_prefix_tokens)
 
 
-class VerticalMemory:
-    """Tokens that the wrappers of one model remember during a forward pass, per thread.
+@dataclass
+class _Call:
+    """What a call of a wrapper did, for when activation checkpointing makes it again.
 
-    Copying or pickling a model copies the bond between its wrappers, not the tokens.
+    Attributes:
+        remembered: tokens (B, M, D) that it attended to, without their graph.
+        positions: (B, K) that it remembered.
+        training: False where the attention alone ran.
     """
 
-    def __init__(self) -> None:
-        self._tokens: dict[int, dict[int, Tensor]] = {}
-
-    def tokens(self) -> dict[int, Tensor]:
-        """Remembered tokens of this thread's pass, layer index -> (B, K, D)."""
-        return self._tokens.setdefault(threading.get_ident(), {})
-
-    def clear(self) -> None:
-        """Forget what this thread's pass remembered."""
-        self._tokens.pop(threading.get_ident(), None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tokens": {}}
-
-
-class _Construction(threading.local):
-    """The memory of the model whose wrappers this thread is building, and its last index.
-
-    The published interface gives wrappers nothing to tell which model they belong to but the
-    order in which they are built.
-    """
-
-    memory: VerticalMemory | None = None
-    last_index: int = -1
-
-
-_construction = _Construction()
-
-
-def _memory_for(layer_index: int) -> VerticalMemory:
-    if _construction.memory is None or layer_index <= _construction.last_index:
-        _construction.memory = VerticalMemory()
-    _construction.last_index = layer_index
-    return _construction.memory
+    remembered: Tensor | None = None
+    positions: Tensor | None = None
+    training: bool = True
 
 
 class VerticalTokenMixupLayer(nn.Module):
@@ -143,49 +118,109 @@ class VerticalTokenMixupLayer(nn.Module):
         self.report_every = report_every
         self.verbose = verbose
         self.steps = 0
-        self._memory = memory if memory is not None else _memory_for(layer_index)
+        self._memory = memory if memory is not None else memory_for(layer_index)
+        self._calls: Calls[_Call] = Calls()
 
     def reset(self) -> None:
         """Forget the remembered tokens of this model; one call on any of its layers will do."""
         self._memory.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Attention output (B, N, D) and map (B, H, N, N) of normalised tokens x (B, N, D)."""
-        if not self.training or self.layer_index > self.config.layers[-1]:
+        """Attention output (B, N, D) and map (B, H, N, N) of normalised tokens x (B, N, D).
+
+        Raises:
+            ValueError: the tokens, or what the attention returns, have another shape.
+            RuntimeError: an earlier layer remembered nothing, or activation checkpointing runs
+                this layer again in a way that does not tell of which step.
+        """
+        if self.layer_index > self.config.layers[-1]:
             return self.attention(x, *args, **kwargs)
-        if x.shape[-1] != self.width:
-            raise ValueError(
-                f"vtm_attn_dim is {self.width}, but layer {self.layer_index} got tokens of shape "
-                f"{tuple(x.shape)}"
-            )
-        if self.layer_index == 0:
-            self._memory.clear()  # what a pass that broke off may have left
-        remembered = self._remembered()
-        num_tokens = x.shape[1]
+        region = None if torch.compiler.is_compiling() else checkpointed_region()
+        again = False
+        if region is not None and region.run is not None:
+            call, remembered = self._repeat(region)
+            again = True
+        else:
+            call, remembered = self._begin(x, region)
+        if not call.training:
+            return self.attention(x, *args, **kwargs)
         keys = x if remembered is None else torch.cat((x, remembered), dim=1)
-        result = self.attention(keys, *args, **kwargs)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ValueError(
-                f"the attention of layer {self.layer_index} must return (output, attention map), "
-                f"got {type(result).__name__}"
-            )
-        output, attention = result
-        if attention.dim() != 4 or attention.shape[1] != self.heads:
-            raise ValueError(
-                f"vtm_attn_numheads is {self.heads}, but the attention of layer "
-                f"{self.layer_index} returned a map of shape {tuple(attention.shape)}"
-            )
+        output, attention = self._checked(self.attention(keys, *args, **kwargs), keys)
         if remembered is not None:
+            num_tokens = x.shape[1]
             output = output[:, :num_tokens]
             own = attention[:, :, :num_tokens, :num_tokens]
             # The softmax over its own tokens alone; rows that gave them nothing stay zero.
             total = own.sum(-1, keepdim=True)
             attention = own / total.clamp_min(torch.finfo(total.dtype).tiny)
         if self.layer_index < self.config.layers[-1]:
-            saliency = attention_saliency(attention, self.num_prefix_tokens)
-            positions = salient_positions(saliency, self.config.kappa)
-            self._memory.tokens()[self.layer_index] = remember(
-                x, positions, self.config, self.num_prefix_tokens
+            if call.positions is None:
+                saliency = attention_saliency(attention, self.num_prefix_tokens)
+                call.positions = salient_positions(saliency, self.config.kappa)
+            # Also when run again: checkpointing expects the same tensors to be saved once more.
+            tokens = remember(x, call.positions, self.config, self.num_prefix_tokens)
+            if not again:
+                self._memory.remember(self.layer_index, tokens)
+        return output, attention
+
+    def _begin(self, x: Tensor, region: Region | None) -> tuple[_Call, Tensor | None]:
+        """A new call, and the tokens (B, M, D) that it attends to."""
+        remembered = None
+        if self.training:
+            if x.dim() != 3 or x.shape[-1] != self.width:
+                raise ValueError(
+                    f"tokens must be (B, N, D) with D = vtm_attn_dim = {self.width}, but layer "
+                    f"{self.layer_index} got shape {tuple(x.shape)}"
+                )
+            self._memory.enter(self.layer_index)
+            remembered = self._remembered()
+        call = _Call(training=self.training)
+        if region is not None:
+            if remembered is not None:
+                # Without the graph, which holds this note. Whether there is a gradient is kept: it
+                # decides on which tensors are saved when the layer runs again.
+                call.remembered = remembered.detach().requires_grad_(remembered.requires_grad)
+            self._calls.note(region, call)
+        return call, remembered
+
+    def _repeat(self, region: Region) -> tuple[_Call, Tensor | None]:
+        """The call of the forward pass that is made again, and the tokens (B, M, D) it attended to.
+
+        The thread's pass is of no use here: other steps may have run since, and the backward pass
+        may be in another thread.
+        """
+        call = self._calls.again(region)
+        if call is None:
+            raise RuntimeError(
+                f"VTM layer {self.layer_index} runs again in a backward pass, but did not run, or "
+                "was compiled, in the forward pass of the checkpointed region. Compile the whole "
+                "encoder with its checkpointing, or none of it"
+            )
+        return call, call.remembered
+
+    def _checked(self, result: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention returned for its input (B, M, D), own and remembered tokens."""
+        name = f"the attention of layer {self.layer_index}"
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(
+                f"{name} must return (output, attention map), got {type(result).__name__}"
+            )
+        output, attention = result
+        if not isinstance(attention, Tensor):
+            raise ValueError(
+                f"{name} must return (output, attention map), but its map is "
+                f"{type(attention).__name__}; if it computes one on demand only, have it do so"
+            )
+        batch, count, _ = keys.shape
+        shape = tuple(attention.shape)
+        if attention.dim() == 4 and shape[1] != self.heads:
+            raise ValueError(
+                f"vtm_attn_numheads is {self.heads}, but {name} returned a map of shape {shape}"
+            )
+        if shape != (batch, self.heads, count, count):
+            raise ValueError(
+                f"{name} must return a map of every head over the {count} tokens that it is given, "
+                f"(B, H, N, N) = {(batch, self.heads, count, count)}, got shape {shape}"
             )
         return output, attention
 
@@ -202,10 +237,14 @@ class VerticalTokenMixupLayer(nn.Module):
                 "reset() only after the last layer"
             )
         remembered = remembered_before(memory, self.layer_index)
+        if not self.config.stop_gradient:
+            self._memory.note_cut_off(self.layer_index)
         self._report(0 if remembered is None else remembered.shape[1])
         return remembered
 
     def _report(self, remembered: int) -> None:
+        if torch.compiler.is_compiling():  # a count would be a constant of the compiled code
+            return
         if not torch.is_grad_enabled():  # HTM asks for the map: no training step of its own
             return
         self.steps += 1
