@@ -133,7 +133,8 @@ class HorizontalTokenMixupLayer(nn.Module):
         batch_first: tokens are (B, N, D) if True, (N, B, D) if False.
         has_cls: whether there is a class token.
         cls_first: whether the class token is the first token (or else the last).
-        report_every: training steps from one report to the next.
+        report_every: training steps from one report to the next; steps that torch.compile has
+            compiled are neither counted nor reported.
         layer_name: name in reports.
         verbose: report difficulty, saliency difference and counts through ``logging`` (INFO).
 

@@ -73,7 +73,8 @@ class VerticalTokenMixupLayer(nn.Module):
         vtm_attn_numheads: H, checked against the attention map.
         vtm_stopgrad: keep gradients out of the remembered tokens.
         has_cls: whether token 0 is a class token, whose row of the map is then the saliency.
-        report_every: training steps from one report to the next.
+        report_every: training steps from one report to the next; steps that torch.compile has
+            compiled are neither counted nor reported.
         verbose: report the number of remembered tokens through ``logging`` (INFO).
         memory: the model's memory, by default found as above.
 
