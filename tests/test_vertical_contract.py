@@ -304,7 +304,7 @@ class Returning(Attention):
     ],
 )
 def test_attention_that_returns_another_map(change, named):
-    with pytest.raises(ValueError, match="attention of layer 0 must return .*map") as error:
+    with pytest.raises(ValueError, match=r"attention of layer 0 must return .*map") as error:
         wrap(Returning(change).double(), 0)(random_tokens()[0])
     assert "\n" not in str(error.value) and "numheads" not in str(error.value)
     for word in named:
