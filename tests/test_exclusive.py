@@ -16,9 +16,8 @@ import os, pathlib, sys, time
 from experiments.exclusive import held
 
 with held(pathlib.Path(sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by now it has let go of the lock
     time.sleep(60)
 """
 
