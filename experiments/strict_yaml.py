@@ -21,15 +21,6 @@ _LARGEST_NUMBER = 2**63
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML without aliases and tags, and with each key once."""
 
-    # a date is plain text here, and so are `<<` and `=`
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag.rpartition(":")[2] in ("bool", "int", "float", "null")
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -56,6 +47,17 @@ class _StrictLoader(yaml.SafeLoader):
                 raise _problem(f"the key {key_node.value!r:.80} stands twice", key_node)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
+
+
+# a date is plain text here, and so are `<<` and `=`
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.rpartition(":")[2] in ("bool", "int", "float", "null")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _problem(text: str, place: Any) -> yaml.constructor.ConstructorError:

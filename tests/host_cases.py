@@ -3,6 +3,7 @@
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import experiments.models  # noqa: F401 (registers CCT with timm and with TokenMixup)
+importlib.import_module("experiments.models")  # registers CCT with timm and with TokenMixup
 
 CLASSES, DEPTH, HEADS, WIDTH, IMAGE, PATCH = 7, 3, 2, 32, 32, 8
 PATCHES = (IMAGE // PATCH) ** 2
@@ -116,7 +117,8 @@ def transformers_host(
     name: str, implementation: str, drop_path: bool = False, **settings: Any
 ) -> Callable[[float], nn.Module]:
     def build(dropout: float) -> nn.Module:
-        transformers = pytest.importorskip("transformers")
+        import transformers  # takes seconds, so only where a case is built
+
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         config = getattr(transformers, f"{name}Config")(
             image_size=IMAGE,

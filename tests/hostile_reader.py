@@ -3,6 +3,7 @@
 Standard input: a JSON list of [door, path]. Standard output: one JSON object a file.
 """
 
+import importlib
 import json
 import re
 import resource
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-import experiments.models  # noqa: F401 (registers CCT)
 from experiments.checkpoint import load_checkpoint, load_weights
 from experiments.convert import config_of
 from experiments.errors import UserError
 from experiments.run_folder import RunFolder
 from experiments.zoo_files import read_whole, recognise_as
+
+importlib.import_module("experiments.models")  # registers CCT
 
 MORE_MEMORY = 3 << 30  # bytes of addresses, so that what fails to be bounded fails soon
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from memory_helper import MIB, make_temporaries
+from others_warnings import forks
 from torch.autograd import DeviceType
 
 from benchmarks import cost_model, gpu, harness, learners, profiles, records, report, rows
@@ -159,7 +160,7 @@ SMOKE = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork, from Python 3.12 on
+@forks
 @pytest.mark.parametrize("row", SMOKE, ids=lambda row: row.name)
 def test_smoke_run_of(row, tmp_path):
     values = json.loads(json.dumps(row.measure(Settings(quick=True)), allow_nan=False))
@@ -182,7 +183,7 @@ def test_smoke_run_of(row, tmp_path):
     assert "2 cores" in report.provenance({row.name: entry})
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 @pytest.mark.parametrize(
     "models, variants",
     [
@@ -213,7 +214,7 @@ def test_smoke_run_of_the_gpu_rows_on_a_cpu(models, variants, monkeypatch):
     assert len(report.figures.step_timelines(values).axes) == 2 * len(models)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_gpu_rows_for_which_time_runs_out_leave_what_was_measured(monkeypatch, tmp_path, capsys):
     """The second model finds no time; the record of the first was written before it."""
     kept = []

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 
-import experiments.models  # noqa: F401 (registers CCT)
 from benchmarks import direct
 from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
 from benchmarks.saliency import GradientGuided

@@ -15,7 +15,6 @@ import torch
 from runs_helper import HTM, VTM, small_config
 from safetensors.torch import load_file, save_file
 
-import experiments.models  # noqa: F401 (registers CCT)
 from experiments.checkpoint import (
     load_checkpoint,
     load_released,

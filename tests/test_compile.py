@@ -11,13 +11,11 @@ import sys
 import pytest
 import torch
 from host_cases import BY_NAME, batch, every_host, some_hosts
+from others_warnings import breaks_the_graph, uses_inductor
 
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
 
-pytestmark = [
-    # Inductor imports a part of torch that uses torch.jit, which torch itself deprecates.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = uses_inductor
 needs_cpp = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))) or " " in sys.prefix,
     reason="inductor needs a C++ compiler, and torch in a folder without a space in its path",
@@ -65,7 +63,7 @@ def assert_close(first, second):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@breaks_the_graph
 def test_a_compiled_step_that_fails_leaves_nothing_behind():
     """A graph break runs what was traced before as it stands; the failure comes behind it."""
     case = BY_NAME["vit"]
@@ -175,8 +173,7 @@ def with_a_graph_break(model):
     return torch.compile(model, backend="eager")
 
 
-# Dynamo looks at the gradients of tensors that it hands on between graphs, and torch warns of it.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@breaks_the_graph
 @pytest.mark.parametrize("compiled", [in_part, layer_by_layer])
 @some_hosts("vit")
 def test_compiling_in_parts_is_an_error(case, compiled):
@@ -187,7 +184,7 @@ def test_compiling_in_parts_is_an_error(case, compiled):
             run(*batch(case))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@breaks_the_graph
 @some_hosts("vit")
 def test_a_graph_break_is_an_error_or_does_no_harm(case):
     """Where dynamo takes the hooks along into the graph after the break, all is as it should be."""

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from others_warnings import forks
 from PIL import Image
 from runs_helper import small_config
 
@@ -68,7 +69,7 @@ def test_digits_are_scaled_to_rgb():
     assert pixels.std() == pytest.approx(std[0], abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork, from Python 3.12 on
+@forks
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     alone, two = batches(tmp_path), batches(tmp_path, workers=2)
     for epoch in (0, 1):
@@ -196,7 +197,7 @@ def test_a_damaged_image_is_named(tmp_path):
         dataset[(0, 4)]
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_a_damaged_image_in_a_worker_gives_one_line(tmp_path):
     folder_of_images(tmp_path / "data")
     (tmp_path / "data" / "train" / "dog" / "1.png").write_bytes(b"no image at all")

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from cases import same_bits
+from others_warnings import uses_inductor
 from test_functional import check_against_oracle, random_case
 
 from tokenmixup import functional
@@ -189,8 +190,7 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.gpu
-# Torch's own code generator still uses what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@uses_inductor
 def test_compiles_to_machine_code_on_cuda():
     compiled_equals_eager("cuda", "inductor")
 

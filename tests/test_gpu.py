@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from others_warnings import forks, uses_inductor
 
 from benchmarks import gpu
 from benchmarks.harness import Settings
@@ -14,10 +15,7 @@ from benchmarks.profiles import profiled
 from experiments.distributed import ONE_PROCESS, World
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, functional
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.gpu, uses_inductor]
 
 HTM = HorizontalConfig(layers=(1,), tau=100.0, rho=0.001)
 VTM = VerticalConfig(layers=(2,), kappa=3)
@@ -148,7 +146,7 @@ def parameter_bytes(model):
     return sum(p.numel() * p.element_size() for p in host.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_smoke_run_of_the_benchmark():
     values = gpu.measure(Settings(quick=True, device=torch.device("cuda")))
     for model in values["models"]:

@@ -26,8 +26,6 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, offline, monkeypatch, capsys):
-    if name == "hugging_face":
-        pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`attach` and `TokenMixupModel`: the interface, its errors, and that evaluation is the host's."""
 
 import copy
+import importlib
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import timm
 import torch
 from torch import nn
 
-import experiments.models  # noqa: F401 (registers CCT)
 import tokenmixup
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
 from tokenmixup.hosts import HostAdapter, UnsupportedHostError, register_adapter
+
+importlib.import_module("experiments.models")  # registers CCT
 
 
 def cct(**kwargs):

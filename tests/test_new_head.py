@@ -6,7 +6,6 @@ import torch
 from runs_helper import HTM, VTM, small_config
 from standins import cct_state
 
-import experiments.models  # noqa: F401 (registers CCT)
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.errors import CheckpointError
 from experiments.models.build import build_model

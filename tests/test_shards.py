@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 import torch
+from others_warnings import forks
 from PIL import Image
 from runs_helper import small_config
 
@@ -66,7 +67,7 @@ def test_every_image_of_the_shards_has_a_number(tmp_path, split):
     assert "set-train-0001.tar (the image at byte" in images.describe(7)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_batches_of_shards_do_not_depend_on_the_loader_processes(tmp_path):
     write_shards(tmp_path / "data")
     found = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from others_warnings import uses_inductor
 from runs_helper import HTM, VTM, small_config, write_config
 from safetensors.torch import load_file
 
@@ -166,7 +167,7 @@ def test_the_entry_point(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile
+@uses_inductor
 def test_compiled_training_learns_the_same(tmp_path):
     sections = {"horizontal": HTM, "vertical": VTM, "schedule": {"epochs": 1}}
     plain = read_metrics(fit(tmp_path, "plain", **sections))

@@ -16,16 +16,14 @@ import pytest
 import timm
 import torch
 from documents import ROOT
+from others_warnings import uses_inductor
 from timm.data.mixup import mixup_target
 from timm.optim import param_groups_layer_decay
 
 from tokenmixup import HorizontalConfig
 from tokenmixup.functional import sample_difficulty, soft_cross_entropy
 
-pytestmark = [
-    # Inductor imports a part of torch that uses torch.jit, which torch itself deprecates.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = uses_inductor
 
 TEXT = (ROOT / "docs" / "training_loop.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^## (.+?)$|```python\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
@@ -134,7 +132,7 @@ def test_the_task_of_timm(after: dict[str, Any]) -> None:
 
 
 def test_the_loss_of_the_trainer(after: dict[str, Any]) -> None:
-    """Without the constructor, which needs accelerate."""
+    """By itself, without all that the constructor sets up."""
     trainer = object.__new__(after["TokenMixupTrainer"])
     model = after["make_model"]().train()
     inputs = {"pixel_values": after["images"], "labels": after["labels"]}
@@ -145,8 +143,6 @@ def test_the_loss_of_the_trainer(after: dict[str, Any]) -> None:
     assert loss.isfinite()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
-@pytest.mark.filterwarnings("default")
 def test_the_trainer(after: dict[str, Any], tmp_path: Path) -> None:
     from transformers import TrainingArguments
 

@@ -10,8 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import experiments.models  # noqa: F401 (registers CCT)
 import tokenmixup
+from experiments.models import CCT
 from tokenmixup import HorizontalConfig, VerticalConfig
 
 
@@ -49,7 +49,7 @@ def attention(block, tokens, memory=None):
 def naive_step(model, images, targets):
     """Logits, mixed targets, ScoreNet loss of a TokenMixupModel by the equations."""
     host, horizontal, vertical = model.backbone, model.horizontal, model.vertical
-    is_cct = type(host).__name__ == "CCT"
+    is_cct = isinstance(host, CCT)
     prefix = 0 if is_cct else host.num_prefix_tokens
     if is_cct:
         x = host.tokenizer(images) + host.pos_embed

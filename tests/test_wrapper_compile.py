@@ -5,16 +5,14 @@ Dimensions: B batch, N tokens with prefix, D width, C classes.
 
 import pytest
 import torch
+from others_warnings import uses_inductor
 from test_vertical import wrap
 from torch._dynamo.testing import CompileCounter
 from toy_encoder import CLASSES, WIDTH, Block, Encoder, random_batch
 
 from tokenmixup import HorizontalTokenMixupLayer
 
-pytestmark = [
-    # Inductor imports a part of torch that uses torch.jit, which torch itself deprecates.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = uses_inductor
 
 
 @pytest.fixture(autouse=True)

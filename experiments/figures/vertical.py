@@ -171,6 +171,6 @@ def _bars(axis: Axes, shares: np.ndarray, attention: AttentionRecord) -> None:
 
 
 def _look(number: int) -> dict[str, Any]:
-    hatches = ("", "///", "...", "xxx")
+    hatches = ("", "///", "...", "+++")
     hatch = hatches[number // len(SERIES) % len(hatches)]
     return {"facecolor": SERIES[number % len(SERIES)], "hatch": hatch, "edgecolor": GROUND}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenmixup import HorizontalConfig, VerticalConfig, functional, vertical
 from tokenmixup.functional import MixingDecision
-from tokenmixup.horizontal import HorizontalStep, horizontal_step
+from tokenmixup.horizontal import horizontal_step
 
 MethodOfHook = Callable[..., Any]
 
@@ -45,10 +45,18 @@ class OrderedDecision(NamedTuple):
     order: Tensor
 
 
+class OrderedStep(NamedTuple):
+    """As the library's `HorizontalStep`, for `mix_easy_first` to carry out."""
+
+    decision: OrderedDecision
+    targets: Tensor
+    stats: dict[str, Tensor]
+
+
 @torch.no_grad()
 def step_easy_first(
     targets: Tensor, saliency: Tensor, logits: Tensor | None, config: HorizontalConfig
-) -> Any:
+) -> OrderedStep:
     """The easy samples leave the layer first, the others behind them, each in batch order.
 
     Tokens and targets still belong together; what lower layers remembered stays in batch order.
@@ -60,11 +68,7 @@ def step_easy_first(
         easy = functional.sample_difficulty(logits, targets) <= config.tau
     order = (~easy).int().argsort(stable=True)
     partner, mask = step.decision
-    return HorizontalStep(
-        OrderedDecision(partner, mask, order),  # type: ignore[arg-type]  # `mix_easy_first` reads it
-        step.targets[order],
-        step.stats,
-    )
+    return OrderedStep(OrderedDecision(partner, mask, order), step.targets[order], step.stats)
 
 
 def mix_easy_first(tokens: Tensor, decision: OrderedDecision, num_prefix_tokens: int = 0) -> Tensor:
