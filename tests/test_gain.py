@@ -62,7 +62,7 @@ def test_what_is_not_finite_stays_visible(value, place):
 def test_several_threads_share_a_large_batch(monkeypatch):
     saliency = torch.rand(300, 128)
     alone = _gain.gain_rows(saliency, saliency, 0.3)
-    monkeypatch.setattr(_gain, "_ELEMENTS_A_THREAD", 1)
+    monkeypatch.setattr(_gain, "_ALONE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(_gain.gain_rows(saliency, saliency, 0.3), alone)
 

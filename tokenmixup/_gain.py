@@ -16,8 +16,8 @@ _CPU_CHUNK = 1 << 20
 """Elements of the plain way's largest temporary: 4 MiB in float32, which stays in cache."""
 _DEVICE_CHUNK = 1 << 24
 """The same on a device, where few large kernels are faster: 64 MiB in float32."""
-_ELEMENTS_A_THREAD = 1 << 23
-"""Differences for which starting another thread is worth its while."""
+_ALONE = 1 << 20
+"""Differences up to which one thread is as fast as several."""
 
 
 def gain_rows(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
@@ -51,13 +51,14 @@ def _in_memory(tensor: Tensor) -> bool:
 
 def _by_loop(loop: Callable[..., Any], rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     gain = rows.new_empty((len(rows), len(columns)))
-    worthwhile = max(1, gain.numel() * rows.shape[1] // _ELEMENTS_A_THREAD)
+    # one or all: where OpenMP is asked for a part of its threads, it ends the others
+    threads = torch.get_num_threads() if gain.numel() * rows.shape[1] > _ALONE else 1
     loop(
         rows.data_ptr(),
         columns.data_ptr(),
         rho,
         *(len(rows), len(columns), rows.shape[1]),
-        min(torch.get_num_threads(), worthwhile),
+        threads,
         gain.data_ptr(),
     )
     return gain
@@ -76,7 +77,7 @@ def _plain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
 
 @functools.cache
 def compiled_loop() -> Callable[..., Any] | None:
-    """The loop of `_gain_loop.c`, or None where there was no C compiler at installation."""
+    """The loop of `_gain_loop.c`, or None where there was no C compiler with OpenMP."""
     found = importlib.util.find_spec("tokenmixup._gain_loop")
     if found is None or found.origin is None:
         return None

@@ -6,12 +6,11 @@
  * The plain twin is `_plain` in _gain.py, and a test holds them together.
  */
 
-#include <pthread.h>
 #include <stddef.h>
 
 enum {
     LANES = 16, /* partial sums side by side: one vector register of 512 bits, two of 256 */
-    MAX_THREADS = 64
+    ROWS = 4    /* rows side by side, so that a column is read once for all of them */
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -20,13 +19,6 @@ enum {
 #else
 #define FOR_EVERY_PROCESSOR
 #endif
-
-struct task {
-    const float *rows, *columns;
-    float rho;
-    ptrdiff_t first, last, num_columns, num_tokens;
-    float *gain;
-};
 
 /* In this order of the operands a NaN stays one, and is found where the gains are read. */
 static inline float positive(float difference) { return 0 > difference ? 0 : difference; }
@@ -72,43 +64,24 @@ static inline float one_row(const float *restrict row, const float *restrict col
 }
 
 FOR_EVERY_PROCESSOR
-static void compute(const struct task *task) {
-    const ptrdiff_t tokens = task->num_tokens, stride = task->num_columns;
-    ptrdiff_t r = task->first;
-    for (; r + 4 <= task->last; r += 4)
-        for (ptrdiff_t c = 0; c < stride; c++)
-            four_rows(task->rows + r * tokens, task->columns + c * tokens, task->rho, tokens,
-                      stride, task->gain + r * stride + c);
-    for (; r < task->last; r++) /* at most three a thread */
-        for (ptrdiff_t c = 0; c < stride; c++)
-            task->gain[r * stride + c] =
-                one_row(task->rows + r * tokens, task->columns + c * tokens, task->rho, tokens);
+static void gain_of_rows(const float *rows, const float *columns, float rho, ptrdiff_t num_rows,
+                         ptrdiff_t num_columns, ptrdiff_t num_tokens, float *gain) {
+    for (ptrdiff_t c = 0; c < num_columns; c++, columns += num_tokens, gain++)
+        if (num_rows == ROWS)
+            four_rows(rows, columns, rho, num_tokens, num_columns, gain);
+        else
+            for (ptrdiff_t r = 0; r < num_rows; r++)
+                gain[r * num_columns] = one_row(rows + r * num_tokens, columns, rho, num_tokens);
 }
 
-static void *run(void *task) {
-    compute(task);
-    return NULL;
-}
-
-/* All arrays are row-major and without gaps; `gain` is (R, C). Computes on up to `threads` threads. */
+/* All arrays are row-major and without gaps; `gain` is (R, C).
+ *
+ * OpenMP's threads, because they are torch's own, which uses the same library: others would compete
+ * for the processor with those, which go on spinning for a while after each of torch's operations. */
 void tokenmixup_gain(const float *rows, const float *columns, float rho, ptrdiff_t num_rows,
                      ptrdiff_t num_columns, ptrdiff_t num_tokens, int threads, float *gain) {
-    struct task tasks[MAX_THREADS];
-    pthread_t started[MAX_THREADS];
-    int is_started[MAX_THREADS] = {0};
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    ptrdiff_t share = (num_rows + threads - 1) / threads;
-    share = (share + 3) / 4 * 4;
-    for (int i = 0; i < threads; i++) {
-        ptrdiff_t first = i * share, last = first + share;
-        if (first > num_rows) first = num_rows;
-        if (last > num_rows) last = num_rows;
-        tasks[i] = (struct task){rows, columns, rho, first, last, num_columns, num_tokens, gain};
-        /* this thread takes the first share, and any for which no thread can be had */
-        if (i > 0) is_started[i] = pthread_create(&started[i], NULL, run, &tasks[i]) == 0;
-    }
-    for (int i = 0; i < threads; i++)
-        if (!is_started[i]) compute(&tasks[i]);
-    for (int i = 0; i < threads; i++)
-        if (is_started[i]) pthread_join(started[i], NULL);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (ptrdiff_t r = 0; r < num_rows; r += ROWS)
+        gain_of_rows(rows + r * num_tokens, columns, rho, num_rows - r < ROWS ? num_rows - r : ROWS,
+                     num_columns, num_tokens, gain + r * num_columns);
 }
