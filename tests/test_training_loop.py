@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import math
 import os
 import re
