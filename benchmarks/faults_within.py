@@ -174,5 +174,13 @@ def measure_soak(folder: Path, cycles: int, minutes: float) -> Soak:
 def _resources() -> tuple[float, int, int]:
     """Resident memory in MiB, open files, threads of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    files, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
+    files, threads = _count("fd"), _count("task")
+    # the kernel lists a thread that was joined for a moment longer
+    for _ in range(5):
+        time.sleep(0.02)
+        threads = min(threads, _count("task"))
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threads
+
+
+def _count(what: str) -> int:
+    return len(os.listdir(f"/proc/self/{what}"))

@@ -5,6 +5,10 @@
 #   bash run/test.sh
 #   bash run/test.sh --all
 #   bash run/test.sh -k wrapper tests/test_horizontal.py      (paths count from the checkout's root)
+#   bash run/test.sh -n 0 --pdb        in one process, as a debugger needs
+#
+# They run in as many processes as there are cores, but no more than four: each holds torch and, for
+# some tests, a model of the paper's size.
 
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
@@ -24,5 +28,6 @@ for argument in "$@"; do
 done
 
 # The odd expansions: an empty array is an unset variable to bash before 4.4.
-exec .venv/bin/python -m pytest --durations=10 --durations-min=5 \
+exec .venv/bin/python -m pytest \
+  --numprocesses auto --maxprocesses 4 --dist worksteal --durations=10 --durations-min=5 \
   ${selected[@]+"${selected[@]}"} ${arguments[@]+"${arguments[@]}"}
