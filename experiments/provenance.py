@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -67,10 +68,11 @@ def commit(*also: str) -> str | None:
 
 
 def code_hash() -> str:
-    """A hash of this project's Python files: another one, and a figure may be another one."""
+    """A hash of this project's source files: another one, and a figure may be another one."""
     digest = hashlib.sha256()
     for folder in _CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        files = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".c"))
+        for path in sorted(files):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -92,14 +94,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "time": now()}
 
 
-def _processor() -> str:
+def _processor(facts: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, with family and model: on rented machines many go by the same name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+        first = facts.read_text().partition("\n\n")[0]
+    except OSError:  # not Linux
+        first = ""
+    found = dict(re.findall(r"^(.+?)[ \t]*: (.+)$", first, re.MULTILINE))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return f"{found['model name']} ({', '.join(numbers)})" if numbers else found["model name"]
 
 
 def _git(*words: str) -> str | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import platform
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -256,6 +257,25 @@ def test_axes_hold_their_values_and_have_round_ticks(values, least):
         assert float(f"{tick:.{axis.decimals}f}") == pytest.approx(tick)
 
 
+@pytest.mark.parametrize(
+    "facts, expected",
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t: 99\n",
+            "AMD EPYC (family 25, model 17)",
+        ),
+        ("model name\t: Intel: fast\n", "Intel: fast"),
+        ("BogoMIPS\t: 48.00\nFeatures\t: fp\n", None),
+        (None, None),
+    ],
+)
+def test_processors_of_the_same_name_are_told_apart(tmp_path, facts, expected):
+    path = tmp_path / "cpuinfo"
+    if facts is not None:
+        path.write_text(facts)
+    assert provenance._processor(path) == (expected or platform.processor() or platform.machine())
+
+
 def test_provenance(monkeypatch, tmp_path):
     import torch
 
@@ -266,6 +286,11 @@ def test_provenance(monkeypatch, tmp_path):
     assert "threads" in told["hardware"]
     assert provenance.code_hash() == provenance.code_hash()
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    source = tmp_path / "tokenmixup" / "solver.c"
+    source.parent.mkdir()
+    before = provenance.code_hash()
+    source.write_text("int x;")
+    assert provenance.code_hash() != before
     assert provenance.commit() is None  # no checkout
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() is None  # no git

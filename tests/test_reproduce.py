@@ -307,7 +307,9 @@ def killed_while_evaluating(world):
     code = textwrap.dedent(
         f"""
         import sys
+        import torch
         from torchvision import datasets
+        torch.set_num_threads(1)  # as here: a row is kept on the same hardware
         for owner, attributes in {world.replaced!r}.items():
             for attribute, value in attributes.items():
                 setattr(getattr(datasets, owner), attribute, value)
