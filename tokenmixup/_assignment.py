@@ -3,11 +3,19 @@
 Dimensions: R rows, B columns, R <= B.
 """
 
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import NoReturn
+
 import lap
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenmixup._compiled import load
+
+_SOLVED, _NO_MEMORY = -1, -2
 _LARGEST_WITH_MEAN = 1e300
 """So many of these as a batch has do not overflow in their sum."""
 
@@ -25,29 +33,64 @@ def solve_assignment(gain: Tensor) -> Tensor:
     Raises:
         ValueError: an entry is not finite (the solver's behaviour on those is undefined).
     """
-    # float64 costs a few per cent of the solver's time and makes the optimum exact for float32; it
-    # is made on the host, so that half as much crosses over
-    cost = gain.detach().cpu().to(torch.float64, copy=True).neg_().numpy()
-    largest = np.maximum(cost.max(initial=0), -cost.min(initial=0))
-    if not np.isfinite(largest):
-        row, column = np.argwhere(~np.isfinite(cost))[0]
-        raise ValueError(
-            f"gain[{row}, {column}] is {-cost[row, column]}: the saliency or the targets that it "
-            "was computed from are not finite (diverged training, or bad targets)"
-        )
-    # a row of zeros adds nothing to the total whatever its column
-    active = np.asarray(cost.any(axis=1))
-    if 3 * np.count_nonzero(active) > 2 * cost.shape[1] and largest < _LARGEST_WITH_MEAN:
-        columns = _solve_square(cost)
+    solver, on_host = compiled_solver(), gain.detach().cpu()
+    if solver is not None and gain.dtype != torch.float64:
+        columns = _by_solver(solver, on_host.float().contiguous())
     else:
-        columns = _solve_active(cost, active)
-    # numpy's memory is copied before the call returns, and nobody need wait for the device
-    return torch.from_numpy(columns).to(gain.device, non_blocking=True)
+        columns = torch.from_numpy(by_lap(on_host))
+    # what the host computed is copied before the call returns, and nobody need wait for the device
+    return columns.to(gain.device, non_blocking=True)
 
 
 @solve_assignment.register_fake
 def _(gain: Tensor) -> Tensor:
     return gain.new_empty((gain.shape[0],), dtype=torch.int64)
+
+
+def _by_solver(solver: Callable[..., int], gain: Tensor) -> Tensor:
+    """By `_assignment_solver.c`, which computes in float64 with gains in float32."""
+    columns = torch.empty(len(gain), dtype=torch.int64)
+    done = solver(gain.data_ptr(), *gain.shape, columns.data_ptr())
+    if done == _NO_MEMORY:
+        raise MemoryError(f"no memory to find partners for a gain matrix of {tuple(gain.shape)}")
+    if done != _SOLVED:
+        row, column = divmod(done, gain.shape[1])
+        _refuse(row, column, gain[row, column].item())
+    return columns
+
+
+def by_lap(gain: Tensor) -> np.ndarray:
+    """The same by lapx: where the solver in C was not built, and for gains in float64."""
+    cost = -gain.to(torch.float64).numpy()
+    largest = np.maximum(cost.max(initial=0), -cost.min(initial=0))
+    if not np.isfinite(largest):
+        row, column = np.argwhere(~np.isfinite(cost))[0]
+        _refuse(row, column, -cost[row, column])
+    cost *= _tilt(*cost.shape)
+    # a row of zeros adds nothing to the total whatever its column
+    active = np.asarray(cost.any(axis=1))
+    if 3 * np.count_nonzero(active) > 2 * cost.shape[1] and largest < _LARGEST_WITH_MEAN:
+        return _solve_square(cost)
+    return _solve_active(cost, active)
+
+
+def _tilt(rows: int, columns: int) -> np.ndarray:
+    """Factors next to 1, (rows, columns), by which one of several best assignments is the best.
+
+    Equal totals are common: where samples have more than others at every token, their gains add up
+    alike however they are exchanged. Which of them a solver finds depends on the way that it went,
+    and so on the last bits of other numbers, and the mixing of a run on its number of processes. A
+    tilt of 2^-40 is far above what float64 rounds and far below what float32 tells apart.
+    """
+    row, column = np.arange(1, rows + 1) * 2**0.5, np.arange(1, columns + 1) * 0.6180339887498949
+    return 1 + 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
+
+
+def _refuse(row: int, column: int, value: float) -> NoReturn:
+    raise ValueError(
+        f"gain[{row}, {column}] is {value}: the saliency or the targets that it "
+        "was computed from are not finite (diverged training, or bad targets)"
+    )
 
 
 def _solve_square(cost: np.ndarray) -> np.ndarray:
@@ -82,3 +125,16 @@ def _solve_active(cost: np.ndarray, active: np.ndarray) -> np.ndarray:
     free = np.setdiff1d(np.arange(cost.shape[1]), columns[active])
     columns[~active] = free[: np.count_nonzero(~active)]
     return columns
+
+
+@functools.cache
+def compiled_solver() -> Callable[..., int] | None:
+    """The solver of `_assignment_solver.c`, or None where there was no compiler for it."""
+    library = load("_assignment_solver")
+    if library is None:
+        return None
+    solver: Callable[..., int] = library.tokenmixup_solve_assignment
+    pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
+    library.tokenmixup_solve_assignment.argtypes = [pointer, length, length, pointer]
+    library.tokenmixup_solve_assignment.restype = length
+    return solver

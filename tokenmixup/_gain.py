@@ -5,12 +5,13 @@ Dimensions: R rows, C columns, T patch tokens.
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokenmixup._compiled import load
 
 _CPU_CHUNK = 1 << 20
 """Elements of the plain way's largest temporary: 4 MiB in float32, which stays in cache."""
@@ -78,12 +79,10 @@ def _plain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
 @functools.cache
 def compiled_loop() -> Callable[..., Any] | None:
     """The loop of `_gain_loop.c`, or None where there was no C compiler with OpenMP."""
-    found = importlib.util.find_spec("tokenmixup._gain_loop")
-    if found is None or found.origin is None:
+    library = load("_gain_loop")
+    if library is None:
         return None
-    # a plain library without Python's interface: ctypes needs no headers of Python to build it,
-    # and lets other threads run while it computes
-    loop = ctypes.CDLL(found.origin).tokenmixup_gain
+    loop = library.tokenmixup_gain
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
     shape = (length, length, length)
     loop.argtypes = [pointer, pointer, ctypes.c_float, *shape, ctypes.c_int, pointer]
