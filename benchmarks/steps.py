@@ -28,7 +28,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
-    rounds = settings.rounds(9)
+    rounds = settings.rounds(21)
     variants = {
         name: Steps(workload, make_learner(workload, name, ONE_PROCESS)) for name in VARIANTS
     }
