@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
 from tokenmixup._gain import gain_rows
+from tokenmixup._saliency import mean_of_columns
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
@@ -92,8 +93,8 @@ def query_key_saliency(
     """Saliency as :func:`attention_saliency` gives it, from queries and keys alone.
 
     The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
-    is computed, without one the map of one head at a time. Fused attention can thus stay on in
-    the layer itself.
+    is computed, without one the map of one head at a time, on a CPU of a few samples. Fused
+    attention can thus stay on in the layer itself.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -113,14 +114,8 @@ def query_key_saliency(
         if bias is not None:
             scores = scores + bias[:, :, :1]
         return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
-    heads = query.shape[1]
-    saliency = query.new_zeros((key.shape[0], key.shape[2]), dtype=dtype)
-    for head in range(heads):
-        scores = (query[:, head] * scale) @ key[:, head].transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias[:, head]
-        saliency = saliency + scores.softmax(-1, dtype=dtype).mean(1)
-    return (saliency / heads)[:, num_prefix_tokens:]
+    saliency = mean_of_columns(query, key, scale, bias, dtype)
+    return saliency[:, num_prefix_tokens:]
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
