@@ -180,7 +180,8 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
 def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
-    The optimum is exact (a Jonker-Volgenant solver in float64 on the host).
+    The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
+    assignments with equal totals the same is taken whatever the other gains are.
 
     Args:
         gain: (E, B) with E <= B.
