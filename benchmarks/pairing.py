@@ -4,7 +4,7 @@ Dimensions: B batch, T patch tokens, D width, E easy samples.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks import direct, harness
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.timing import added, interleaved, ratio
+from benchmarks.timing import Timing, added, interleaved, ratio
 from experiments.markdown import aligned_table
 from tokenmixup._assignment import by_lap
 from tokenmixup.functional import assign_partners, decide_mixing, horizontal_mixup, saliency_gain
@@ -29,8 +29,6 @@ MEMORY_KIND = "usual"
 EXTRA_MIB = 4
 SPEED_UP, MIXUP_RATIO = 30, 1.3
 _SAMPLE_SECONDS = 0.01
-_WARM_UP = 2
-"""The very first call takes so long that a value would be one call, from cold caches."""
 
 
 def make_pairing(form: str, kind: str, batch: int, patches: int) -> Callable[[], object]:
@@ -56,35 +54,44 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _timed(
+    actions: Mapping[str, Callable[[], object]], settings: Settings, rounds: int
+) -> dict[str, Timing]:
+    return interleaved(
+        actions,
+        settings.rounds(rounds),
+        # the very first call takes so long that a value would be one call, from cold caches
+        warm_up=2,
+        least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
+    )
+
+
 def _case(
     settings: Settings, name: str, kind: str, batch: int, patches: int, width: int
 ) -> dict[str, Any]:
     values, easy = saliency(kind, batch, patches), easy_samples(batch, 1)
-    timings = interleaved(
+    timings = _timed(
         {form: make_pairing(form, kind, batch, patches) for form in ("ours", "direct")},
-        settings.rounds(21),
-        warm_up=_WARM_UP,
-        least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
+        settings,
+        21,
     )
     gain = saliency_gain(values, easy, RHO)
-    solvers = interleaved(
+    solvers = _timed(
         {"ours": lambda: assign_partners(gain), "lapx": lambda: by_lap(gain)},
-        settings.rounds(21),
-        warm_up=_WARM_UP,
-        least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
+        settings,
+        21,
     )
     tokens = torch.randn(batch, patches, width)
     targets = torch.eye(10)[torch.arange(batch) % 10]
     partner, mask = decide_mixing(values, targets, easy, RHO)
-    mixing = interleaved(
+    mixing = _timed(
         {
             "whole": lambda: horizontal_mixup(tokens, targets, values, easy, RHO),
             "pairing": make_pairing("ours", kind, batch, patches),
             "where": lambda: torch.where(mask.unsqueeze(-1), tokens[partner], tokens),
         },
-        settings.rounds(21),
-        warm_up=_WARM_UP,
-        least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
+        settings,
+        21,
     )
     parts = added(mixing["pairing"], mixing["where"])
     return {
@@ -124,13 +131,7 @@ def _point(settings: Settings, batch: int, patches: int) -> dict[str, Any]:
     if batch <= LARGEST_DIRECT:
         actions["direct"] = lambda: direct.pairing(values, everyone, RHO)
         actions["direct_filtered"] = lambda: direct.pairing(values, some, RHO)
-    rounds = settings.rounds(9 if batch <= LARGEST_DIRECT else 5)
-    timings = interleaved(
-        actions,
-        rounds,
-        warm_up=_WARM_UP,
-        least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
-    )
+    timings = _timed(actions, settings, 9 if batch <= LARGEST_DIRECT else 5)
     return {
         "batch": batch,
         "patches": patches,

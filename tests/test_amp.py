@@ -10,9 +10,6 @@ import tokenmixup._hooks
 import tokenmixup.horizontal
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
-# torch's word on hosts with an RMS norm under autocast, with or without TokenMixup.
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
 VTM = VerticalConfig(layers=(2,), kappa=3)
 LOW = [torch.bfloat16, torch.float16]
@@ -39,6 +36,8 @@ def assert_finite(model, out):
             assert parameter.grad.dtype == parameter.dtype
 
 
+# torch's word on a host with an RMS norm under autocast, with or without TokenMixup
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @every_host
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_autocast(case, dtype, monkeypatch):

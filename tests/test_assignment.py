@@ -1,6 +1,5 @@
 """The assignment problem: the solver in C, lapx and SciPy find the same optimum."""
 
-import shutil
 import subprocess
 from ctypes import CDLL
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiler import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -17,9 +17,6 @@ from tokenmixup._assignment import solve_assignment
 from tokenmixup.functional import saliency_gain
 
 SOURCE = Path(_assignment.__file__).with_name("_assignment_solver.c")
-needs_solver = pytest.mark.skipif(
-    _assignment.compiled_solver() is None, reason="the solver in C was not built at installation"
-)
 SHARPNESS = {"smooth": 0.3, "usual": 1.0, "peaked": 3.0, "mixed": None}
 
 
@@ -62,7 +59,7 @@ def gains(draw):
     return torch.from_numpy(gain).float()
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@needs_compiler
 def test_the_solver_is_built_where_there_is_a_compiler():
     assert _assignment.compiled_solver() is not None
 
@@ -75,7 +72,6 @@ def test_both_ways_find_the_optimum(gain):
         assert abs(total(gain, columns) - optimum(gain)) <= slack
 
 
-@needs_solver
 @pytest.mark.parametrize("share", [1, 0.75, 0.4])
 @pytest.mark.parametrize("kind", SHARPNESS)
 def test_both_ways_find_the_same_partners(kind, share):
@@ -155,7 +151,6 @@ def test_a_number_that_is_not_finite_is_named(dtype, value, row, column):
         solve_assignment(gain)
 
 
-@needs_solver
 def test_no_memory_is_an_error(monkeypatch):
     """The solver's own answer, which its caller turns into an exception."""
     monkeypatch.setattr(_assignment, "compiled_solver", lambda: lambda *_: _assignment._NO_MEMORY)
@@ -170,8 +165,7 @@ def test_without_the_solver_all_is_the_same(monkeypatch):
     assert torch.equal(solve_assignment(gain), found)
 
 
-@needs_solver
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@needs_compiler
 def test_every_processor_finds_the_same_partners(tmp_path):
     """Against a library for the oldest processor: it has other vectors, and rounds otherwise."""
     library = tmp_path / "baseline.so"

@@ -251,8 +251,8 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     assert "output: cannot write the run folder" in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(tmp_path, capsys):
+def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = write_config(tmp_path)
     error = fails(capsys, "train", "--config", path, "--device", "cuda")
     assert "torch finds no CUDA device" in error

@@ -1,10 +1,9 @@
 """The gain matrix: the loop in C, its plain twin and a slow reference give the same."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
+from compiler import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,22 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tokenmixup import _gain
 from tokenmixup.functional import saliency_gain
 
-needs_loop = pytest.mark.skipif(
-    _gain.compiled_loop() is None, reason="the loop in C was not built at installation"
-)
-
 
 def slow_gain(rows, columns, rho):
     rows, columns = rows.double().numpy(), columns.double().numpy()
     return np.array([[np.maximum(c - r - rho, 0).sum() for c in columns] for r in rows])
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@needs_compiler
 def test_the_loop_is_built_where_there_is_a_compiler():
     assert _gain.compiled_loop() is not None
 
 
-@needs_loop
+@needs_compiler
 @given(
     st.integers(0, 11), st.integers(1, 9), st.integers(1, 70), st.integers(1, 7), st.integers(0, 99)
 )
@@ -47,7 +42,7 @@ def test_loop_plain_twin_and_reference_agree(num_rows, num_columns, tokens, thre
     np.testing.assert_allclose(plain.numpy(), expected, rtol=2e-6, atol=1e-8)
 
 
-@needs_loop
+@needs_compiler
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 15, 16, 36])  # in the vectors and in what they leave over
 def test_what_is_not_finite_stays_visible(value, place):
@@ -58,7 +53,7 @@ def test_what_is_not_finite_stays_visible(value, place):
     assert not gain.isfinite().all()
 
 
-@needs_loop
+@needs_compiler
 def test_several_threads_share_a_large_batch(monkeypatch):
     saliency = torch.rand(300, 128)
     alone = _gain.gain_rows(saliency, saliency, 0.3)

@@ -80,10 +80,12 @@ def _tilt(rows: int, columns: int) -> np.ndarray:
     Equal totals are common: where samples have more than others at every token, their gains add up
     alike however they are exchanged. Which of them a solver finds depends on the way that it went,
     and so on the last bits of other numbers, and the mixing of a run on its number of processes. A
-    tilt of 2^-40 is far above what float64 rounds and far below what float32 tells apart.
+    tilt of 2^-40 is far above what float64 rounds and far below what float32 tells apart. No factor
+    is above 1: the greatest of numbers stays finite.
     """
     row, column = np.arange(1, rows + 1) * 2**0.5, np.arange(1, columns + 1) * 0.6180339887498949
-    return 1 + 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
+    tilt = 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
+    return (1 + tilt) / (1 + 2.0**-40)
 
 
 def _refuse(row: int, column: int, value: float) -> NoReturn:

@@ -354,7 +354,7 @@ ptrdiff_t tokenmixup_solve_assignment(const float *gain, ptrdiff_t rows, ptrdiff
             memcpy(problem.gain + chosen[r] * problem.stride, gain + r * columns, bytes);
             problem.row_tilt[chosen[r]] = TILT * scattered(r, 1.4142135623730951);
         }
-    problem.row_tilt[problem.rows] = 0;
+    problem.row_tilt[problem.rows] = TILT; /* of zeros; any but 0, which makes a NaN of what follows */
     for (ptrdiff_t c = 0; c < problem.stride; c++)
         problem.column_tilt[c] = scattered(c, 0.6180339887498949);
     for (ptrdiff_t r = 0; r <= problem.rows; r++) /* columns that nobody takes */
