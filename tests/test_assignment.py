@@ -120,6 +120,16 @@ def test_numbers_that_differ_by_a_bit_of_float32_are_told_apart():
     assert torch.equal(solve_assignment(gain), wanted)
 
 
+def test_the_greatest_numbers_stay_finite():
+    """They would be infinite if a factor above 1 decided ties, and a solver's answer anything."""
+    for dtype in (torch.float32, torch.float64):
+        gain = torch.full((9, 9), torch.finfo(dtype).max, dtype=dtype)
+        wanted = torch.randperm(9, generator=torch.Generator().manual_seed(5))
+        gain[torch.arange(9), (wanted + 1) % 9] /= 2
+        columns = solve_assignment(gain)
+        assert (gain[torch.arange(9), columns] == torch.finfo(dtype).max).all()
+
+
 def test_double_precision_is_kept():
     gain = torch.ones(9, 9, dtype=torch.float64)
     wanted = torch.randperm(9, generator=torch.Generator().manual_seed(4))

@@ -4,9 +4,8 @@ Dimensions: R rows, B columns, R <= B.
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lap
 import numpy as np
@@ -47,7 +46,7 @@ def _(gain: Tensor) -> Tensor:
     return gain.new_empty((gain.shape[0],), dtype=torch.int64)
 
 
-def _by_solver(solver: Callable[..., int], gain: Tensor) -> Tensor:
+def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
     """By `_assignment_solver.c`, which computes in float64 with gains in float32."""
     columns = torch.empty(len(gain), dtype=torch.int64)
     done = solver(gain.data_ptr(), *gain.shape, columns.data_ptr())
@@ -129,14 +128,8 @@ def _solve_active(cost: np.ndarray, active: np.ndarray) -> np.ndarray:
     return columns
 
 
-@functools.cache
-def compiled_solver() -> Callable[..., int] | None:
+def compiled_solver() -> Callable[..., Any] | None:
     """The solver of `_assignment_solver.c`, or None where there was no compiler for it."""
-    library = load("_assignment_solver")
-    if library is None:
-        return None
-    solver: Callable[..., int] = library.tokenmixup_solve_assignment
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
-    library.tokenmixup_solve_assignment.argtypes = [pointer, length, length, pointer]
-    library.tokenmixup_solve_assignment.restype = length
-    return solver
+    types = (pointer, length, length, pointer)
+    return load("_assignment_solver", "tokenmixup_solve_assignment", length, *types)

@@ -4,7 +4,6 @@ Dimensions: R rows, C columns, T patch tokens.
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,15 +75,9 @@ def _plain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     return gain
 
 
-@functools.cache
 def compiled_loop() -> Callable[..., Any] | None:
     """The loop of `_gain_loop.c`, or None where there was no C compiler with OpenMP."""
-    library = load("_gain_loop")
-    if library is None:
-        return None
-    loop = library.tokenmixup_gain
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
     shape = (length, length, length)
-    loop.argtypes = [pointer, pointer, ctypes.c_float, *shape, ctypes.c_int, pointer]
-    loop.restype = None
-    return loop
+    types = (pointer, pointer, ctypes.c_float, *shape, ctypes.c_int, pointer)
+    return load("_gain_loop", "tokenmixup_gain", None, *types)
