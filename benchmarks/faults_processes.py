@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.metrics import CLOCK_VALUES, read_metrics
 from experiments.provenance import ROOT
-from experiments.run_folder import RunFolder
+from experiments.training.metrics import CLOCK_VALUES, read_metrics
+from experiments.training.run_folder import RunFolder
 
 CONFIG = ROOT / "configs" / "digits_HVTM.yaml"
 STEPS, EPOCHS = 22, 3

@@ -14,11 +14,11 @@ import numpy as np
 
 from benchmarks.faults_processes import CONFIG, SETTINGS, Job, outcome, undisturbed
 from experiments.config_file import load_config
-from experiments.distributed import ONE_PROCESS
 from experiments.errors import SavedAndStopped
-from experiments.run_folder import RunFolder
-from experiments.runs import Run
-from experiments.stopping import StopRequests
+from experiments.training.distributed import ONE_PROCESS
+from experiments.training.run import Run
+from experiments.training.run_folder import RunFolder
+from experiments.training.stopping import StopRequests
 
 
 @dataclass

@@ -22,11 +22,11 @@ from benchmarks.learners import CONFIGS, Steps, Workload, make_learner
 from benchmarks.profiles import profiled
 from benchmarks.timing import interleaved, ratio
 from experiments import cli
-from experiments.data import Batch, TrainBatches
-from experiments.distributed import World
-from experiments.engine import Learner, Tally, train_epoch
+from experiments.data.loading import Batch, TrainBatches
 from experiments.errors import ConfigError
 from experiments.provenance import ROOT
+from experiments.training.distributed import World
+from experiments.training.step import Learner, Tally, train_epoch
 
 WORKLOADS = (
     Workload("CCT-7/3×1", 128, "bf16", compile=True),

@@ -26,10 +26,10 @@ from benchmarks.learners import (
     time_steps,
 )
 from benchmarks.timing import interleaved, ratio
-from experiments.distributed import ONE_PROCESS
-from experiments.markdown import aligned_table
+from experiments.documents import aligned_table
 from experiments.models.build import build_model
-from experiments.studies.alternatives import pixel_gradient_saliency
+from experiments.study.alternatives import pixel_gradient_saliency
+from experiments.training.distributed import ONE_PROCESS
 from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import (
     horizontal_mixup,

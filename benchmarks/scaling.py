@@ -19,8 +19,8 @@ from benchmarks import harness
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.learners import Steps, Workload, make_learner
 from benchmarks.timing import interleaved, ratio
-from experiments.distributed import ONE_PROCESS, World, joined_world
-from experiments.markdown import aligned_table
+from experiments.documents import aligned_table
+from experiments.training.distributed import ONE_PROCESS, World, joined_world
 
 WORKLOAD = Workload("CCT-7/3×1", 16)
 VARIANTS = ("plain", "HVTM")

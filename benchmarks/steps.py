@@ -12,8 +12,8 @@ from benchmarks.direct import DirectModel
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.learners import Steps, Workload, make_learner, sized, time_steps
 from benchmarks.timing import ratio
-from experiments.distributed import ONE_PROCESS
-from experiments.markdown import aligned_table
+from experiments.documents import aligned_table
+from experiments.training.distributed import ONE_PROCESS
 
 WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
 PLAIN_RATIO = {"CCT-7/3×1": 1.03, "ViT-B/16": 1.02}

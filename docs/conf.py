@@ -38,7 +38,7 @@ html_copy_source = False
 
 # The address `page.md#heading` works as it does on a code host, and is checked.
 myst_heading_anchors = 4
-# The tutorial is shown with its committed outputs; tests/test_tutorial.py executes it.
+# The tutorial is shown with its committed outputs; tests/docs/test_tutorial.py executes it.
 nb_execution_mode = "off"
 
 nitpicky = True

@@ -28,15 +28,15 @@ def main(argv: Sequence[str]) -> None:
     folders = [Path(word) for word in words]
     output = Path(options.get("output", "output/comparison"))
 
-    from experiments.tables import markdown, paths_text, read_rows, write_table
+    from experiments.visualize.tables import markdown, paths_text, read_rows, write_table
 
     rows = read_rows(folders)
     print(markdown(rows))
     print(paths_text(rows), end="")
     written = list(write_table(rows, output))
 
-    from experiments.figures.pages import draw_runs  # matplotlib, torch and timm only now
-    from experiments.figures.training import write_curves
+    from experiments.visualize.pages import draw_runs
+    from experiments.visualize.training import write_curves
 
     written += [*write_curves(folders, output), *draw_runs(folders, output)]
     print("comparison:")

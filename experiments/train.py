@@ -24,9 +24,9 @@ def main(argv: Sequence[str]) -> None:
     if command is None:
         return
     # torch and timm only once the config is read
-    from experiments.distributed import World, joined_world
-    from experiments.runs import Run
-    from experiments.stopping import StopRequests
+    from experiments.training.distributed import World, joined_world
+    from experiments.training.run import Run
+    from experiments.training.stopping import StopRequests
 
     changed = [key for key in command.options.get("allow_changed", "").split(",") if key]
     minutes = _minutes(command.options.get("max_minutes"))

@@ -4,7 +4,7 @@
 #
 #   bash run/test.sh
 #   bash run/test.sh --all
-#   bash run/test.sh -k wrapper tests/test_horizontal.py      (paths count from the checkout's root)
+#   bash run/test.sh -k wrapper tests/tokenmixup/test_horizontal.py      (paths count from the checkout's root)
 #   bash run/test.sh -n 0 --pdb        in one process, as a debugger needs
 #
 # They run in as many processes as there are cores, but no more than four: each holds torch and, for

@@ -2,16 +2,12 @@
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
-
-# The tests' own helper modules are imported by their bare names, whatever pytest's import mode.
-sys.path.insert(0, str(Path(__file__).parent))
 
 # The tensors are tiny: a second thread costs more than it gives, and one thread sums in one order.
 torch.set_num_threads(1)

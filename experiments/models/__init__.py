@@ -1,9 +1,5 @@
-"""Models of the experiments. Importing this registers every CCT with timm and with TokenMixup."""
+"""Models of the experiments. Importing this registers every CCT with timm."""
 
-from experiments.models.cct import CCT, CCT_NAMES
-from experiments.models.cct_host import CCTAdapter
-from tokenmixup.hosts import register_adapter
+from tokenmixup.models import CCT, CCT_NAMES
 
-__all__ = ["CCT", "CCT_NAMES", "CCTAdapter"]
-
-register_adapter(CCTAdapter())
+__all__ = ["CCT", "CCT_NAMES"]

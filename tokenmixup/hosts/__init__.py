@@ -9,6 +9,7 @@ from tokenmixup.hosts.base import (
     UnsupportedHostError,
     class_name,
 )
+from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
@@ -33,6 +34,7 @@ _adapters: list[HostAdapter] = [
     TransformersViT(),
     TransformersDeiT(),
     TransformersDinov2(),
+    CCTAdapter(),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Images on their way to a model: data sets, their order, augmentation and batches."""

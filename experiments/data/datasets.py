@@ -1,0 +1,342 @@
+"""Data sets as maps from an index to (PIL image, class), without any transform."""
+
+import re
+import socket
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from experiments.config import DataConfig, RunConfig
+from experiments.data.shards import ShardImages
+from experiments.errors import ConfigError, DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DOWNLOAD_TIMEOUT_SECONDS = 30
+_PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
+STREAMED = ("tfds", "hfids")  # read front to back, so no image has an index
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before it is read."""
+
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+FACTS = {
+    # of the training split, grey as three equal channels
+    "digits": Facts(10, (0.3054,) * 3, (0.3237,) * 3),
+    "torch/cifar10": Facts(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "torch/cifar100": Facts(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "torch/mnist": Facts(10, (0.1307,) * 3, (0.3081,) * 3),
+    "torch/fashion_mnist": Facts(10, (0.2860,) * 3, (0.3530,) * 3),
+}
+
+
+class Images(Protocol):
+    """A data set of this project: an image and its class under each index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def describe(self, index: int) -> str:
+        """Name one image in a message: its file where it has one."""
+
+
+class DigitImages:
+    """scikit-learn's 1,797 handwritten digits (8×8, grey) as 32×32 RGB images.
+
+    The splits are fixed: within each class, in the data set's own order, every fifth image
+    belongs to `validation` and the others to `train`. `tune_train` and `tune_validation` divide
+    `train` in the same way, so that settings can be chosen without a look at `validation`.
+    """
+
+    splits = ("train", "validation", "tune_train", "tune_validation")
+
+    def __init__(self, split: str) -> None:
+        if split not in self.splits:
+            raise DataError(
+                f"data set digits: split {split!r} is unknown; allowed: {', '.join(self.splits)}"
+            )
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self._split = split
+        self._indices = digits_split(digits.target, split)
+        self._labels = digits.target[self._indices]
+        grey = (digits.images[self._indices] * (255 / 16)).round().astype(np.uint8)
+        self._images = [
+            Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB")
+            for image in grey
+        ]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._images[index].copy(), int(self._labels[index])
+
+    def describe(self, index: int) -> str:
+        """The image's number within scikit-learn's data set."""
+        return f"digit {self._indices[index]}"
+
+
+def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
+    """Indices (ascending) of one split of the digits, stratified by a fixed rule."""
+    within = np.zeros(len(labels), dtype=np.int64)  # how many of its class came before
+    for digit in np.unique(labels):
+        members = labels == digit
+        within[members] = np.arange(members.sum())
+    held_out = within % 5 == 4
+    if split == "validation":
+        return np.flatnonzero(held_out)
+    train = np.flatnonzero(~held_out)
+    if split == "train":
+        return train
+    inner = digits_split(labels[train], "validation" if split == "tune_validation" else "train")
+    return train[inner]
+
+
+class TimmImages:
+    """A data set of timm's factory whose images have indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._reader = getattr(dataset, "reader", None)  # timm's; torchvision has none
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self._reader is None:
+            image, label = self._dataset[index]
+            return image.convert("RGB"), int(label)
+        # timm's own __getitem__ takes the next image for one that it cannot read
+        file, label, *_ = self._reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), int(label)
+
+    def describe(self, index: int) -> str:
+        """The image's file, where the data set has files."""
+        if self._reader is None:
+            return f"image {index}"
+        return str(self._reader.filename(index, absolute=True))
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, where the data set states it."""
+        classes = self._class_indices()
+        return len(classes) if classes else None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in order, where the data set states them."""
+        classes = self._class_indices()
+        if not classes:
+            return None
+        names = {index: str(name) for name, index in classes.items()}
+        return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
+
+    def _class_indices(self) -> dict[Any, int] | None:
+        for owner in (self._reader, self._dataset):
+            # timm's reader of a tar file has its own name for it
+            for name in ("class_to_idx", "class_name_to_idx"):
+                if classes := getattr(owner, name, None):
+                    return classes
+        return None
+
+
+class PartOfImages:
+    """The images from `start` to before `stop` of a data set, in its own order."""
+
+    def __init__(self, whole: Images, start: int, stop: int) -> None:
+        self.whole = whole
+        self._start, self._length = start, stop - start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self.whole[self._start + index]
+
+    def describe(self, index: int) -> str:
+        """The image's name within the whole data set."""
+        return self.whole.describe(self._start + index)
+
+
+def open_images(config: DataConfig, split: str) -> Images:
+    """Open one split of the configured data set, or a part of it.
+
+    `train[:10000]` is the first 10,000 images of `train` in the data set's own order,
+    `train[50000:60000]` those from image 50,000 on; any data set can be cut so.
+
+    Raises:
+        DataError: it is missing, unreadable or unknown; the message says where it is expected.
+    """
+    part = _PART.fullmatch(split)
+    if part is None:
+        return _open_split(config, split)
+    whole = _open_split(config, part["split"])
+    start, stop = int(part["start"] or 0), int(part["stop"] or len(whole))
+    if not start < stop <= len(whole):
+        raise DataError(
+            f"data set {config.dataset or 'folder of images'}: split {split!r} asks for images "
+            f"{start} to {stop}; allowed: at least one image, of the {len(whole)} of "
+            f"{part['split']!r}"
+        )
+    return PartOfImages(whole, start, stop)
+
+
+def _open_split(config: DataConfig, split: str) -> Images:
+    if config.dataset == "digits":
+        return DigitImages(split)
+    prefix = config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
+    if prefix in STREAMED:
+        raise DataError(
+            f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
+            "whose images have an index (digits, torch/NAME, hfds/NAME, wds/NAME, folders, a tar "
+            "file)"
+        )
+    root = Path(config.root)
+    if not prefix and (root / f"{split}.tar").is_file():
+        root = root / f"{split}.tar"  # timm takes a tar file, but knows no splits of one
+    download = config.download and prefix == "torch"
+    if not root.exists() and not download and prefix != "hfds":
+        raise DataError(_missing(config, split, "the folder does not exist"))
+    if prefix == "wds":
+        images = ShardImages(root, split)
+        if not len(images):
+            raise DataError(_missing(config, split, "the shards hold no images"))
+        return images
+    if root.suffix == ".tar" and root.is_file():
+        return _tar_images(root)
+    from timm.data import create_dataset
+
+    try:
+        with _network_timeout():
+            try:
+                dataset = create_dataset(config.dataset, root=str(root), split=split)
+            except RuntimeError:
+                if not download:
+                    raise
+                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+    except AssertionError as error:
+        raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
+    except ImportError as error:
+        raise DataError(f"data.dataset: {config.dataset!r} needs a package: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = f"not there, and the download failed: {error}" if download else str(error)
+        raise DataError(_missing(config, split, reason)) from None
+    if len(dataset) == 0:
+        raise DataError(_missing(config, split, "it holds no images"))
+    return TimmImages(dataset)
+
+
+def _tar_images(path: Path) -> TimmImages:
+    """A tar file with one folder of images a class."""
+    from timm.data import ImageDataset
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    try:
+        # by itself timm keeps an index beside a large archive as a pickle, which it would run
+        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+    except (OSError, AssertionError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot read the tar file of images: {error}") from None
+    return TimmImages(ImageDataset(str(path), reader=reader))
+
+
+def known_num_classes(config: RunConfig) -> int | None:
+    """The number of classes, as far as the config alone tells it.
+
+    Raises:
+        ConfigError: the config says otherwise than the data set has.
+    """
+    wanted, facts = config.model.num_classes, FACTS.get(config.data.dataset)
+    if facts is not None and wanted not in (None, facts.num_classes):
+        raise _wrong_classes(config, facts.num_classes)
+    return facts.num_classes if facts is not None else None
+
+
+def stated_num_classes(config: RunConfig, images: Images) -> int:
+    """The number of classes of a data set that has been opened.
+
+    Raises:
+        ConfigError: the config says otherwise, or neither says anything.
+    """
+    wanted = config.model.num_classes
+    whole = _whole(images)
+    found = whole.num_classes if isinstance(whole, TimmImages) else None
+    if found is None and wanted is None:
+        raise ConfigError(
+            f"data.dataset: {config.data.dataset!r} does not state its number of classes; "
+            "set model.num_classes"
+        )
+    if found is not None and wanted not in (None, found):
+        raise _wrong_classes(config, found)
+    classes = found if found is not None else wanted
+    assert classes is not None
+    return classes
+
+
+def class_names(images: Images) -> tuple[str, ...] | None:
+    """The names of a data set's classes, in order, where it states them."""
+    whole = _whole(images)
+    return whole.class_names if isinstance(whole, TimmImages) else None
+
+
+def _whole(images: Images) -> Images:
+    """The data set itself, which alone knows its classes."""
+    return images.whole if isinstance(images, PartOfImages) else images
+
+
+def readable_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same names, but for ImageNet's numbers of WordNet, which become words."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    known = set(info.label_names())
+    words = [info.label_name_to_description(n) if n in known else n for n in names]
+    return tuple(word.partition(",")[0] for word in words)
+
+
+def _wrong_classes(config: RunConfig, found: int) -> ConfigError:
+    return ConfigError(
+        f"model.num_classes: got {config.model.num_classes}; allowed: {found}, as many classes "
+        f"as the data set {config.data.dataset!r} has"
+    )
+
+
+def _missing(config: DataConfig, split: str, reason: str) -> str:
+    where = Path(config.root).resolve()
+    reason = " ".join(reason.split()).rstrip(".")
+    advice = "set data.root to the folder that holds it"
+    if config.dataset.lower().startswith("torch/"):
+        advice += ", or let data.download fetch it on a machine with a network"
+    elif "/" not in config.dataset:
+        advice += ", with one folder of images a class in the folder of each split, or SPLIT.tar"
+    name = config.dataset or "folder of images"
+    return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """A stalled download ends with an error instead of waiting for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

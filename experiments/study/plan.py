@@ -1,0 +1,255 @@
+"""What a study is: variants of one training, each with the same seeds, read from one YAML file."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.config import RunConfig, as_plain, dotted_keys
+from experiments.config_file import (
+    Setting,
+    build_config,
+    nearest,
+    optional_sections,
+    override,
+    read_settings,
+    settings_of,
+)
+from experiments.errors import ConfigError
+from experiments.provenance import training_identity
+from experiments.strict_yaml import read_yaml
+from experiments.study.substitutions import SUBSTITUTIONS
+
+_STUDY_KEYS = ("title", "about", "config", "set", "plain", "seeds", "variants")
+_VARIANT_KEYS = ("about", "like", "config", "set", "with", "against")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training.
+
+    Attributes:
+        name: what it is called.
+        about: what it is, in words.
+        file: the config that it starts from.
+        settings: of the training.
+        substitutions: names of what the study puts in the place of the library's decisions.
+        against: the variant that it is compared with beside the plain one, or None.
+    """
+
+    name: str
+    about: str
+    file: str
+    settings: Mapping[str, Setting]
+    substitutions: tuple[str, ...] = ()
+    against: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants, each trained with the same seeds.
+
+    Attributes:
+        name: the file's name, without its ending.
+        file: the YAML file.
+        title: for pages and pictures.
+        about: the question, in words.
+        plain: the variant that all others are compared with.
+        seeds: of the trainings.
+        variants: by name, in the order of the file.
+    """
+
+    name: str
+    file: str
+    title: str
+    about: str
+    plain: str
+    seeds: tuple[int, ...]
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def runs(self) -> Iterator[tuple[Variant, int]]:
+        """All trainings, seed by seed, so that what is done at any time is paired."""
+        for seed in self.seeds:
+            for variant in self.variants.values():
+                yield variant, seed
+
+    def config(
+        self,
+        variant: Variant,
+        seed: int,
+        overrides: Mapping[str, str] | None = None,
+        output: Path | None = None,
+    ) -> RunConfig:
+        """The config of one training.
+
+        Raises:
+            ConfigError: a value that cannot be used.
+        """
+        settings = override(variant.settings, overrides or {})
+        settings["seed"] = Setting(seed, self.file)
+        settings["output"] = Setting(str(output or Path("output")), self.file)
+        return build_config(settings, self.file)
+
+    def identity(
+        self, variant: Variant, seed: int, overrides: Mapping[str, str] | None = None
+    ) -> str:
+        """A hash of what the training depends on, wherever its data lie."""
+        config = self.config(variant, seed, overrides)
+        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
+        return training_identity(config, data=data, substitutions=sorted(variant.substitutions))
+
+    def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
+        """What is set otherwise than in another variant, by default the plain one: key -> value."""
+        plain = _compared(self.config(self.variants[other or self.plain], 0))
+        own = _compared(self.config(variant, 0))
+        nowhere = object()  # null is a value, too
+        return {
+            key: own.get(key)
+            for key in dict.fromkeys((*own, *plain))
+            if own.get(key, nowhere) != plain.get(key, nowhere)
+        }
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study and check all of it, each config included.
+
+    Raises:
+        ConfigError: file, key, what came and what is allowed, in one line.
+    """
+    content = _mapping(read_yaml(path), str(path), _STUDY_KEYS)
+    for key in ("title", "about", "config", "plain", "seeds", "variants"):
+        if key not in content:
+            raise ConfigError(f"{path}: {key}: missing; it has no default")
+    for key in ("title", "about", "config", "plain"):
+        _check_text(content[key], f"{path}: {key}")
+    variants: dict[str, Variant] = {}
+    given = _mapping(content["variants"], f"{path}: variants")
+    for name, value in given.items():
+        variants[name] = _variant(str(name), value, content, variants, str(path))
+    if content["plain"] not in variants:
+        raise ConfigError(
+            f"{path}: plain: got {content['plain']!r}; {nearest(content['plain'], variants)}"
+        )
+    study = Study(
+        name=Path(path).stem,
+        file=str(path),
+        title=content["title"],
+        about=" ".join(content["about"].split()),
+        plain=content["plain"],
+        seeds=_seeds(content["seeds"], str(path)),
+        variants=variants,
+    )
+    _check_variants(study)
+    return study
+
+
+def _variant(
+    name: str, value: Any, study: Mapping[str, Any], known: Mapping[str, Variant], path: str
+) -> Variant:
+    where = f"{path}: variants.{name}"
+    content = _mapping(value, where, _VARIANT_KEYS)
+    like = content.get("like")
+    if like is not None and like not in known:
+        raise ConfigError(f"{where}.like: got {like!r}; allowed: a variant that stands before it")
+    if like is not None and "config" in content:
+        raise ConfigError(f"{where}.config: has no meaning beside like")
+    base = known[like] if like is not None else None
+    file = base.file if base else _check_text(content.get("config", study["config"]), where)
+    settings = dict(base.settings) if base else read_settings(file)
+    if base is None:
+        settings = _overlaid(settings, study.get("set"), f"{path}: set")
+    substitutions = _names(content.get("with"), f"{where}.with")
+    return Variant(
+        name=name,
+        about=" ".join(_check_text(content.get("about", name), f"{where}.about").split()),
+        file=file,
+        settings=_overlaid(settings, content.get("set"), f"{where}.set"),
+        substitutions=(*(base.substitutions if base else ()), *substitutions),
+        against=content.get("against", like),
+    )
+
+
+def _overlaid(settings: Mapping[str, Setting], content: Any, where: str) -> dict[str, Setting]:
+    """Settings with others on top; an optional section that is null is switched off."""
+    found = dict(settings)
+    for section in optional_sections():
+        if isinstance(content, dict) and section in content and content[section] is None:
+            found = {k: v for k, v in found.items() if not k.startswith(f"{section}.")}
+    return found | settings_of(content, where)
+
+
+def _check_variants(study: Study) -> None:
+    """Every name is known and every config can be made, before anything is trained."""
+    for first, second in itertools.combinations(study.variants.values(), 2):
+        if first.folder == second.folder:
+            raise ConfigError(
+                f"{study.file}: variants: {first.name!r} and {second.name!r} would share the run "
+                f"folder {first.folder}"
+            )
+    seen: dict[str, str] = {}
+    for variant in study.variants.values():
+        where = f"{study.file}: variants.{variant.name}"
+        if not variant.folder:
+            raise ConfigError(f"{where}: a name needs a letter or a digit")
+        if variant.against is not None and variant.against not in study.variants:
+            near = nearest(str(variant.against), study.variants)
+            raise ConfigError(f"{where}.against: got {variant.against!r}; {near}")
+        try:
+            identity = study.identity(variant, study.seeds[0])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if identity in seen:
+            raise ConfigError(f"{where}: is the same training as {seen[identity]}")
+        seen[identity] = variant.name
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: got {value!r}; allowed: a list of names")
+    for name in value:
+        if name not in SUBSTITUTIONS:
+            raise ConfigError(f"{where}: got {name!r}; allowed: {', '.join(SUBSTITUTIONS)}")
+    return tuple(value)
+
+
+def _seeds(value: Any, path: str) -> tuple[int, ...]:
+    good = isinstance(value, list) and value and all(type(seed) is int for seed in value)
+    if not good or len(set(value)) < len(value) or min(value) < 0:
+        raise ConfigError(f"{path}: seeds: got {value!r}; allowed: whole numbers, each once")
+    return tuple(value)
+
+
+def _mapping(value: Any, where: str, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: got {value!r}; allowed: keys with values")
+    for key in value:
+        if known is not None and key not in known:
+            raise ConfigError(f"{where}: {key!r}: unknown key; allowed: {', '.join(known)}")
+    return value
+
+
+def _check_text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: got {value!r}; allowed: text that is not empty")
+    return value
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """The keys by which variants are told apart; those of an absent section are absent."""
+    left_out = ("seed", "output", "logging", "checkpoint")
+    return {
+        key: value
+        for key, value in dotted_keys(as_plain(config)).items()
+        if key.partition(".")[0] not in left_out and ("." in key or value is not None)
+    }

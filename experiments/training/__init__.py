@@ -1,0 +1,1 @@
+"""A training: from a config to final weights."""

@@ -1,0 +1,124 @@
+"""Draw what TokenMixup does: `python -m experiments.visualize --config C --checkpoint F`."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from experiments import cli
+from experiments.errors import ConfigError, DataError
+
+DEFAULT_COUNT = 8
+
+DESCRIPTION = """\
+Draw what HTM and VTM do to images, step by step, as PNG and SVG. Without --images these are images
+of the config's validation split.
+
+  python -m experiments.visualize --compare RUN... [--out DIR]
+
+draws the training curves of run folders instead; runs that differ by their seed alone become one
+line with a band."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line, then draw either images or curves."""
+    names = {word.partition("=")[0] for word in argv}
+    if "--compare" in names and not {"-h", "--help"} & names:
+        _compare(argv)
+        return
+    command = cli.parse(
+        argv,
+        "experiments.visualize",
+        DESCRIPTION,
+        {
+            "checkpoint": cli.Option("a file of weights of any kind", required=True),
+            "images": cli.Option("a folder of your own images, nested or flat"),
+            "out": cli.Option("folder of the figures (default: output/pictures/CONFIG)"),
+            "count": cli.Option(f"images that form the batch (default: {DEFAULT_COUNT})"),
+            "animate": cli.Option("also write a GIF of the steps", takes_value=False),
+        },
+    )
+    if command is None:
+        return
+    count = _count(command.options.get("count", str(DEFAULT_COUNT)))
+    run = Path(command.config_file).stem
+    out = Path(command.options.get("out", f"output/pictures/{run}"))
+    _refuse_nothing(command)
+    # torch, timm and matplotlib only once the config is read
+    from experiments.training.distributed import joined_world
+    from experiments.visualize.animation import write_animation
+    from experiments.visualize.pages import write_scene
+    from experiments.visualize.scenes import scene_of_folder, scene_of_weights
+
+    config, checkpoint = command.config, command.options["checkpoint"]
+    with joined_world(config.device, config.timeout_minutes) as world:
+        if "images" in command.options:
+            folder = Path(command.options["images"])
+            scene = scene_of_folder(config, checkpoint, world, folder, run, count)
+        else:
+            with cli.mistakes_in(command.config_file):
+                scene = scene_of_weights(config, checkpoint, world, run, count)
+    if not world.is_main:
+        return
+    print(scene.about)
+    if scene.left_out:
+        print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
+    with _written_to(out):
+        written = write_scene(scene, out)
+    _tell(written)  # at once: there may be nothing to animate
+    if "animate" in command.options:
+        try:
+            with _written_to(out):
+                print(f"  {write_animation(scene, out)}")
+        except DataError as error:
+            raise DataError(f"{error}; the figures above are written") from None
+
+
+def _compare(argv: Sequence[str]) -> None:
+    known = {
+        "compare": cli.Option("run folders", takes_value=False),
+        "out": cli.Option("folder of the figure"),
+    }
+    options, words = cli.split_options(argv, known)
+    if not words:
+        raise ConfigError("command line: --compare: run folders must follow")
+    from experiments.visualize.training import write_curves
+
+    folders = [Path(word) for word in words]
+    out = Path(options.get("out", "output/pictures"))
+    with _written_to(out):
+        written = write_curves(folders, out)
+    _tell(written)
+
+
+@contextmanager
+def _written_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"command line: --out: cannot write to {out}: {reason}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise ConfigError(f"command line: --count: got {text!r}; allowed: a number from 1 to 64")
+    return int(text)
+
+
+def _refuse_nothing(command: cli.Command) -> None:
+    if command.config.horizontal is None and command.config.vertical is None:
+        raise ConfigError(
+            f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
+            "vertical; take a config with one of them, or --compare RUN... for training curves"
+        )
+
+
+def _tell(written: list[Path]) -> None:
+    print("figures:")
+    for path in written:
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,187 @@
+"""The released checkpoints: `python -m experiments.zoo list | download | verify | convert`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from experiments.errors import ConfigError, UserError
+from experiments.reproduce.terminal import Terminal
+from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
+
+USAGE = """usage: python -m experiments.zoo COMMAND [OPTION ...]
+
+  list                    every checkpoint: on disk or not, verified or not, published top-1
+  download NAME... | --all
+                          fetch what is missing, and check what is there; goes on with a part
+  verify [NAME...]        check the files that are there, by content and by hash
+  convert FILE            write any checkpoint as safetensors, with its config and where it came
+                          from in the metadata
+
+NAME is a checkpoint's name, its file's or its config's; FILE is one of these or a path.
+
+options:
+  --weights DIR      folder of the weights (default: $WEIGHTS, else weights)
+  --manifest FILE    what is in the zoo (default: weights/zoo.yaml of this project)
+  --cookies FILE     download: cookies in Netscape's format, for files of Google Drive that need
+                     somebody signed in
+  --config FILE      convert: the config whose model the file fits, where neither the file nor
+                     the zoo tells it
+  --output FILE      convert: what is written (default: FILE with the ending .safetensors)
+"""
+_OPTIONS = {
+    "weights": cli.Option("folder of the weights"),
+    "manifest": cli.Option("what is in the zoo"),
+    "all": cli.Option("every checkpoint", takes_value=False),
+    "cookies": cli.Option("cookies for Google Drive"),
+    "config": cli.Option("config of the file"),
+    "output": cli.Option("file to be written"),
+}
+_OPTIONS_OF = {
+    "list": (),
+    "download": ("all", "cookies"),
+    "verify": (),
+    "convert": ("config", "output"),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line and do what it says."""
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(USAGE, end="")
+        return
+    options, words = cli.split_options(argv, _OPTIONS)
+    verb, *names = words or [""]
+    if verb not in _OPTIONS_OF:
+        raise ConfigError(f"command line: {verb!r}: allowed: {', '.join(_OPTIONS_OF)}")
+    for name in options:
+        if name not in ("weights", "manifest", *_OPTIONS_OF[verb]):
+            raise ConfigError(f"command line: --{name}: not an option of {verb}")
+    manifest = read_manifest(Path(options.get("manifest", MANIFEST)))
+    folder = Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")
+    if verb == "list":
+        if names:
+            raise ConfigError(f"command line: {names[0]!r}: list takes no name")
+        list_zoo(manifest, folder)
+    elif verb == "download":
+        download(manifest, folder, names, "all" in options, options.get("cookies"))
+    elif verb == "verify":
+        verify(manifest, folder, names)
+    else:
+        convert_file(manifest, folder, names, options)
+
+
+def list_zoo(manifest: Manifest, folder: Path) -> None:
+    """Print the table of all checkpoints."""
+    from experiments.zoo.files import Zoo
+
+    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
+    cells = [["name", "file", "data set", "method", "published", "MB", "on disk"]]
+    colours: list[str | None] = []
+    for entry in manifest.checkpoints.values():
+        state = zoo.state(entry)
+        published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
+        size = f"{state.size / 1e6:.1f}" if state.size else "-"
+        cells.append(
+            [entry.name, entry.file, entry.dataset, entry.method, published, size, state.words]
+        )
+        bad = state.present and not state.verified and state.words != Zoo.UNKNOWN
+        colours.append("green" if state.verified else "red" if bad else None)
+    terminal.table(cells, right=(4, 5), colours=colours)
+    terminal.line(f"folder: {folder}")
+
+
+def download(
+    manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
+) -> None:
+    """Fetch checkpoints; one that fails does not keep the others from coming."""
+    from experiments.zoo.files import MissingFileError, Zoo
+
+    if everything == bool(names):
+        raise ConfigError("command line: download: give names, or --all")
+    if cookies is not None and not Path(cookies).is_file():
+        raise ConfigError(f"command line: --cookies: {cookies} is not a file")
+    wanted = _named(manifest, names) or list(manifest.checkpoints.values())
+    zoo = Zoo(folder, cookies=Path(cookies) if cookies else None)
+    failed = []
+    for entry in wanted:
+        try:
+            zoo.obtain(entry)
+        except MissingFileError as error:
+            tell(error, error.advice)
+            failed.append(entry.name)
+        except UserError as error:
+            tell(error, [])
+            failed.append(entry.name)
+    _end(failed, len(wanted), "could not be had")
+
+
+def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
+    """Check files that are there: those named, or all that the folder holds."""
+    from experiments.zoo.files import Zoo
+
+    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
+    wanted = _named(manifest, names)
+    if not names:
+        wanted = [e for e in manifest.checkpoints.values() if zoo.path(e).exists()]
+        if not wanted:
+            raise UserError(
+                f"{folder}: holds no checkpoint of the zoo; --help tells how to get one"
+            )
+    failed = []
+    for entry in wanted:
+        try:
+            digest = zoo.verify(entry)
+            terminal.line(f"{entry.name}: verified, SHA-256 {digest}", "green")
+        except UserError as error:
+            tell(error, [])
+            failed.append(entry.name)
+    _end(failed, len(wanted), "did not pass")
+
+
+def convert_file(
+    manifest: Manifest, folder: Path, words: list[str], options: dict[str, str]
+) -> None:
+    """Write one checkpoint as safetensors."""
+    if len(words) != 1:
+        raise ConfigError(f"command line: convert: give one FILE, got {len(words)}")
+    path, entry = Path(words[0]), None
+    if path.exists():
+        entry = next((e for e in manifest.checkpoints.values() if e.file == path.name), None)
+    else:
+        entry = manifest.checkpoint(words[0])
+        path = folder / entry.file
+    from experiments.zoo.convert import Source, convert, find_config
+    from experiments.zoo.files import Zoo
+
+    if entry is not None and path.parent.resolve() == folder.resolve():
+        Zoo(folder).verify(entry)
+    given = Path(options["config"]) if "config" in options else None
+    if given is None and entry is not None:
+        given = manifest.config_path(entry.config)
+    output = Path(options.get("output", path.with_name(f"{path.name.split('.')[0]}.safetensors")))
+    convert(Source(path, find_config(path, entry, given), entry), output)
+    print(f"{output}: the weights of {path}, with their config and provenance")
+
+
+def tell(error: UserError, advice: list[str]) -> None:
+    """An error, and what can be done about it, each on a line of its own."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    for line in advice:
+        print(f"  {line}", file=sys.stderr)
+
+
+def _named(manifest: Manifest, names: list[str]) -> list[Checkpoint]:
+    found = [manifest.checkpoint(name) for name in names]
+    return list(dict.fromkeys(found))
+
+
+def _end(failed: list[str], number: int, what: str) -> None:
+    if failed:
+        print(f"{len(failed)} of {number} {what}: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(UserError.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

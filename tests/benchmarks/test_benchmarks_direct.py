@@ -1,0 +1,136 @@
+"""The yardstick of the benchmarks computes what the library computes.
+
+Otherwise its speed would say nothing.
+"""
+
+import pytest
+import timm
+import torch
+
+from benchmarks import direct
+from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
+from benchmarks.saliency import GradientGuided
+from experiments.study.alternatives import pixel_gradient_saliency
+from tokenmixup import HorizontalConfig, attach, functional
+
+HTM = {"rho": 1e-4, "scorenet_lambda": 0.5}
+
+
+def cct():
+    return timm.create_model("cct_4_3x2_32", num_classes=5)
+
+
+def vit():
+    settings = {"embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("vit_base_patch16_224", img_size=64, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_pairing_and_mixing(kind, share):
+    values, easy = saliency(kind, 24, 36).double(), easy_samples(24, share)
+    assert easy.sum() == 24 * share
+    gain = functional.saliency_gain(values, easy, RHO)
+    torch.testing.assert_close(direct.saliency_gain(values, easy, RHO), gain)
+    partner, ours = direct.assign_partners(gain), functional.assign_partners(gain)
+    rows = torch.arange(len(gain))
+    torch.testing.assert_close(gain[rows, partner].sum(), gain[rows, ours].sum())
+    tokens, targets = torch.randn(24, 38, 4).double(), torch.rand(24, 5).double().softmax(1)
+    mixed_tokens, mixed_targets, mask = direct.horizontal_mixup(
+        tokens, targets, values, easy, RHO, prefix=2
+    )
+    expected = functional.horizontal_mixup(tokens, targets, values, easy, RHO, 2)
+    assert mask.any() and torch.equal(mask, expected.mask)
+    assert torch.equal(mixed_tokens, expected.tokens)
+    torch.testing.assert_close(mixed_targets, expected.targets)
+
+
+def build(host, tau):
+    torch.manual_seed(3)
+    horizontal = HorizontalConfig(layers=(1,), tau=tau, **HTM)
+    model = attach(host(), horizontal=horizontal).double().train()
+    with torch.no_grad():  # larger weights: maps that differ from token to token
+        for name, parameter in model.named_parameters():
+            if "qkv" in name or "scorenet" in name:
+                parameter.mul_(10)
+    return model
+
+
+def step(model, images, targets):
+    out = model(images, targets)
+    loss = functional.soft_cross_entropy(out.logits, out.targets).mean() + out.scorenet_loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out, gradients
+
+
+@pytest.mark.parametrize("host", [cct, vit])
+@pytest.mark.parametrize("all_easy", [True, False])
+def test_training_step(host, all_easy):
+    size = 32 if host is cct else 64
+    images = torch.randn(8, 3, size, size, dtype=torch.float64)
+    targets = torch.rand(8, 5, dtype=torch.float64).softmax(-1)
+    difficulty = build(host, 100)(images, targets).stats["htm/layer1/difficulty_mean"].item()
+    tau = 100 if all_easy else difficulty
+    out, gradients = step(build(host, tau), images, targets)
+    assert out.stats["htm/layer1/mixed_share"] == 1 or not all_easy
+    assert out.stats["htm/layer1/mixed_share"] > 0
+    expected, expected_gradients = step(direct.DirectModel(build(host, tau)), images, targets)
+    torch.testing.assert_close(
+        expected.stats, {"htm/layer1/mixed_share": out.stats["htm/layer1/mixed_share"]}
+    )
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.targets, expected.targets)
+    torch.testing.assert_close(out.scorenet_loss, expected.scorenet_loss)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
+
+
+def test_saliency_by_gradients_is_that_of_the_loss():
+    """Against finite differences of the loss, pixel by pixel."""
+    torch.manual_seed(0)
+    host = vit().double().train()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    targets = torch.eye(5, dtype=torch.float64)[[1, 3]]
+    found = pixel_gradient_saliency(host, images, targets, 16)
+    assert all(p.grad is None for p in host.parameters())
+    torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64))
+
+    @torch.no_grad()
+    def losses(pixels):
+        return functional.soft_cross_entropy(host(pixels), targets)
+
+    strength = torch.zeros(2, 3, 4, 4, dtype=torch.float64)  # of one pixel in some of the patches
+    for channel in range(3):
+        for row, column in ((0, 0), (3, 2)):
+            shift = torch.zeros_like(images)
+            shift[:, channel, 16 * row + 5, 16 * column + 7] = 1e-5
+            strength[:, channel, row, column] = (
+                losses(images + shift) - losses(images - shift)
+            ) / 2e-5
+    pixels = images.clone().requires_grad_()
+    functional.soft_cross_entropy(host(pixels), targets).sum().backward()
+    for row, column in ((0, 0), (3, 2)):
+        exact = pixels.grad[:, :, 16 * row + 5, 16 * column + 7]
+        torch.testing.assert_close(strength[:, :, row, column], exact, rtol=1e-5, atol=1e-8)
+    rms = pixels.grad.square().mean(1).sqrt()
+    pooled = rms.unflatten(1, (4, 16)).unflatten(3, (4, 16)).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(found, pooled / pooled.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("host", [cct, vit])
+def test_step_guided_by_gradients_mixes_by_them(host):
+    size = 32 if host is cct else 64
+    images = torch.randn(8, 3, size, size, dtype=torch.float64)
+    targets = torch.rand(8, 5, dtype=torch.float64).softmax(-1)
+    guided = GradientGuided(build(host, 100))
+    out, gradients = step(guided, images, targets)
+    saliency_ = pixel_gradient_saliency(
+        guided.backbone, images, targets, guided.layout.num_patch_tokens
+    )
+    easy = torch.ones(8, dtype=torch.bool)
+    expected = functional.decide_mixing(saliency_, targets, easy, HTM["rho"])
+    assert expected.mask.any()
+    torch.testing.assert_close(out.targets, functional.mix_targets(targets, saliency_, expected))
+    assert gradients.keys() == dict(guided.named_parameters()).keys()

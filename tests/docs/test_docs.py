@@ -1,0 +1,224 @@
+"""The documents: links lead somewhere, what they name exists, and the site's build is strict."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+import tokenmixup
+from experiments.config_file import known_keys, load_config, optional_sections, sections
+from tests.helpers import documents
+from tests.helpers.documents import ROOT, Document
+
+DOCUMENTS = documents.documents()
+# Of these, what stood in an older version may be gone.
+CURRENT = [d for d in DOCUMENTS if d.name not in ("CHANGELOG.md", "docs/log.md")]
+
+
+def name_of(document: Document) -> str:
+    return document.name
+
+
+def broken_links(document: Document) -> list[str]:
+    broken = []
+    for link in document.links():
+        address = urllib.parse.urlsplit(link)
+        if address.scheme:
+            if address.scheme not in ("https", "mailto"):
+                broken.append(link)
+            continue
+        path = document.path
+        if address.path:
+            path = (document.path.parent / urllib.parse.unquote(address.path)).resolve()
+        found = path.exists() and path.is_relative_to(ROOT)
+        if found and address.fragment:
+            found = address.fragment in documents.read(path).anchors
+        if not found:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(document: Document) -> None:
+    assert not broken_links(document)
+
+
+FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|tokenmixup|weights)"
+
+
+def missing_files(code: str) -> set[str]:
+    names = re.findall(rf"(?<![\w./…-])({FILES}/[\w./-]*\.(?:py|sh|yaml|md|jsonl|ipynb))\b", code)
+    # capitals alone stand for a name: configs/NAME.yaml
+    return {
+        name
+        for name in names
+        if not (ROOT / name).is_file()
+        and not any(Path(part).stem.isupper() for part in Path(name).parts)
+    }
+
+
+MODULES = {path.stem for path in (ROOT / "tokenmixup").glob("*.py")} | {"hosts"}
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[split:]:
+            annotated = part in getattr(value, "__annotations__", {})
+            if not hasattr(value, part) and not annotated:
+                return False
+            value = getattr(value, part, None)
+        return True
+    return False
+
+
+def missing_names(code: str) -> set[str]:
+    """Names of this project's modules, and keys of its configs, that do not exist."""
+    whole = re.fullmatch(r"([A-Za-z_][\w.]*\.\w+)(?:\(.*\)|: .*)?", code)
+    names = set(re.findall(r"\b(?:tokenmixup|experiments)(?:\.[A-Za-z_]\w*)+", code))
+    names -= {name for name in names if name.endswith((".py", ".yaml", ".gif"))}
+    missing = {name for name in names if not resolves(name)}
+    if whole is not None:
+        name = whole[1]
+        first, _, rest = name.partition(".")
+        if rest not in ("py", "yaml", "gif") and (first in MODULES or first in sections()):
+            # a key of the configs, something in a module, or of the model that attach returned
+            found = name in known_keys() or (first in MODULES and resolves(f"tokenmixup.{name}"))
+            if not found and not (first == "model" and is_of_the_model(rest.split(".")[0])):
+                missing.add(name)
+    return missing
+
+
+def is_of_the_model(name: str) -> bool:
+    described = re.findall(r"^ +(\w+): ", tokenmixup.TokenMixupModel.__doc__ or "", re.MULTILINE)
+    return name in described or hasattr(tokenmixup.TokenMixupModel, name)
+
+
+# Other programs' options are theirs.
+FOREIGN = (
+    r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
+    r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
+)
+
+
+def known_options() -> set[str]:
+    found = {"help", *known_keys(), *optional_sections()}
+    for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        found.update(re.findall(r'"([\w-]+)": (?:cli\.)?Option\(', text))
+        found.update(re.findall(r'add_argument\(\s*"--([\w-]+)"', text))
+    for path in (ROOT / "run").glob("*.sh"):
+        found.update(re.findall(r"(?<=[ (])--([a-z-]+)(?=\)| \])", path.read_text()))
+    return found
+
+
+OPTIONS = known_options()
+
+
+def missing_options(code: str) -> set[str]:
+    if re.search(FOREIGN, code):
+        return set()
+    named = re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*)", code)
+    return {name for name in named if name not in OPTIONS and name.replace("-", "_") not in OPTIONS}
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=name_of)
+def test_what_is_named_exists(document: Document) -> None:
+    for code in document.code():
+        assert not missing_files(code), code
+        assert not missing_names(code), code
+        assert not missing_options(code), code
+
+
+@pytest.mark.parametrize(
+    ("find", "code"),
+    [
+        (missing_files, "sh run/train_nothing.sh --seed 1"),
+        (missing_files, "docs/nothing.md"),
+        (missing_names, "functional.nothing"),
+        (missing_names, "tokenmixup.hosts.nothing"),
+        (missing_names, "python -m experiments.nothing"),
+        (missing_names, "schedule.nothing"),
+        (missing_names, "schedule.nothing: 3"),
+        (missing_options, "python -m experiments.train --schedule.nothing 3"),
+        (missing_options, "--nothing"),
+    ],
+)
+def test_what_does_not_exist_is_found(find, code: str) -> None:
+    assert find(code)
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    text = "# One, two\n\n[a](#one-two) [b](#nothing) [c](nothing.md) [d](http://x.org) ![e](e.png)"
+    (tmp_path / "case.md").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ROOT", tmp_path)
+        found = broken_links(documents.read(tmp_path / "case.md"))
+    assert found == ["#nothing", "nothing.md", "http://x.org", "e.png"]
+
+
+def test_the_table_of_settings_is_that_of_the_configs() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    table = text.partition("settings: begin -->")[2].partition("<!--")[0]
+    rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", table, re.MULTILINE)
+    shown = {name: cells.split(" | ") for name, cells in rows}
+    configs = {path.stem: load_config(path) for path in (ROOT / "configs").glob("*TM.yaml")}
+    assert shown.keys() == {name for name in configs if not name.startswith("digits")}
+    for name, cells in shown.items():
+        htm, vtm = configs[name].horizontal, configs[name].vertical
+        expected = ["–"] * 7
+        if htm is not None:
+            stop = ", stop-gradient" if htm.scorenet_stop_gradient else ""
+            expected[:3] = [*map(str, htm.layers), str(htm.tau), str(htm.rho)]
+            expected[3:5] = [f"{htm.scorenet}{stop}", str(htm.scorenet_lambda)]
+        if vtm is not None:
+            expected[5:] = [*map(str, vtm.layers), str(vtm.kappa)]
+        assert cells == expected, name
+
+
+def test_the_build_fails_on_what_is_broken(tmp_path: Path) -> None:
+    """One site with every fault that the build is to find."""
+    site = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs" / "api", site / "api")
+    shutil.copytree(ROOT / "docs" / "static", site / "static")
+    shutil.copy(ROOT / "docs" / "paper_map.md", site)
+    conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    conf = conf.replace("Path(__file__).resolve().parent.parent.parent", f"Path({str(ROOT)!r})")
+    faults = (
+        "\nfrom tokenmixup import functional, model\n"
+        "def _bare(x): return x\n"
+        '_bare.__module__ = "tokenmixup.functional"\n'
+        "functional.bare = _bare\n"
+        "functional.mix_tokens.__doc__ = None\n"
+        "model.TokenMixupModel.detach.__doc__ = None\n"
+        'functional.HorizontalMixup.__doc__ = "Without its fields."\n'
+        'functional.gather_tokens.__doc__ = "See :func:`nowhere`."\n'
+    )
+    (site / "conf.py").write_text(conf + faults, encoding="utf-8")
+    (site / "index.md").write_text(
+        "# Site\n\n[a](nowhere.md) [b](paper_map.md#nowhere)\n\n```{toctree}\n*\napi/index\n```\n"
+    )
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", str(site), "site"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    for expected in (
+        "tokenmixup.functional.bare has no docstring",
+        "tokenmixup.functional.bare is public, but on no page",
+        "tokenmixup.functional.mix_tokens has no docstring",
+        "tokenmixup.model.TokenMixupModel.detach has no docstring",
+        "tokenmixup.functional.HorizontalMixup.mask has no docstring",
+        "py:func reference target not found: nowhere",
+        "'nowhere.md'",
+        "'nowhere'",
+    ):
+        assert expected in done.stderr, done.stderr

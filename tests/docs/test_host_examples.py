@@ -1,0 +1,101 @@
+"""What a reader is shown runs: the examples, and the worked example of docs/adding_a_host.md."""
+
+import importlib
+import re
+import runpy
+import socket
+import sys
+
+import pytest
+
+from tests.helpers import hosts_table
+from tests.helpers.host_cases import HostCase
+from tests.helpers.hosts_table import DOCUMENT, ROOT
+from tests.tokenmixup import test_hosts
+
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "digits")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("an example went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, offline, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    accuracy = float(re.search(r"test accuracy ([\d.]+)", printed)[1])
+    assert accuracy > 0.6, printed
+
+
+def test_there_are_three_examples_and_ten_lines():
+    assert EXAMPLES == ["custom_encoder", "hugging_face", "timm_ten_lines"]
+    text = (ROOT / "examples" / "timm_ten_lines.py").read_text()
+    lines = text.partition("# The ten lines\n")[2].partition("\n\n")[0]
+    assert len(lines.splitlines()) == 10
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """The files that docs/adding_a_host.md shows, importable by the names that it gives them."""
+    folder = tmp_path_factory.mktemp("adding_a_host")
+    text = (ROOT / "docs" / "adding_a_host.md").read_text(encoding="utf-8")
+    names = []
+    for name, code in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", text, flags=re.DOTALL):
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+        names.append(name)
+    assert names == ["my_vit", "my_vit_adapter", "use"]
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("use")
+    sys.path.remove(str(folder))
+
+
+def documented_case():
+    my_vit = importlib.import_module("my_vit")
+
+    return HostCase("my_vit", "MyViT", "MyViT", "class", lambda dropout: my_vit.MyViT())
+
+
+def test_documented_adapter_runs(documented):
+    assert documented.model.adapter.family == "MyViT"
+    assert documented.logits.shape == documented.out.logits.shape == (4, 7)
+    assert documented.out.stats["vtm/layer2/remembered_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_hosts.test_layout_and_names,
+        test_hosts.test_detach_gives_back_exactly_the_host,
+        test_hosts.test_evaluation_is_bit_identical_to_the_host,
+        test_hosts.test_whole_model_against_the_oracle,
+        test_hosts.test_every_parameter_gets_a_gradient,
+    ],
+    ids=lambda check: check.__name__.removeprefix("test_"),
+)
+def test_documented_adapter_is_right(documented, check):
+    check(documented_case())
+
+
+def test_documented_saliency_is_right(documented, monkeypatch):
+    test_hosts.test_saliency_is_that_of_the_explicit_map(documented_case(), monkeypatch)
+
+
+@pytest.mark.parametrize("path", [DOCUMENT, hosts_table.README], ids=lambda path: path.name)
+def test_table_of_hosts_is_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert "begin -->" in text
+    assert hosts_table.with_tables(text) == text, "run `python tests/helpers/hosts_table.py`"
+
+
+def test_documents_name_adapters_that_exist():
+    for name in ("adding_a_host.md", "hosts.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / "tokenmixup" / "hosts" / name).is_file(), name

@@ -1,0 +1,219 @@
+"""docs/training_loop.md: its code runs, in its order, and its table of limits is computed."""
+
+import functools
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data.mixup import mixup_target
+from timm.optim import param_groups_layer_decay
+
+from tests.helpers.documents import ROOT
+from tests.helpers.others_warnings import uses_inductor
+from tokenmixup import HorizontalConfig
+from tokenmixup.functional import sample_difficulty, soft_cross_entropy
+
+pytestmark = uses_inductor
+
+TEXT = (ROOT / "docs" / "training_loop.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^## (.+?)$|```python\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
+
+PRELUDE = """
+import functools, timm, torch
+torch.manual_seed(0)
+timm.create_model = functools.partial(
+    timm.create_model, img_size=16, patch_size=4, embed_dim=32, depth=5, num_heads=2
+)
+images = torch.randn(4, 8, 3, 16, 16)
+loader = [(part, torch.randint(100, (8,))) for part in images]
+"""
+
+
+def blocks() -> dict[str, str]:
+    """The code below each heading, with a tau and a rho by which an untrained model mixes."""
+    found: dict[str, str] = {}
+    heading = ""
+    for title, code in BLOCKS:
+        heading = title or heading
+        if code:
+            code = code.replace("tau=0.2, rho=0.005", "tau=9.0, rho=0.0")
+            found[heading] = found.get(heading, "") + code
+    return found
+
+
+CODE = blocks()
+IN_PARALLEL = "Several GPUs"
+
+
+@pytest.fixture(scope="module")
+def after(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The names that are there when all blocks of one process have run."""
+    folder = tmp_path_factory.mktemp("training_loop")
+    code = [code for heading, code in CODE.items() if heading != IN_PARALLEL]
+    (folder / "documented_loop.py").write_text("\n".join([PRELUDE, *code]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setattr(timm, "create_model", timm.create_model)  # the prelude replaces it
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        yield vars(importlib.import_module("documented_loop"))
+    torch._dynamo.reset()
+
+
+def test_every_section_with_code_is_there() -> None:
+    assert list(CODE) == [
+        "The loop",
+        "Mixed precision",
+        "Mixup, CutMix, label smoothing",
+        "Gradient accumulation",
+        "Averaged weights",
+        "Saving and loading",
+        "Compiling",
+        IN_PARALLEL,
+        "timm's train.py, the Trainer of transformers",
+    ]
+
+
+def test_what_is_trained_mixes(after: dict[str, Any]) -> None:
+    stats = after["out"].stats
+    assert stats["htm/layer3/easy_share"] == 1
+    assert stats["htm/layer3/tokens_mixed"] > 0
+    assert stats["vtm/layer4/remembered_tokens"] == 4 * 3
+    assert after["scaler"].get_scale() > 0
+    assert 0 <= after["agreement"] <= 1
+
+
+def test_the_keys_are_those_that_the_page_names(after: dict[str, Any]) -> None:
+    model, plain, again = after["model"], after["plain"], after["again"]
+    keys = {key.partition(".")[0] for key in model.state_dict()}
+    assert keys == {"backbone", "scorenets"}
+    images = after["images"]
+    expected = model.eval()(images)
+    model.train()
+    assert torch.equal(plain.eval()(images), expected)
+    assert torch.equal(again.eval()(images), expected)
+    for name, value in model.scorenets.state_dict().items():
+        assert torch.equal(again.scorenets.state_dict()[name], value)
+
+
+def test_averaged_weights_are_those_of_a_plain_model(after: dict[str, Any]) -> None:
+    averaged, images = after["ema"].module, after["images"]
+    assert not averaged.training
+    plain = after["timm"].create_model("vit_base_patch16_224", num_classes=100).eval()
+    plain.load_state_dict(averaged.backbone.state_dict())
+    assert torch.equal(plain(images), averaged(images))
+
+
+def test_timms_layer_decay_needs_the_backbone(after: dict[str, Any]) -> None:
+    decay = functools.partial(param_groups_layer_decay, layer_decay=0.5)
+    scales = {group["lr_scale"] for group in decay(after["model"].backbone)}
+    assert len(scales) > 2
+    assert {group["lr_scale"] for group in decay(after["model"])} == {1.0}
+
+
+def test_the_task_of_timm(after: dict[str, Any]) -> None:
+    model = after["make_model"]().train()
+    task = after["TokenMixupTask"](model, torch.nn.CrossEntropyLoss(), verbose=False)
+    result = task(after["images"], after["labels"])
+    result["loss"].backward()
+    assert result["output"].shape == (8, 100)
+    assert model.scorenets["3"].head.weight.grad.abs().sum() > 0
+    assert task.get_eval_model().eval()(after["images"]).shape == (8, 100)
+
+
+def test_the_loss_of_the_trainer(after: dict[str, Any]) -> None:
+    """By itself, without all that the constructor sets up."""
+    trainer = object.__new__(after["TokenMixupTrainer"])
+    model = after["make_model"]().train()
+    inputs = {"pixel_values": after["images"], "labels": after["labels"]}
+    trainer.compute_loss(model, inputs).backward()
+    assert model.backbone.head.weight.grad.abs().sum() > 0
+    loss, outputs = trainer.compute_loss(model.eval(), inputs, return_outputs=True)
+    assert torch.equal(outputs["logits"], model.backbone(after["images"]))
+    assert loss.isfinite()
+
+
+def test_the_trainer(after: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        use_cpu=True,
+    )
+    pairs = zip(after["images"], after["labels"], strict=True)
+    data = [{"pixel_values": image, "labels": int(label)} for image, label in pairs]
+    model = after["make_model"]()
+    trainer = after["TokenMixupTrainer"](
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda p: {"top1": float((p.predictions.argmax(1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_top1"] <= 1
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    ended = "\nassert not torch.distributed.is_initialized()\nprint('done', flush=True)\n"
+    code = PRELUDE + CODE["The loop"] + CODE[IN_PARALLEL] + ended
+    program = tmp_path / "train.py"
+    program.write_text(code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 2
+
+
+def least(targets: torch.Tensor) -> float:
+    """The difficulty of the best of all predictions, which is the target itself."""
+    return sample_difficulty(targets.log(), targets)[0].item()
+
+
+def limits(classes: int) -> list[float]:
+    """A row of the table, from timm's own smoothing and mixing."""
+    label = torch.tensor([0, 1])
+    row = [least(mixup_target(label, classes, smoothing=s).double()) for s in (0.05, 0.1, 0.2)]
+    row.append(least(mixup_target(label, classes, lam=0.5, smoothing=0.1).double()))
+    return [*row, math.log(classes) / 10]
+
+
+def test_the_table_of_limits_of_tau() -> None:
+    table = TEXT.partition("limits of tau: begin -->")[2].partition("<!--")[0]
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    assert [int(classes) for classes, _ in rows] == [10, 100, 1000]
+    for classes, cells in rows:
+        assert cells.split(" | ") == [f"{value:.3f}" for value in limits(int(classes))]
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_no_prediction_is_easier_than_the_limit(classes: int) -> None:
+    """The page's formula, and that the target itself is the best prediction."""
+    smoothing = 0.1
+    at, elsewhere = 1 - smoothing + smoothing / classes, smoothing / classes
+    entropy = -at * math.log(at) - (classes - 1) * elsewhere * math.log(elsewhere)
+    limit = limits(classes)[1]
+    assert limit == pytest.approx(entropy / 10, rel=1e-5)
+    targets = mixup_target(torch.tensor([0]), classes, smoothing=smoothing)
+    for confidence in (1.0, 3.0, 6.0, 9.0, 12.0, 30.0):
+        logits = confidence * torch.nn.functional.one_hot(torch.tensor([0]), classes).float()
+        assert soft_cross_entropy(logits, targets)[0] / 10 >= limit - 1e-6
+    shown = HorizontalConfig.__doc__ or ""
+    assert f"{limit:.3f}" in shown

@@ -1,0 +1,174 @@
+"""WebDataset shards and tar files: every image has its own number."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments import evaluate, train
+from experiments.config import DataConfig, RunConfig
+from experiments.data.datasets import open_images, stated_num_classes
+from experiments.data.loading import TrainBatches
+from experiments.errors import DataError
+from tests.helpers.others_warnings import forks
+from tests.helpers.runs_helper import small_config
+
+SHADES = (10, 60, 110, 160, 210)
+
+
+def png(shade):
+    content = io.BytesIO()
+    Image.new("L", (20, 24), shade).save(content, "png")
+    return content.getvalue()
+
+
+def write_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def write_shards(root, shards=2):
+    """Five images a shard; the class follows from the shade."""
+    names = [f"set-train-{number:04}.tar" for number in range(shards)]
+    for number, name in enumerate(names):
+        files = {}
+        for order, shade in enumerate(SHADES):
+            files[f"a/{number}-{order}.png"] = png(shade + number)
+            files[f"a/{number}-{order}.cls"] = str(order % 2).encode()
+            files[f"a/{number}-{order}.json"] = b"{}"
+        write_tar(root / name, files)
+    info = {"splits": {"train": {"filenames": names}, "validation": {"filenames": names[:1]}}}
+    (root / "_info.json").write_text(json.dumps(info))
+    return names
+
+
+def wds(root):
+    return DataConfig(dataset="wds/set", root=str(root), batch_size=2, workers=0)
+
+
+@pytest.mark.parametrize("split", ["train", "set-train-{0000..0001}.tar"])
+def test_every_image_of_the_shards_has_a_number(tmp_path, split):
+    write_shards(tmp_path)
+    images = open_images(wds(tmp_path), split)
+    assert len(images) == 10
+    for index in (9, 0, 7, 3):
+        image, label = images[index]
+        shard, order = divmod(index, 5)
+        assert image.mode == "RGB" and image.size == (20, 24)
+        assert image.getpixel((0, 0)) == (SHADES[order] + shard,) * 3
+        assert label == order % 2
+    assert "set-train-0001.tar (the image at byte" in images.describe(7)
+
+
+@forks
+def test_batches_of_shards_do_not_depend_on_the_loader_processes(tmp_path):
+    write_shards(tmp_path / "data")
+    found = []
+    for workers in (0, 2):
+        data = {"dataset": "wds/set", "root": str(tmp_path / "data"), "batch_size": 5}
+        config = small_config(tmp_path, data={**data, "workers": workers})
+        images = open_images(config.data, "train")
+        found.append(list(TrainBatches(config, images, 2).epoch(0)))
+    for before, after in zip(*found, strict=True):
+        assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_shards_are_trained_on_and_evaluated_by_the_entry_points(tmp_path, capsys):
+    write_shards(tmp_path / "data")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {name: cct_2_3x2_32, num_classes: 2, image_size: 32}\n"
+        f"data: {{dataset: wds/set, root: {tmp_path / 'data'}, batch_size: 5, workers: 0}}\n"
+        "schedule: {epochs: 1}\nlogging: {tensorboard: false}\n"
+        f"output: {tmp_path / 'run'}\ndevice: cpu\n"
+    )
+    train.main(["--config", str(config)])
+    weights = str(tmp_path / "run" / "final.safetensors")
+    capsys.readouterr()
+    evaluate.main(["--config", str(config), "--checkpoint", weights, "--json"])
+    assert json.loads(capsys.readouterr().out)["images"] == 5
+
+
+def cut(root, names):
+    path = root / names[0]
+    path.write_bytes(path.read_bytes()[:1100])
+
+
+def remove(root, names):
+    (root / names[1]).unlink()
+
+
+def compress(root, names):
+    (root / names[0]).write_bytes(b"\x1f\x8b" + b"\0" * 600)
+
+
+def without_class(root, names):
+    write_tar(root / names[0], {"1.png": png(1)})
+
+
+def without_image(root, names):
+    write_tar(root / names[0], {"a/1.cls": b"1"})
+
+
+def wrong_class(root, names):
+    write_tar(root / names[0], {"1.png": png(1), "1.cls": b"dog"})
+
+
+def broken_info(root, names):
+    (root / "_info.json").write_text("{")
+
+
+def no_info(root, names):
+    (root / "_info.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut, r"set-train-0000\.tar: "),
+        (remove, r"set-train-0001\.tar: cannot read the shard: No such file"),
+        (compress, r"set-train-0000\.tar: cannot read the shard"),
+        (without_class, r"1\.png has no class: no \.cls beside it"),
+        (without_image, r"a/1\.cls has no image beside it"),
+        (wrong_class, r"1\.cls: got b'dog'; allowed: a class number"),
+        (broken_info, r"_info\.json: does not list shards as expected"),
+        (no_info, r"split 'train' needs a file _info\.json there"),
+    ],
+)
+def test_damaged_shards_are_named(tmp_path, damage, message):
+    damage(tmp_path, write_shards(tmp_path))
+    with pytest.raises(DataError, match=message):
+        open_images(wds(tmp_path), "train")
+
+
+def test_an_unknown_split_lists_the_known_ones(tmp_path):
+    write_shards(tmp_path)
+    with pytest.raises(DataError, match="'test' is unknown; allowed: train, validation"):
+        open_images(wds(tmp_path), "test")
+
+
+# timm's reader keeps the archive open for the life of the process
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("root", ["", "train.tar"])
+def test_a_tar_file_of_one_folder_a_class(tmp_path, root):
+    files = {f"{name}/{k}.png": png(s + k) for name, s in (("a", 10), ("b", 99)) for k in range(2)}
+    write_tar(tmp_path / "train.tar", files)
+    config = RunConfig(data=DataConfig(dataset="", root=str(tmp_path / root)))
+    images = open_images(config.data, "train")
+    assert len(images) == 4 and stated_num_classes(config, images) == 2
+    found = [(images[index][0].getpixel((0, 0)), images[index][1]) for index in range(4)]
+    assert list(tmp_path.iterdir()) == [tmp_path / "train.tar"], "no pickled index beside it"
+    assert found == [((10,) * 3, 0), ((11,) * 3, 0), ((99,) * 3, 1), ((100,) * 3, 1)]
+
+
+def test_a_tar_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "train.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(DataError, match=r"train\.tar: cannot read the tar file of images"):
+        open_images(DataConfig(dataset="", root=str(tmp_path)), "train")

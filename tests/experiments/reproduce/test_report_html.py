@@ -1,0 +1,147 @@
+"""The page: self-contained, its numbers those of the record, and readable in a real browser."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from experiments.reproduce.page import page
+from experiments.reproduce.table import cells, training_cells
+from tests.helpers.browser import PROGRAM, framed, visit
+from tests.helpers.http_server import Server, whole
+from tests.helpers.report_cases import REASON, example
+
+needs_browser = pytest.mark.skipif(
+    PROGRAM is None, reason="no chromium found (Debian: apt install chromium)"
+)
+
+
+class Tables(HTMLParser):
+    """The cells of each row that has a name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows: dict[str, list[str]] = {}
+        self.trainings: dict[str, list[str]] = {}
+        self._row: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag == "tr":
+            self._row = None
+            for name, found in (("data-row", self.rows), ("data-training", self.trainings)):
+                if name in given:
+                    self._row = found.setdefault(given[name], [])
+        if tag == "td" and self._row is not None:
+            self._row.append("")
+
+    def handle_endtag(self, tag):
+        if tag == "tr":
+            self._row = None
+
+    def handle_data(self, data):
+        if self._row:
+            self._row[-1] += data
+
+
+def holds_the_record(document):
+    found = Tables(document)
+    expected = {name: cells(row) for record in example() for name, row in record.rows.items()}
+    assert found.rows == expected
+    trainings = {n: training_cells(t) for record in example() for n, t in record.training.items()}
+    assert found.trainings == trainings
+
+
+def test_the_numbers_are_those_of_the_record():
+    holds_the_record(page(example()))
+
+
+def test_the_page_stands_alone():
+    text = page(example())
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert re.findall(r'\b(?:src|href|action|srcset)="([^"]*)"', text) == ["data:,"]
+    assert not re.search(r"\bon\w+=", text)
+
+
+def test_text_of_the_record_is_text_in_the_page():
+    text = page(example())
+    assert REASON not in text and html.escape(REASON) in text
+
+
+def test_well_formed():
+    class Nesting(HTMLParser):
+        open_tags: list[str]
+
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "link"):
+                self.open_tags.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert self.open_tags.pop() == tag
+
+    parser = Nesting()
+    parser.open_tags = []
+    parser.feed(page(example()))
+    assert parser.open_tags == []
+
+
+def test_tables_without_any_figure_have_a_page():
+    record = example()[1]
+    empty = type(record)(record.table, record.title, {}, {})
+    assert "0 of 0 evaluated rows reproduced" in page([empty])
+    assert "<svg" not in page([empty])
+
+
+@pytest.fixture(scope="module")
+def server():
+    headers = {"Content_Type": "text/html; charset=utf-8"}
+    with Server() as running:
+        running.offer("/page.html", whole(page(example()).encode(), **headers))
+        for width in (390, 1280):
+            frame = framed("page.html", width, 4000).encode()
+            running.offer(f"/{width}.html", whole(frame, **headers))
+        yield running
+
+
+@needs_browser
+def test_opened_in_a_browser_it_says_nothing_and_asks_for_nothing(server, tmp_path):
+    opened = visit(f"{server.address}/page.html", tmp_path, "--dump-dom")
+    assert opened.console == []
+    holds_the_record(opened.document)
+    asked = {path for path in server.requests if path not in ("/390.html", "/1280.html")}
+    assert asked == {"/page.html"}
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_and_is_legible(server, tmp_path, width, scheme):
+    flags = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    opened = visit(f"{server.address}/{width}.html", tmp_path / "a", "--dump-dom", *flags)
+    assert opened.console == []
+    found = re.search(r'<p id="facts">(.*?)</p>', opened.document)
+    assert found is not None
+    facts = json.loads(html.unescape(found[1]))
+    assert facts["width"] <= width and facts["out"] == [] and facts["cut"] == []
+    assert len(facts["letters"]) == 5 and min(facts["letters"]) > 10
+    assert (facts["paper"] == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_its_picture_has_something_in_it(server, tmp_path, width):
+    picture = tmp_path / f"{width}.png"
+    flags = (f"--window-size={width},2000", "--hide-scrollbars", f"--screenshot={picture}")
+    visit(f"{server.address}/{width}.html", tmp_path / "a", *flags)
+    with Image.open(picture) as image:
+        assert image.size == (width, 2000)
+        colours = image.convert("RGB").getcolors(2**24)
+    paper = max(count for count, _ in colours)
+    assert len(colours) > 100 and paper < 0.99 * width * 2000

@@ -1,0 +1,377 @@
+"""`reproduce` from end to end on stand-ins: what is evaluated, skipped, kept and taken up again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import cli, evaluate
+from experiments.data.loading import EvalBatches
+from experiments.reproduce import __main__ as reproduce
+from experiments.training.assessment import Assessment
+from experiments.zoo.manifest import read_manifest
+from experiments.zoo_lock import LOCK_FILE
+from tests.helpers.http_server import Server, ranges, status
+from tests.helpers.reproduce_world import IMAGES, accept_cifar, copy_world, make_world
+from tests.helpers.standins import cct_config, save_vit, vit_state, write_yaml
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def first_world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(first_world, tmp_path, monkeypatch):
+    for name in ("DATA", "WEIGHTS", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    accept_cifar(first_world, monkeypatch)
+    return copy_world(first_world, tmp_path)
+
+
+@pytest.fixture
+def run(world, capsys):
+    def call(*words, code=0):
+        given = cli.run(reproduce.main, world.words(*words))
+        captured = capsys.readouterr()
+        assert given == code, captured.err
+        return captured.out if code == 0 else captured.err
+
+    return call
+
+
+def rows_of(world, table="cifar"):
+    content = json.loads((world.results / f"{table}.json").read_text())
+    return {row["name"]: row for row in content["rows"]}
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """The names of the checkpoints that are evaluated, in order; `stop` interrupts one of them."""
+    seen = []
+
+    class Seen(Assessment):
+        stop: str | None = None
+
+        def __init__(self, config, checkpoint, world):
+            super().__init__(config, checkpoint, world)
+            self.name = Path(checkpoint).name
+
+        def evaluate(self, batches):
+            if self.name == Seen.stop:
+                raise KeyboardInterrupt
+            seen.append(self.name)
+            return super().evaluate(batches)
+
+    monkeypatch.setattr("experiments.reproduce.evaluation.Assessment", Seen)
+    seen_and_stop = type("Seen", (list,), {})(seen)
+    seen_and_stop.names, seen_and_stop.switch = seen, Seen
+    return seen_and_stop
+
+
+def test_both_tables_from_end_to_end(world, run, capsys):
+    # what these weights really reach, by the other entry point
+    config = world.folder.parent  # the configs stay in the first world
+    manifest = read_manifest(world.manifest)
+    config = manifest.config_path("cifar10_VTM")
+    checkpoint = world.weights / "cct_cifar10_vtm.pth.tar"
+    words = ["--config", str(config), "--checkpoint", str(checkpoint), "--json"]
+    assert cli.run(evaluate.main, words) == 0
+    expected = json.loads(capsys.readouterr().out)
+    # a figure that counts as reproduced, and one that is just too far away
+    world.change("cct_cifar10_vtm", published_top1=round(expected["top1"] + 0.1, 2))
+    world.change("cct_cifar10_htm", published_top1=99.0)
+    out = run()
+
+    rows = rows_of(world)
+    vtm = rows["cct_cifar10_vtm"]
+    assert vtm["status"] == "reproduced"
+    assert vtm["ours"] == round(expected["top1"], 4)
+    assert (vtm["top5"], vtm["loss"]) == (
+        round(expected["top5"], 4),
+        round(expected["loss"], 6),
+    )
+    assert vtm["difference"] == pytest.approx(-0.1)
+    assert vtm["images"] == vtm["expected_images"] == IMAGES
+    assert vtm["hardware"] and vtm["device"] == "cpu" and vtm["precision"] == "fp32"
+    assert {"python", "torch", "timm", "tokenmixup"} <= vtm["versions"].keys()
+    assert vtm["command"].startswith("python -m experiments.reproduce --manifest ")
+    assert vtm["time"].endswith("+00:00") and vtm["seconds"] > 0
+    assert vtm["commit"] is None or len(vtm["commit"]) >= 12
+    assert rows["cct_cifar10_htm"]["status"] == "differs"
+    assert rows["cct_cifar10_htm"]["difference"] < -0.1
+
+    baseline, missing = rows["cifar10_baseline"], rows["cct_cifar10_hvtm"]
+    assert baseline["status"] == missing["status"] == "skipped"
+    assert (
+        "train it: python -m experiments.reproduce --train cifar10_baseline" in baseline["reason"]
+    )
+    assert "cct_cifar10_hvtm.pth.tar is not there; fetch it: python -m" in missing["reason"]
+    assert "https://drive.google.com/file/d/id-of-cct_cifar10_hvtm/view" in missing["reason"]
+    assert missing["ours"] is None
+
+    vits = rows_of(world, "imagenet")
+    assert vits["VIT_HTM"]["status"] == "part of the images"
+    assert vits["VIT_HTM"]["images"] == 10 and vits["VIT_HTM"]["expected_images"] == 50000
+
+    # the hashes were recorded, the pages are there, and all of it is told
+    assert (world.weights / LOCK_FILE).exists()
+    names = {path.name for path in world.results.iterdir()}
+    assert names == {
+        f"{t}.{e}" for t in ("cifar", "imagenet", "all") for e in ("json", "md", "html")
+    }
+    joint = json.loads((world.results / "all.json").read_text())
+    assert [table["table"] for table in joint["tables"]] == ["cifar", "imagenet"]
+    markdown = (world.results / "cifar.md").read_text()
+    assert f"| {vtm['published']:.2f} | {vtm['ours']:.2f} |".replace("  ", " ") in " ".join(
+        markdown.split()
+    )
+    assert "CIFAR-10, baseline: of its authors; no checkpoint was released" in markdown
+    assert "reproduced" in out and "skipped: " in out and "\x1b" not in out
+    assert str(world.results / "cifar.json") in out
+
+
+def test_rows_are_kept_while_nothing_changed(world, run, evaluations):
+    run("--table", "imagenet")
+    assert evaluations.names == ["VIT_HTM.bin", "VIT_VTM.bin", "ViT.npz"]
+    before = rows_of(world, "imagenet")
+    assert "(--fresh: again)" in run("--table", "imagenet")
+    assert len(evaluations.names) == 3 and rows_of(world, "imagenet") == before
+    run("--table", "imagenet", "--fresh")
+    assert len(evaluations.names) == 6
+    run("VIT_VTM", "--data.crop_pct", "1.0")
+    assert evaluations.names[6:] == ["VIT_VTM.bin"]
+    # another file: refused by its hash, until that is what somebody wants
+    before = rows_of(world, "imagenet")
+    small = {"width": 48, "layers": 4, "mlp": 96, "tokens": 17}
+    save_vit(world.weights / "VIT_VTM.bin", vit_state(5, seed=9, **small))
+    out = run("VIT_VTM")
+    assert "is not the file that it should be" in out and "is kept" in out
+    assert rows_of(world, "imagenet") == before
+    (world.weights / LOCK_FILE).unlink()
+    run("VIT_VTM")
+    assert evaluations.names[7:] == ["VIT_VTM.bin"]
+
+
+def test_each_row_ends_its_loader(run, monkeypatch):
+    closed = []
+    close = EvalBatches.close
+    monkeypatch.setattr(EvalBatches, "close", lambda self: closed.append(close(self)))
+    run("VIT_HTM", "VIT_VTM")
+    assert len(closed) == 2
+
+
+def test_an_interruption_is_taken_up_again(world, run, evaluations):
+    evaluations.switch.stop = "cct_cifar10_vtm.pth.tar"
+    assert "interrupted" in run("--table", "cifar", code=130)
+    assert evaluations.names == ["cct_cifar10_htm.pth.tar"]
+    rows = rows_of(world)  # what is done is there, and the rest is told as not done
+    assert rows["cct_cifar10_htm"]["ours"] is not None
+    assert rows["cct_cifar10_vtm"]["status"] == "not evaluated"
+    assert "not evaluated" in (world.results / "cifar.html").read_text()
+    first = rows["cct_cifar10_htm"]
+    evaluations.switch.stop = None
+    run("--table", "cifar")
+    assert evaluations.names == [
+        f"cct_{n}.pth.tar" for n in ("cifar10_htm", "cifar10_vtm", "cifar100_htm")
+    ]
+    assert rows_of(world)["cct_cifar10_htm"] == first
+
+
+def test_a_result_outlives_its_file(world, run):
+    run("VIT_HTM")
+    before = rows_of(world, "imagenet")
+    (world.weights / "VIT_HTM.bin").unlink()
+    out = run("VIT_HTM")
+    assert "is not there" in out and "is kept" in out
+    assert rows_of(world, "imagenet") == before
+
+
+def unusable(world):
+    weights = world.weights
+    (weights / "VIT_HTM.bin").write_text("<html><title>Sign in</title>")
+    return "VIT_HTM", "is a web page"
+
+
+def of_another_model(world):
+    save_vit(world.weights / "VIT_HTM.bin", vit_state(5, width=32, layers=4, mlp=96, tokens=17))
+    return "VIT_HTM", "has shape"
+
+
+def without_config(world):
+    world.change("VIT_HTM", config="nothing")
+    return "VIT_HTM", "nothing.yaml: cannot read the config"
+
+
+def with_a_wrong_hash(world):
+    world.change("VIT_HTM", sha256="0" * 64)
+    return "VIT_HTM", "expected 0000"
+
+
+def without_data(world):
+    return "VIT_HTM --data.root nowhere", "expected in"
+
+
+@pytest.mark.parametrize(
+    "spoil", [unusable, of_another_model, without_config, with_a_wrong_hash, without_data]
+)
+def test_what_cannot_be_evaluated_is_skipped_with_a_reason(world, run, spoil):
+    words, message = spoil(world)
+    assert message in run(*words.split())
+    row = rows_of(world, "imagenet")["VIT_HTM"]
+    assert row["status"] == "skipped" and message in row["reason"]
+    assert message in (world.results / "imagenet.md").read_text()
+
+
+def test_missing_data_is_not_fetched_unasked(world, run, tmp_path):
+    out = run("cct_cifar10_htm", "--data.root", str(tmp_path / "nothing"))
+    assert "data set torch/cifar10, split validation: expected in" in out
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_missing_weights_are_fetched_when_asked(world, run):
+    path = world.weights / "VIT_HTM.bin"
+    with Server() as server:
+        for name in ("VIT_HTM", "VIT_VTM"):
+            url = server.offer(f"/{name}", ranges(path.read_bytes()))
+            world.change(name, url=url, drive=None)
+        server.offer("/VIT_VTM", status(404))
+        path.unlink()
+        (world.weights / "VIT_VTM.bin").unlink()
+        out = run("--table", "imagenet", "--download")
+    assert f"VIT_HTM: from {server.address}" in out
+    rows = rows_of(world, "imagenet")
+    assert rows["VIT_HTM"]["images"] == 10
+    assert "404 Not Found" in rows["VIT_VTM"]["reason"]
+    assert f"put it at {world.weights}/VIT_VTM.bin" in rows["VIT_VTM"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--table digits", "--table: got 'digits'; allowed: cifar, imagenet, all"),
+        ("nothing", "'nothing': no such row"),
+        ("VIT_HTM --table cifar", "'VIT_HTM': is a row of imagenet, not of cifar"),
+        ("--tables cifar", "--tables: unknown option; the nearest is table"),
+        ("--data.roots x", "--data.roots: unknown option; the nearest is data.root"),
+        ("--output x", "--output: unknown option"),
+        ("--train", "--train: name the rows, or give --table"),
+        ("--train VIT_HTM --fresh", "--fresh: has no meaning with --train"),
+        ("--train VIT_HTM --seeds 1,a", "--seeds: got '1,a'; allowed: whole numbers"),
+        ("--train VIT_HTM --seeds 1,1", "--seeds: got '1,1'"),
+        ("--seeds 1", "--seeds: has a meaning only with --train"),
+        ("--render --table cifar", "--table: has no meaning with --render"),
+        ("VIT_HTM --device tpu", "device: got 'tpu'; allowed"),
+        ("VIT_HTM --data.batch_size many", "data.batch_size: got 'many'"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(world, capsys, words, message):
+    places = ["--manifest", str(world.manifest), "--results", str(world.results)]
+    if "--train" not in words and "--render" not in words:
+        places += ["--weights", str(world.weights)]
+    assert cli.run(reproduce.main, [*words.split(), *places]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("error: command line")
+    assert not world.results.exists()
+
+
+def test_help(capsys):
+    assert cli.run(reproduce.main, ["--help"]) == 0
+    assert capsys.readouterr().out == reproduce.USAGE
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{"name": "x"}], "training": []}', "{}"])
+def test_damaged_results_are_told_and_left(world, run, text):
+    world.results.mkdir()
+    path = world.results / "imagenet.json"
+    path.write_text(text)
+    assert str(path) in run("VIT_HTM", code=2)
+    assert path.read_text() == text
+
+
+def test_data_folder_from_the_environment(world, run, monkeypatch):
+    monkeypatch.setenv("DATA", "nowhere-at-all")
+    monkeypatch.setenv("WEIGHTS", "not-used")
+    assert "nowhere-at-all" in run("VIT_HTM")
+
+
+def killed_while_evaluating(world):
+    """A process of reproduce that is killed, once it has evaluated one row."""
+    code = textwrap.dedent(
+        f"""
+        import sys
+        import torch
+        from torchvision import datasets
+        torch.set_num_threads(1)  # as here: a row is kept on the same hardware
+        for owner, attributes in {world.replaced!r}.items():
+            for attribute, value in attributes.items():
+                setattr(getattr(datasets, owner), attribute, value)
+        from experiments import cli, reproduce
+        sys.exit(cli.run(reproduce.main))
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *world.words("--table", "cifar", "--data.batch_size", "1")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if "cct_cifar10_vtm.pth.tar" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(30)
+    process.stdout.close()
+    return lines
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_is_taken_up_again(world, run, evaluations):
+    killed_while_evaluating(world)
+    rows = rows_of(world)
+    assert rows["cct_cifar10_htm"]["ours"] is not None
+    assert rows["cct_cifar10_vtm"]["ours"] is None
+    run("--table", "cifar", "--data.batch_size", "1")
+    assert evaluations.names[0] == "cct_cifar10_vtm.pth.tar"
+    assert [p.name for p in world.results.iterdir() if "tmp" in p.name or "lock" in p.name] == []
+
+
+@pytest.mark.slow
+def test_a_vit_of_full_size(world, run, tmp_path):
+    """ViT-B/16 in the released format; 10 images of 5 classes."""
+    manifest = read_manifest(world.manifest)
+    content = {
+        "model": {"name": "vit_base_patch16_224", "image_size": 224},
+        "data": {
+            "dataset": "",
+            "root": str(Path(manifest.configs).parent / "data" / "imagenet"),
+            "batch_size": 4,
+            "workers": 0,
+        },
+        "device": "cpu",
+        "horizontal": {"layers": [3], "tau": 0.1, "rho": 0.01, "scorenet": "cls"},
+    }
+    path = write_yaml(tmp_path / "full" / "vit_full.yaml", content)
+    world.change("VIT_HTM", config=os.path.relpath(path, manifest.configs).removesuffix(".yaml"))
+    save_vit(world.weights / "VIT_HTM.bin", vit_state(5, htm=3))
+    start = time.monotonic()
+    run("VIT_HTM")
+    assert rows_of(world, "imagenet")["VIT_HTM"]["images"] == 10
+    print(f"{time.monotonic() - start:.1f} s")
+
+
+def test_the_configs_of_the_zoo_are_the_projects():
+    manifest = read_manifest()
+    assert manifest.configs == ROOT / "configs"
+    assert cct_config("cifar10", "HTM", ROOT)["horizontal"]["layers"] == [2]

@@ -1,0 +1,107 @@
+"""Studies: tables, pages and pictures are those of the records."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments.errors import DataError
+from experiments.reproduce import table as report
+from experiments.study import page
+from experiments.study.comparison import compare
+from experiments.study.page import markdown, table, verdict, write_report
+from experiments.study.plan import read_study
+from experiments.study.records import keep_record, read_records, records_path
+from tests.helpers.study_helper import ROOT, queue_of, record_of, write_study
+
+
+def example(folder, **figures):
+    """A study with records of the given variants: a list of top-1 by seed."""
+    found = read_study(write_study(folder, seeds=[1, 2, 3]))
+    return compare(
+        found,
+        [
+            record_of(found, variant, seed, top1)
+            for variant, values in figures.items()
+            for seed, top1 in enumerate(values, start=1)
+            if top1 is not None
+        ],
+    )
+
+
+def test_the_page_leaves_nothing_out_and_says_what_is_missing(tmp_path):
+    comparison = example(tmp_path, plain=[90.0, 91.0, 92.0], HTM=[91.5, None, 93.5])
+    text = markdown(comparison)
+    assert "**5 of 9 trainings are done**" in text
+    lines = [[c.strip() for c in row.split("|")[1:-1]] for row in table(comparison).splitlines()]
+    assert lines[2][:4] == ["plain", "3", "91.00 ± 1.00", "–"]
+    assert lines[3][:4] == ["HTM", "2", "92.50 ± 1.41", "+1.50 [+1.50, +1.50]"]
+    assert lines[4][:4] == ["mask", "0", "–", "–"] and lines[4][4] == "HTM"
+    for figure in ("90.00", "91.00", "92.00", "91.50", "93.50"):
+        assert figure in page.every_training(comparison)
+    assert "python -m experiments.study --study" in text and "a processor" in text
+    assert "commits: abc" in text and "torch 2" in text and "2026-11-25" in text
+    assert "beside plain: `horizontal.layers: [1]" in text
+
+
+def test_a_complete_study_says_so_and_its_words_follow_the_intervals(tmp_path):
+    noise = example(tmp_path, plain=[90.0, 91.0, 92.0], HTM=[91, 90, 92.5], mask=[80, 81, 82.1])
+    assert "All 9 trainings are done." in markdown(noise)
+    words = verdict(noise)
+    assert "to plain: 1 of 2 intervals exclude 0: mask (−9.97)" in words
+    assert "“against”: 1 of 1 intervals exclude 0: mask (−10.13)" in words
+    none = verdict(example(tmp_path, plain=[90.0, 91.0, 92.0], HTM=[91, 90, 92.5]))
+    assert "to plain: 0 of 1 intervals exclude 0." in none
+
+
+def test_records_of_what_the_study_no_longer_has_do_not_count(tmp_path):
+    found = read_study(write_study(tmp_path))
+    stray = dataclasses.replace(record_of(found, "HTM", 1, 99.0), variant="gone")
+    comparison = compare(found, [stray, record_of(found, "HTM", 1, 50.0)])
+    assert len(comparison.records) == 1 and "99.00" not in markdown(comparison)
+
+
+def test_report_writes_page_and_pictures_always_the_same(tmp_path):
+    queue = queue_of(tmp_path, write_study(tmp_path))
+    for seed, top1 in ((1, 50.0), (2, 52.0)):
+        keep_record(queue.path, queue.study, record_of(queue.study, "plain", seed, top1))
+        keep_record(queue.path, queue.study, record_of(queue.study, "HTM", seed, top1 + seed))
+    paths = write_report(queue.study, tmp_path / "results")
+    contents = [path.read_bytes() for path in paths]
+    assert [path.name for path in paths] == ["README.md", "study.svg", "study.png"]
+    assert contents[1].startswith(b"<?xml") and contents[2].startswith(b"\x89PNG")
+    assert [p.read_bytes() for p in write_report(queue.study, tmp_path / "results")] == contents
+
+
+def test_documents_show_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = read_study("configs/studies/digits.yaml")
+    for seed, variant in ((1, "plain"), (1, "HTM")):
+        record = record_of(found, variant, seed, 97.25)
+        keep_record(records_path(tmp_path, "digits"), found, record)
+    text = "a\n<!-- generated: study digits -->\nold\n<!-- end of what is generated -->\nz\n"
+    manifest = report_manifest()
+    made = report.regenerated(text, manifest, tmp_path)
+    assert "**2 of 40 trainings are done**" in made and "97.25" in made and "old" not in made
+    assert report.regenerated(made, manifest, tmp_path) == made
+    with pytest.raises(DataError, match="got study nothing"):
+        report.regenerated(text.replace("digits", "nothing"), manifest, tmp_path)
+
+
+def report_manifest():
+    from experiments.zoo.manifest import read_manifest
+
+    return read_manifest(ROOT / "weights" / "zoo.yaml")
+
+
+def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((ROOT / "results" / "studies").glob("*/records.jsonl")):
+        name = file.parent.name
+        found = read_study(f"configs/studies/{name}.yaml")
+        made = markdown(compare(found, read_records(file)))
+        assert (file.parent / "README.md").read_text() == made, f"{name}: --report makes it anew"
+        for record in read_records(file):
+            identity = found.identity(found.variants[record.variant], record.seed)
+            assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
+        assert all(json.loads(line) for line in file.read_text().splitlines())

@@ -1,0 +1,151 @@
+"""Studies: trainings in real runs and real processes, and their records."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.config_file import load_config
+from experiments.errors import ConfigError, DataError
+from experiments.study import __main__ as study
+from experiments.study.records import keep_record, read_records, records_path
+from experiments.study.training import _processor_seconds
+from experiments.training.distributed import ONE_PROCESS
+from experiments.training.metrics import read_metrics
+from experiments.training.run import Run
+from tests.helpers.runs_helper import HTM, write_config
+from tests.helpers.study_helper import ROOT, TINY, queue_of, record_of, write_study
+
+
+def words_of(folder, path, *more):
+    places = ["--output", str(folder / "runs"), "--results", str(folder / "results")]
+    return ["--study", str(path), *places, *more]
+
+
+def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
+    path = write_study(tmp_path)
+    study.main(words_of(tmp_path, path, "--run", "HTM/2"))
+    (record,) = read_records(records_path(tmp_path / "results", "tiny"))
+    folder = tmp_path / "runs" / "tiny" / "HTM" / "seed2"
+    rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
+    assert (record.variant, record.seed, record.epochs) == ("HTM", 2, 2)
+    assert record.top1 == pytest.approx(rows[-1]["top1"], abs=1e-4)
+    assert record.top1_by_epoch.keys() == {"1", "2"}
+    assert record.differences["horizontal.tau"] == HTM["tau"]
+    assert record.cpu_seconds > 0 and record.seconds > 0 and record.parts == 1
+    assert record.command.startswith(f"python -m experiments.study --study {path} --run HTM/2")
+    assert record.commit and record.versions["torch"] and record.hardware
+    # the ordinary trainer gives the same
+    overrides = {"seed": "2", "output": str(tmp_path / "plain")}
+    for key, value in HTM.items():
+        overrides[f"horizontal.{key}"] = str(value)
+    Run(load_config(tmp_path / "small.yaml", overrides), ONE_PROCESS).fit()
+    same = [row for row in read_metrics(tmp_path / "plain") if row["split"] == "validation"]
+    assert [row["loss"] for row in same] == [row["loss"] for row in rows]
+    # and the released mask gives another
+    study.main(words_of(tmp_path, path, "--run", "mask/2"))
+    records = read_records(records_path(tmp_path / "results", "tiny"))
+    assert [r.variant for r in records] == ["HTM", "mask"]
+    assert records[1].substitutions == ["released mask"]
+    assert records[1].loss != records[0].loss
+
+
+def test_processor_time_counts_processes_that_have_ended():
+    before = _processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
+    assert _processor_seconds() - before > 0.05
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    path = write_study(tmp_path)
+    queue = queue_of(tmp_path, path)
+    assert len(queue.missing()) == 6
+    keep_record(queue.path, queue.study, record_of(queue.study, "HTM", 1, 50.0))
+    assert [training.name for training in queue.missing()] == [
+        *("plain/1", "mask/1"),
+        *("plain/2", "HTM/2", "mask/2"),
+    ]
+    changed = queue_of(tmp_path, path, **{"schedule.lr": "0.9"})
+    with pytest.raises(ConfigError, match="HTM/1 with other settings"):
+        changed.missing()
+
+
+def test_the_same_training_is_taken_from_another_study(tmp_path):
+    first = queue_of(tmp_path, write_study(tmp_path))
+    keep_record(first.path, first.study, record_of(first.study, "HTM", 1, 51.0))
+    variants = {"none": {}, "same": {"set": {"horizontal": HTM}}}
+    path = write_study(tmp_path, name="other", variants=variants, plain="none", seeds=[1])
+    second = queue_of(tmp_path, path)
+    assert [training.name for training in second.missing()] == ["none/1"]
+    (record,) = read_records(second.path)
+    assert (record.study, record.variant, record.top1) == ("other", "same", 51.0)
+    assert record.taken_from == "tiny"
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    queue = queue_of(tmp_path, write_study(tmp_path))
+    keep_record(queue.path, queue.study, record_of(queue.study, "plain", 1, 50.0))
+    good = queue.path.read_text()
+    for bad in ("{", good.replace("50.0", '"50"', 1), good.replace('"top1"', '"top7"', 1)):
+        queue.path.write_text(good + bad.rstrip() + "\n")
+        with pytest.raises(DataError, match=r"records.jsonl, line 2: is damaged"):
+            read_records(queue.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_was_cut_off_goes_on(tmp_path, number):
+    """Real processes, two at a time: the result is that of a study that nobody stopped."""
+    base = {"data": {**TINY["data"], "batch_size": 32}, "schedule": {"epochs": 6}}
+    path = write_study(tmp_path, seeds=[1], config=str(write_config(tmp_path, "base", **base)))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert finished(started(words_of(whole, path, "--jobs", "2"))) == (0, "")
+    process = started(words_of(cut, path, "--jobs", "2"))
+    while not list(cut.glob("runs/tiny/*/seed1/checkpoints/step-*.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+    code, _ = finished(process)
+    assert code == (75 if number == signal.SIGTERM else -number)
+    records = records_path(cut / "results", "tiny")
+    assert len(read_records(records)) < 3
+    if number == signal.SIGTERM and records.exists():
+        assert "of 3 trainings are done" in (records.parent / "README.md").read_text()
+    assert finished(started(words_of(cut, path, "--jobs", "2"))) == (0, "")
+    ours, theirs = read_records(records), read_records(records_path(whole / "results", "tiny"))
+    assert [(r.variant, r.top1, r.loss) for r in ours] == [
+        (r.variant, r.top1, r.loss) for r in theirs
+    ]
+    assert len(ours) == 3
+    if number == signal.SIGTERM:
+        assert max(record.parts for record in ours) == 2
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_is_named(tmp_path):
+    path = write_study(tmp_path, seeds=[1], set={"schedule": {"lr": 1.0e30}})
+    code, error = finished(started(words_of(tmp_path, path)))
+    assert code == 3
+    assert "plain/1 ended with status 3, see" in error
+    log = tmp_path / "runs" / "tiny" / "plain" / "seed1" / "log.txt"
+    assert "is not finite" in log.read_text()
+
+
+def started(words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.study", *words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finished(process):
+    """Exit code and what was written to stderr."""
+    _, error = process.communicate()
+    return process.returncode, error

@@ -1,0 +1,368 @@
+"""Checkpoints: whole or absent, read without running anything, and strict about every key."""
+
+import argparse
+import contextlib
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments.checkpoint import (
+    load_checkpoint,
+    load_released,
+    load_weights,
+    refuse_changed_config,
+    save_checkpoint,
+    save_final_weights,
+)
+from experiments.config import as_plain
+from experiments.errors import CheckpointError, ConfigError
+from experiments.files import atomic_file, write_atomically
+from experiments.models.build import build_model
+from experiments.sealed import save_sealed
+from experiments.seeding import random_state, restore_random_state
+from experiments.weight_files import read_weights
+from tests.helpers.runs_helper import HTM, VTM, small_config
+from tokenmixup import HorizontalConfig, VerticalConfig, attach
+
+GOLDEN = Path(__file__).parent.parent / "data" / "cct_2_3x2_32_eval.npz"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return build_model(small_config(tmp_path, horizontal=HTM, vertical=VTM), 10)
+
+
+def other_model(tmp_path, **sections):
+    return build_model(small_config(tmp_path, **{"seed": 99, **sections}), 10)
+
+
+def same(first, second):
+    pairs = zip(first.items(), second.items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def golden_state():
+    with np.load(GOLDEN, allow_pickle=False) as arrays:
+        state = {
+            name.removeprefix("sd/"): torch.from_numpy(arrays[name])
+            for name in arrays.files
+            if name.startswith("sd/")
+        }
+        return state, torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["eval_logits"])
+
+
+def golden_model(scorenet=True):
+    host = timm.create_model("cct_2_3x2_32", num_classes=10)
+    horizontal = HorizontalConfig(layers=(0,), tau=0.1, rho=0.01) if scorenet else None
+    return attach(host, horizontal=horizontal, vertical=VerticalConfig(layers=(1,), kappa=2))
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def interrupted():
+        with atomic_file(path) as file:
+            file.write(b"half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_checkpoint_comes_back(tmp_path, model):
+    path = tmp_path / "last.pt"
+    content = {"model": model.state_dict(), "random": random_state(), "config": {"a": [1, None]}}
+    save_checkpoint(path, content)
+    loaded = load_checkpoint(path)
+    assert same(loaded["model"], model.state_dict())
+    assert loaded["config"] == {"a": [1, None]}
+
+
+def test_random_states_come_back(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"random": random_state()})
+    first = random.random(), np.random.rand(), torch.rand(())
+    random.gauss(0, 1)
+    restore_random_state(load_checkpoint(tmp_path / "a.pt")["random"])
+    assert (random.random(), np.random.rand(), torch.rand(())) == first
+
+
+def test_a_changed_config_is_refused_with_its_keys(tmp_path):
+    saved = as_plain(small_config(tmp_path, horizontal=HTM))
+    now = as_plain(small_config(tmp_path, "moved", seed=5, data={"workers": 3}))
+    with pytest.raises(ConfigError) as caught:
+        refuse_changed_config(tmp_path / "last.pt", saved, now)
+    message = str(caught.value)
+    assert "seed: 42 there, 5 now" in message
+    assert "horizontal.tau: 0.3 there, None now" in message
+    assert "output" not in message.replace("--output", "")
+    assert "workers" not in message
+    assert "--allow-changed horizontal.layers" in message
+    assert refuse_changed_config(tmp_path / "last.pt", saved, saved) == []
+
+
+def test_named_keys_of_a_config_may_change(tmp_path):
+    saved = as_plain(small_config(tmp_path))
+    now = as_plain(small_config(tmp_path, seed=5, schedule={"lr": 1.0}))
+    told = refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed", "schedule.lr"])
+    assert told == ["schedule.lr: 0.002 there, 1.0 now", "seed: 42 there, 5 now"]
+    with pytest.raises(ConfigError, match=r"schedule\.lr: 0\.002 there, 1\.0 now; choose"):
+        refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed"])
+    with pytest.raises(ConfigError, match=r"--allow-changed: data\.rot is as it was"):
+        refuse_changed_config(tmp_path / "a.pt", saved, now, ["seed", "schedule.lr", "data.rot"])
+
+
+def test_final_weights_are_plain_and_repeat_byte_for_byte(tmp_path, model):
+    for name in ("a", "b"):
+        save_final_weights(tmp_path / name, model)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert load_file(tmp_path / "a").keys() == model.state_dict().keys()
+
+
+def test_own_files_load_into_a_fresh_model(tmp_path, model):
+    save_final_weights(tmp_path / "final.safetensors", model)
+    save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict()})
+    torch.save(model.state_dict(), tmp_path / "state.bin")
+    kinds = []
+    for name in ("final.safetensors", "last.pt", "state.bin"):
+        fresh = other_model(tmp_path, horizontal=HTM, vertical=VTM)
+        assert not same(fresh.state_dict(), model.state_dict())
+        loaded = load_weights(fresh, tmp_path / name)
+        assert same(fresh.state_dict(), model.state_dict())
+        assert loaded.left_out == ()
+        kinds.append(loaded.kind)
+    assert kinds == ["safetensors", "checkpoint of a run", "state dict"]
+
+
+def test_a_plain_hosts_weights_leave_the_scorenets_and_say_so(tmp_path, model):
+    host = other_model(tmp_path).detach()
+    save_file(host.state_dict(), tmp_path / "host.safetensors")
+    before = {k: v.clone() for k, v in model.scorenets.state_dict().items()}
+    loaded = load_weights(model, tmp_path / "host.safetensors")
+    assert same(model.backbone.state_dict(), host.state_dict())
+    assert same(model.scorenets.state_dict(), before)
+    assert loaded.left_out == tuple(f"scorenets.{name}" for name in before)
+
+
+def test_a_baselines_weights_load_into_its_plain_host(tmp_path):
+    baseline, host = other_model(tmp_path), other_model(tmp_path, seed=3).detach()
+    save_final_weights(tmp_path / "final.safetensors", baseline)
+    load_weights(host, tmp_path / "final.safetensors")
+    assert same(host.state_dict(), baseline.backbone.state_dict())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_released_checkpoint_of_timm(tmp_path, legacy):
+    state, images, logits = golden_state()
+    arguments = argparse.Namespace(model="cct_2_3x2_32", lr=6e-4, betas=(0.9, 0.99), aa=None)
+    content = {"epoch": 3, "arch": "cct", "state_dict": state, "args": arguments, "metric": 83.5}
+    path = tmp_path / "cct_cifar100_htm.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    model = golden_model().eval()
+    assert load_weights(model, path).kind == "released checkpoint"
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_released_bare_state_dict(tmp_path):
+    state, images, logits = golden_state()
+    torch.save(state, tmp_path / "weights.bin")
+    model = golden_model().eval()
+    assert load_weights(model, tmp_path / "weights.bin").unused == ()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
+    load_released(golden_model(), state)
+
+
+def test_a_released_scorenet_is_named_where_it_is_not_used(tmp_path):
+    state, images, logits = golden_state()
+    torch.save(state, tmp_path / "weights.bin")
+    model = golden_model(scorenet=False).eval()
+    unused = load_weights(model, tmp_path / "weights.bin").unused
+    assert "classifier.blocks.0.small_h_fc.weight" in unused
+    assert len(unused) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_released_checkpoint_with_a_key_too_many(tmp_path):
+    state, _, _ = golden_state()
+    torch.save({"state_dict": {**state, "classifier.more": torch.ones(1)}}, tmp_path / "a.pth.tar")
+    with pytest.raises(CheckpointError, match=r"a\.pth\.tar.*classifier\.more"):
+        load_weights(golden_model(), tmp_path / "a.pth.tar")
+
+
+def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path, model):
+    state = model.state_dict()
+    path = tmp_path / "a.bin"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"without a place in the model: scorenets\.1\."):
+        load_weights(other_model(tmp_path), path)
+    torch.save({k: v for k, v in state.items() if k != "backbone.head.bias"}, path)
+    with pytest.raises(CheckpointError, match=r"missing in the file: backbone\.head\.bias"):
+        load_weights(model, path)
+    torch.save({**state, "backbone.head.bias": torch.zeros(7)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.head\.bias is \(7,\) in the file and \(10,\)"
+    ):
+        load_weights(model, path)
+    before = {k: v.clone() for k, v in state.items()}
+    assert same(model.state_dict(), before), "a refused file changes nothing"
+
+
+class Gadget:
+    """Would run a command while it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def malicious_zip(path, trap):
+    torch.save({"state_dict": Gadget(trap)}, path)
+
+
+def malicious_pickle(path, trap):
+    path.write_bytes(pickle.dumps(Gadget(trap), protocol=2))
+
+
+def malicious_newer_pickle(path, trap):
+    path.write_bytes(pickle.dumps(Gadget(trap), protocol=4))
+
+
+def malicious_and_sealed(path, trap):
+    save_sealed(path, {"format": "tokenmixup.run", "version": 2, "model": Gadget(trap)})
+
+
+@pytest.mark.parametrize(
+    ("load", "write"),
+    [
+        (read_weights, malicious_zip),
+        (read_weights, malicious_pickle),
+        (read_weights, malicious_newer_pickle),
+        (read_weights, malicious_and_sealed),
+        (load_checkpoint, malicious_and_sealed),
+    ],
+)
+def test_nothing_in_a_file_runs(tmp_path, write, load):
+    path, trap = tmp_path / "a.pth.tar", tmp_path / "trap"
+    write(path, trap)
+    with pytest.raises(CheckpointError, match="is refused") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert not trap.exists()
+
+
+def html(path):
+    path.write_text("\n<!DOCTYPE html><html><title>Quota exceeded</title></html>")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("these are no weights")
+
+
+def cut_zip(path):
+    torch.save({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def cut_safetensors(path):
+    save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def cut_header(path):
+    path.write_bytes((5000).to_bytes(8, "little") + b'{"a":')
+
+
+def cut_legacy(path):
+    torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
+
+
+def arrays(path):
+    with path.open("wb") as file:
+        np.savez(file, a=np.ones(3))
+
+
+def plain_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def number(path):
+    torch.save(3, path)
+
+
+def nested(path):
+    torch.save({"optimizer": {"lr": 3}}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (html, "web page"),
+        (empty, "is empty"),
+        (text, "no checkpoint"),
+        (cut_zip, "damaged or cut off"),
+        (cut_safetensors, "damaged or cut off"),
+        (cut_header, "cut off"),
+        (cut_legacy, "refused or damaged"),
+        (bomb, "compressed"),
+        (arrays, "npz"),
+        (plain_zip, "without weights"),
+        (number, "holds a int"),
+        (nested, "no state dict"),
+    ],
+)
+def test_files_that_hold_no_weights(tmp_path, model, write, message):
+    path = tmp_path / "file.pth.tar"
+    write(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(model, path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path, model):
+    with pytest.raises(CheckpointError, match=r"nothing\.pt: cannot read the checkpoint: No such"):
+        load_weights(model, tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        load_weights(model, tmp_path)
+
+
+def test_damage_anywhere_is_an_error_or_changes_numbers_alone(tmp_path, model):
+    """Whatever byte is wrong: one clear line, never another exception."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": model.state_dict()})
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            read_weights(path)

@@ -1,0 +1,304 @@
+"""Whatever a person gets wrong gives exit code 2 and one line that says what and where."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import cli, compare, evaluate, train
+from tests.helpers.runs_helper import HTM, write_config
+
+MODULES = {"train": train, "evaluate": evaluate, "compare": compare}
+
+
+def fails(capsys, module, *words):
+    """Run an entry point that must fail, and return its one line."""
+    code = cli.run(MODULES[module].main, [str(word) for word in words])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error
+
+
+# (what is written in the file, what the line must say beside the file's name)
+IN_THE_FILE = {
+    "unknown section": ("modell: {name: a}", "'modell': unknown key; the nearest is model"),
+    "unknown key": (
+        "schedule: {epoch: 3}",
+        "'schedule.epoch': unknown key; the nearest is schedule.epochs",
+    ),
+    "key in the wrong section": (
+        "data: {epochs: 3}",
+        "'data.epochs': unknown key; the nearest is schedule.epochs",
+    ),
+    "key at the top": ("weight_decay: 0.1", "the nearest is optimizer.weight_decay"),
+    "unknown key of an optional section": (
+        "horizontal: {tauu: 1}",
+        "the nearest is horizontal.tau",
+    ),
+    "key twice": ("seed: 1\nseed: 2", "line 2: the key 'seed' stands twice"),
+    "alias": ("data: &a {workers: 0}\nmodel: *a", "line 2: aliases are not allowed"),
+    "broken YAML": ("data: {workers: 0", "line 1"),
+    "a list": ("[1, 2]", "got [1, 2]; allowed: keys with values"),
+    "section without keys": (
+        "schedule: 3",
+        "schedule: got 3; allowed: a section with the keys name",
+    ),
+    "python object": (
+        "seed: !!python/object:os.system {}",
+        "the tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",
+    ),
+    "nesting": ("data: " + "[" * 3000, "nested too deeply"),
+    "text for a number": (
+        "schedule: {epochs: many}",
+        "schedule.epochs: got 'many'; allowed: a whole number",
+    ),
+    "number for a flag": ("compile: 3", "compile: got 3; allowed: true or false"),
+    "list for a number": ("schedule: {lr: [1]}", "schedule.lr: got [1]; allowed: a number"),
+    "number for text": ("model: {name: 3}", "model.name: got 3; allowed: text"),
+    "fraction for a count": (
+        "data: {batch_size: 2.5}",
+        "data.batch_size: got 2.5; allowed: a whole number",
+    ),
+    "unknown device": ("device: tpu", "device: got 'tpu'; allowed: one of auto, cpu, cuda"),
+    "unknown precision": (
+        "precision: fp8",
+        "precision: got 'fp8'; allowed: one of fp32, bf16, fp16",
+    ),
+    "no epochs": (
+        "schedule: {epochs: 0}",
+        "schedule.epochs: got 0; allowed: a whole number from 1",
+    ),
+    "negative rate": (
+        "schedule: {lr: -1}",
+        "schedule.lr: got -1.0; allowed: a finite number above 0",
+    ),
+    "rate that is no number": ("schedule: {lr: .nan}", "schedule.lr: got nan"),
+    "infinite decay": ("optimizer: {weight_decay: .inf}", "optimizer.weight_decay: got inf"),
+    "negative seed": ("seed: -1", "seed: got -1; allowed: a whole number from 0"),
+    "no images a batch": ("data: {batch_size: 0}", "data.batch_size: got 0"),
+    "negative workers": ("data: {workers: -1}", "data.workers: got -1"),
+    "crop range upside down": ("data: {scale: [1, 0.5]}", "data.scale: got (1.0, 0.5)"),
+    "three means": (
+        "data: {mean: [1, 2]}",
+        "data.mean: got [1, 2]; allowed: null or a list of 3, each item a number",
+    ),
+    "probability above one": (
+        "data: {hflip: 2}",
+        "data.hflip: got 2.0; allowed: a finite number from 0 up to 1",
+    ),
+    "unknown interpolation": ("data: {interpolation: magic}", "data.interpolation: got 'magic'"),
+    "smoothing of one": ("mixup: {label_smoothing: 1}", "mixup.label_smoothing: got 1.0"),
+    "odd batch with Mixup": (
+        "mixup: {mixup_alpha: 1}\ndata: {batch_size: 3}",
+        "data.batch_size: got 3; allowed: for Mixup and CutMix, an even number",
+    ),
+    "parts that do not divide": (
+        "data: {batch_size: 128, micro_batch: 3}",
+        "data.micro_batch: got 3; allowed: a divisor of data.batch_size",
+    ),
+    "minimum of a constant": (
+        "schedule: {name: constant, min_lr: 1.0}",
+        "schedule.min_lr: got 1.0",
+    ),
+    "dropout of one": ("model: {drop_rate: 1}", "model.drop_rate: got 1.0"),
+    "argument with a field": ("model: {kwargs: {img_size: 3}}", "model.kwargs: got 'img_size'"),
+    "tau below zero": ("horizontal: {layers: [1], tau: -1, rho: 0}", "horizontal.tau"),
+    "rho below zero": ("horizontal: {layers: [1], tau: 0.1, rho: -1}", "horizontal.rho"),
+    "tau is missing": ("horizontal: {layers: [1], rho: 0}", "horizontal.tau is needed"),
+    "layers are missing": ("horizontal: {tau: 0.1, rho: 0}", "horizontal.layers: missing"),
+    "no layers": ("horizontal: {layers: [], tau: 0.1, rho: 0}", "horizontal.layers"),
+    "layer below zero": ("horizontal: {layers: [-1], tau: 0.1, rho: 0}", "horizontal.layers"),
+    "layer twice": ("horizontal: {layers: [1, 1], tau: 0.1, rho: 0}", "horizontal.layers"),
+    "unknown pooling": (
+        "horizontal: {layers: [1], tau: 0.1, rho: 0, scorenet: max}",
+        "horizontal.scorenet: got 'max'; allowed: null or one of attention, cls, average",
+    ),
+    "VTM at the first layer": ("vertical: {layers: [0], kappa: 1}", "vertical.layers"),
+    "no tokens": ("vertical: {layers: [1], kappa: 0}", "vertical.kappa"),
+    # what only the model or the data set knows
+    "layer beyond the model": (
+        "horizontal: {layers: [2], tau: 0.1, rho: 0}\nmodel: {name: cct_2_3x2_32}",
+        "horizontal.layers names layer 2, but the model has 2 layers",
+    ),
+    "more tokens than there are": (
+        "vertical: {layers: [1], kappa: 65}\nmodel: {name: cct_2_3x2_32}",
+        "vertical.kappa is 65, but a layer has only 64 patch tokens",
+    ),
+    "class token that is not there": (
+        "horizontal: {layers: [1], tau: 0.1, rho: 0, scorenet: cls}\nmodel: {name: cct_2_3x2_32}",
+        "horizontal.scorenet: ScoreNet's pooling 'cls' reads the class token",
+    ),
+    "unknown model": (
+        "model: {name: cct_2_3x2_33}",
+        "model.name: got 'cct_2_3x2_33', which timm does not know; the nearest is cct_2_3x2_32",
+    ),
+    "unsupported model": ("model: {name: resnet18}", "model.name: got 'resnet18'"),
+    "argument that the model lacks": (
+        "model: {name: cct_2_3x2_32, kwargs: {colour: 3}}",
+        "model: 'cct_2_3x2_32' cannot be built with image_size 32, colour 3",
+    ),
+    "wrong number of classes": ("model: {num_classes: 7}", "model.num_classes: got 7; allowed: 10"),
+    "unknown optimiser": (
+        "optimizer: {name: adamx}",
+        "optimizer.name: got 'adamx', which timm does not know",
+    ),
+    "momentum for AdamW": (
+        "optimizer: {momentum: 0.9}",
+        "optimizer.momentum: got 0.9; allowed: null",
+    ),
+    "unknown split": (
+        "data: {train_split: tran}\nmodel: {name: cct_2_3x2_32}",
+        "split 'tran' is unknown; allowed: train",
+    ),
+    "unknown augmentation": (
+        "data: {auto_augment: nonsense}\nmodel: {name: cct_2_3x2_32}",
+        "data.auto_augment: got 'nonsense'",
+    ),
+    "batch larger than the data set": (
+        "data: {batch_size: 2000}\nmodel: {name: cct_2_3x2_32}",
+        "data.batch_size: got 2000; allowed: up to the 1442 images",
+    ),
+    "unknown data set": (
+        "data: {dataset: torch/nonsense}\nmodel: {num_classes: 3}",
+        "torch/nonsense",
+    ),
+    "streamed data set": (
+        "data: {dataset: hfids/a}\nmodel: {num_classes: 3}",
+        "'hfids/a', which is read as a stream",
+    ),
+    "missing data set": (
+        "data: {dataset: torch/cifar100, download: false, root: nowhere}",
+        "data set torch/cifar100, split train: expected in",
+    ),
+    "missing folder of images": (
+        "data: {dataset: '', root: nowhere}\nmodel: {num_classes: 3}",
+        "set data.root to the folder that holds it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_FILE)
+def test_mistakes_in_the_file(case, tmp_path, capsys):
+    content, message = IN_THE_FILE[case]
+    path = tmp_path / "experiment.yaml"
+    path.write_text(content)
+    error = fails(capsys, "train", "--config", path, "--output", tmp_path / "run")
+    assert str(path) in error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+ON_THE_COMMAND_LINE = {
+    "no config": ([], "--config: missing"),
+    "missing file": (
+        ["--config", "nothing.yaml"],
+        "nothing.yaml: cannot read the config: No such file",
+    ),
+    "a folder": (["--config", "."], "Is a directory"),
+    "word without a key": (["--config", "FILE", "more"], "'more': expected --config FILE"),
+    "unknown option": (
+        ["--config", "FILE", "--epochs", "3"],
+        "--epochs: unknown option; the nearest is schedule.epochs",
+    ),
+    "misspelt key": (
+        ["--config", "FILE", "--schedule.epoch", "3"],
+        "the nearest is schedule.epochs",
+    ),
+    "option without value": (["--config", "FILE", "--seed"], "--seed: a value must follow"),
+    "option before another": (
+        ["--config", "FILE", "--seed", "--device", "cpu"],
+        "--seed: a value must follow",
+    ),
+    "option twice": (["--config", "FILE", "--seed", "1", "--seed=2"], "--seed: given twice"),
+    "wrong type": (
+        ["--config", "FILE", "--seed", "x"],
+        "command line: seed: got 'x'; allowed: a whole number",
+    ),
+    "impossible value": (
+        ["--config", "FILE", "--schedule.epochs", "-3"],
+        "command line: schedule.epochs: got -3",
+    ),
+    "a section": (["--config", "FILE", "--schedule", "3"], "--schedule: unknown option"),
+    "half a section": (["--config", "FILE", "--vertical.kappa", "3"], "vertical.layers: missing"),
+    "checkpoint in training": (
+        ["--config", "FILE", "--checkpoint", "a"],
+        "--checkpoint: unknown option",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ON_THE_COMMAND_LINE)
+def test_mistakes_on_the_command_line(case, tmp_path, capsys):
+    words, message = ON_THE_COMMAND_LINE[case]
+    path = str(write_config(tmp_path))
+    error = fails(capsys, "train", *(path if word == "FILE" else word for word in words))
+    assert message in error
+
+
+def test_a_config_that_is_no_text(tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00seed")
+    assert "is not text" in fails(capsys, "train", "--config", path)
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = write_config(tmp_path)
+    error = fails(capsys, "train", "--config", path, "--output", tmp_path / "file" / "run")
+    assert "output: cannot write the run folder" in error
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = write_config(tmp_path)
+    error = fails(capsys, "train", "--config", path, "--device", "cuda")
+    assert "torch finds no CUDA device" in error
+
+
+def damaged_run(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-00000011.pt").write_bytes(b"PK\x03\x04 cut off")
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_of_the_run(tmp_path, capsys):
+    run = damaged_run(tmp_path)
+    error = fails(capsys, "train", "--config", write_config(tmp_path), "--output", run)
+    assert "step-00000011.pt: is damaged or cut off" in error
+    assert "no checkpoint of" in error and "choose another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--checkpoint: missing"),
+        (["--checkpoint", "nothing.pt"], "nothing.pt: cannot read the checkpoint: No such file"),
+        (["--checkpoint", "FILE"], "is no checkpoint"),
+        (["--checkpoint", "FILE", "--json=yes"], "--json: takes no value"),
+    ],
+)
+def test_mistakes_in_evaluation(words, message, tmp_path, capsys):
+    path = write_config(tmp_path, horizontal=HTM)
+    words = [path if word == "FILE" else word for word in words]
+    assert message in fails(capsys, "evaluate", "--config", path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no run folders were given"),
+        (["nowhere"], "nowhere: holds no run that was trained and evaluated"),
+        (["nowhere", "--out", "x"], "--out: unknown option; the nearest is output"),
+    ],
+)
+def test_mistakes_in_comparison(words, message, capsys):
+    assert message in fails(capsys, "compare", *words)
+
+
+def test_there_are_enough_cases():
+    assert len(IN_THE_FILE) + len(ON_THE_COMMAND_LINE) >= 30
+    assert not Path("nowhere").exists()

@@ -1,0 +1,159 @@
+"""The released names, against what the authors' code computes (tests/data/README.md)."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import experiments.models  # registers CCT
+import tokenmixup
+from experiments.released import is_released, load_released
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def cct(**kwargs):
+    return timm.create_model("cct_2_3x2_32", num_classes=10, **kwargs)
+
+
+def vit(**kwargs):
+    return timm.create_model(
+        "vit_base_patch16_224",
+        img_size=64,
+        embed_dim=48,
+        depth=4,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=10,
+        **kwargs,
+    )
+
+
+def attached(family):
+    host, horizontal, pooling, vertical = {
+        "cct": (cct(), 0, "attention", 1),
+        "vit": (vit(), 1, "cls", 2),
+    }[family]
+    return tokenmixup.attach(
+        host,
+        horizontal=tokenmixup.HorizontalConfig(
+            layers=(horizontal,), tau=0.1, rho=0.003, scorenet=pooling
+        ),
+        vertical=tokenmixup.VerticalConfig(layers=(vertical,), kappa=3),
+    )
+
+
+def golden(family):
+    name = {"cct": "cct_2_3x2_32_eval.npz", "vit": "vit_tiny_eval.npz"}[family]
+    with np.load(DATA / name, allow_pickle=False) as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    state_dict = {k.removeprefix("sd/"): v for k, v in arrays.items() if k.startswith("sd/")}
+    return state_dict, arrays["x"], arrays["eval_logits"]
+
+
+FAMILIES = pytest.mark.parametrize("family", ["cct", "vit"])
+
+
+@FAMILIES
+def test_golden_evaluation_of_a_plain_host(family):
+    state_dict, images, logits = golden(family)
+    model = {"cct": cct, "vit": vit}[family]()
+    report = load_released(model, state_dict)
+    assert set(report.loaded) == set(model.state_dict())
+    scorenet = [name for name in state_dict if "small_h" in name or "scorenet" in name]
+    assert sorted(report.unused) == sorted(scorenet) and scorenet
+    torch.testing.assert_close(model.eval()(images), logits, rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+def test_golden_evaluation_with_tokenmixup_attached(family):
+    state_dict, images, logits = golden(family)
+    model = attached(family)
+    report = load_released(model, state_dict)
+    assert set(report.loaded) == set(model.state_dict()) and report.unused == ()
+    torch.testing.assert_close(model.eval()(images), logits, rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+def test_every_tensor_arrives_where_it_belongs(family):
+    # Each released tensor filled with a number of its own must be found again, wholly, in ours.
+    state_dict, _, _ = golden(family)
+    marked = {n: torch.full_like(t, 1.0 + i) for i, (n, t) in enumerate(state_dict.items())}
+    model = attached(family)
+    load_released(model, marked)
+    found = torch.cat([t.flatten() for t in model.state_dict().values()])
+    for tensor in marked.values():
+        assert (found == tensor.flatten()[0]).sum() == tensor.numel()
+    assert len(found) == sum(t.numel() for t in marked.values())
+
+
+@FAMILIES
+@pytest.mark.parametrize("make", ["plain", "attached"])
+def test_a_failed_load_changes_nothing(family, make):
+    state_dict, _, _ = golden(family)
+    model = {"cct": cct, "vit": vit}[family]() if make == "plain" else attached(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dropped = next(name for name in state_dict if name.endswith("norm.weight"))
+    with pytest.raises(ValueError, match=r"nothing in the state dict fills .*norm\d?\.weight"):
+        load_released(model, {n: t for n, t in state_dict.items() if n != dropped})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "family, edit, message",
+    [
+        ("cct", lambda s: s | {"classifier.mask": torch.ones(1)}, "classifier.mask"),
+        ("vit", lambda s: s | {"transformer.extra": torch.ones(1)}, "transformer.extra"),
+        (
+            "cct",
+            lambda s: s | {"classifier.fc.bias": torch.ones(7)},
+            r"classifier.fc.bias .*\(7,\)",
+        ),
+        (
+            "cct",
+            lambda s: {n: t for n, t in s.items() if "attn.key" not in n},
+            "stand without its key",
+        ),
+        (
+            "cct",
+            lambda s: s | {"classifier.blocks.1.self_attn.qkv.weight": torch.ones(384, 128)},
+            "beside a joint qkv",
+        ),
+        (
+            "cct",
+            lambda s: s | {"classifier.blocks.2.norm1.weight": torch.ones(128)},
+            "classifier.blocks.2.norm1.weight has no place",
+        ),
+        ("vit", lambda s: {"a": torch.ones(1), "b": torch.ones(1)}, "none of the released names"),
+    ],
+)
+def test_what_cannot_be_accounted_for_is_named(family, edit, message):
+    state_dict, _, _ = golden(family)
+    with pytest.raises(ValueError, match=message):
+        load_released(attached(family), edit(state_dict))
+
+
+def test_scorenet_at_another_layer_is_an_error():
+    state_dict, _, _ = golden("vit")
+    model = tokenmixup.attach(
+        vit(),
+        horizontal=tokenmixup.HorizontalConfig(layers=(2,), tau=0.1, rho=0.003, scorenet="cls"),
+    )
+    with pytest.raises(ValueError, match=re.escape("layer.1.scorenet.weight has no place")):
+        load_released(model, state_dict)
+
+
+def test_released_learned_embedding_does_not_fit_an_honest_sine_model():
+    state_dict, _, _ = golden("cct")
+    model = timm.create_model("cct_2_3x2_32_sine", num_classes=10)
+    with pytest.raises(ValueError, match=r"classifier\.positional_emb has no place"):
+        load_released(model, state_dict)
+
+
+def test_is_released():
+    assert is_released(golden("cct")[0]) and is_released(golden("vit")[0])
+    assert not is_released(cct().state_dict())
+    assert experiments.models.CCT_NAMES

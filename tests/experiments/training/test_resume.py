@@ -1,0 +1,266 @@
+"""A run that is cut anywhere goes on to the same bytes, from the newest whole checkpoint."""
+
+import itertools
+import json
+import pkgutil
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.checkpoint import load_checkpoint
+from experiments.errors import CheckpointError, ConfigError, SavedAndStopped
+from experiments.training import run as runs
+from experiments.training.distributed import ONE_PROCESS
+from experiments.training.metrics import CLOCK_VALUES, read_metrics
+from experiments.training.run_folder import RunFolder
+from experiments.training.stopping import StopRequests
+from tests.helpers.runs_helper import HTM, VTM, small_config
+
+SECTIONS = {
+    "horizontal": HTM,
+    "vertical": VTM,
+    "model": {"attn_drop_rate": 0.1, "drop_path_rate": 0.1},
+    "schedule": {"epochs": 2},
+    # 11 steps an epoch, and 4 batches of validation
+    "data": {"train_split": "tune_validation", "batch_size": 25, "eval_batch_size": 100},
+}
+
+
+class StopAt(StopRequests):
+    """Asks a run to stop when it looks for the n-th time: 11 steps, 4 batches of evaluation."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.looks = look
+
+    @property
+    def reason(self):
+        self.looks -= 1
+        return "the test" if self.looks <= 0 else None
+
+
+def fit(folder, stop=None, allow_changed=(), **sections):
+    config = small_config(folder, "run", **{**SECTIONS, **sections})
+    runs.Run(config, ONE_PROCESS).fit(stop, allow_changed)
+    return Path(config.output)
+
+
+def outcome(folder):
+    """All that must not depend on where a run was cut."""
+    rows = [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(folder)]
+    newest = load_checkpoint(RunFolder(folder).saved()[0])
+    return (folder / "final.safetensors").read_bytes(), rows, newest["progress"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return outcome(fit(tmp_path_factory.mktemp("undisturbed")))
+
+
+@pytest.mark.parametrize("look", [1, 11, 13, 17, 30])
+def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undisturbed, look):
+    with pytest.raises(SavedAndStopped, match="the test: saved after step"):
+        fit(tmp_path, StopAt(look))
+    assert not (tmp_path / "output" / "run" / "final.safetensors").exists()
+    assert json.loads((tmp_path / "output" / "run" / "heartbeat.json").read_text())["state"] == (
+        "stopped"
+    )
+    torch.rand(3), random.random()  # whatever another process has drawn
+    assert outcome(fit(tmp_path)) == undisturbed
+
+
+def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed):
+    for _ in range(10):
+        try:
+            folder = fit(tmp_path, StopAt(7))
+            break
+        except SavedAndStopped:
+            continue
+    assert outcome(folder) == undisturbed
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("experiments.training.run:evaluate", 2),
+        ("experiments.files:os.replace", 3),  # within the writing of a checkpoint
+        ("experiments.files:os.fsync", 6),
+        ("experiments.training.run:save_final_weights", 1),
+        ("experiments.training.metrics:Recorder.write", 7),
+    ],
+)
+def test_a_crash_costs_no_more_than_the_steps_since_the_checkpoint(
+    tmp_path, monkeypatch, undisturbed, where, call
+):
+    original, calls = pkgutil.resolve_name(where), itertools.count(1)
+
+    def crashing(*arguments, **keywords):
+        if next(calls) == call:
+            raise Crash
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where.replace(":", "."), crashing)
+        with pytest.raises(Crash):
+            fit(tmp_path, checkpoint={"every_steps": 4})
+    assert outcome(fit(tmp_path, checkpoint={"every_steps": 4})) == undisturbed
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """A run that was stopped in its second epoch; it has two checkpoints."""
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(19))
+    return tmp_path
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_set_aside(
+    cut, undisturbed, capsys
+):
+    newest, before = RunFolder(cut / "output" / "run").saved()
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    folder = fit(cut)
+    told = capsys.readouterr().err
+    assert f"{newest}: is damaged or cut off: its content does not match its checksum" in told
+    assert f"going on from the one before: {before}" in told
+    assert newest.with_name(newest.name + ".damaged").read_bytes() == content
+    assert outcome(folder) == undisturbed
+
+
+def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(cut):
+    saved = RunFolder(cut / "output" / "run").saved()
+    for path in saved:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: to begin anew"):
+        fit(cut)
+    assert RunFolder(cut / "output" / "run").saved() == saved
+
+
+def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):
+    changed = {"optimizer": {"weight_decay": 0.1}}
+    with pytest.raises(ConfigError, match=r"optimizer\.weight_decay: 0\.05 there, 0\.1 now"):
+        fit(cut, **changed)
+    folder = fit(cut, allow_changed=["optimizer.weight_decay"], **changed)
+    assert "goes on with another config: optimizer.weight_decay" in capsys.readouterr().err
+    newest = load_checkpoint(RunFolder(folder).saved()[0])
+    decays = {group["weight_decay"] for group in newest["optimizer"]["param_groups"]}
+    assert decays == {0.0, 0.1}
+    assert newest["config"]["optimizer"]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("allowed", [(), ("optimizer.name",), ("optimizer.name", "seed")])
+def test_another_optimiser_is_refused_whatever_is_allowed(cut, allowed):
+    changed = {"optimizer": {"name": "sgd"}, **({"seed": 3} if "seed" in allowed else {})}
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.name: 'adamw' there, 'sgd' now: its state is of that optimiser; set .* "
+        r"--model\.weights .*step-\d+\.pt",
+    ):
+        fit(cut, allow_changed=allowed, **changed)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_the_optimiser_computes_as_this_device_wants_it(cut, implementation):
+    """A checkpoint of a CPU says fused: null, which would be slow on a GPU, and the reverse."""
+    run = runs.Run(small_config(cut, "run", **SECTIONS), ONE_PROCESS)
+    groups = run.learner.optimizer.param_groups
+    assert not groups[0][implementation]
+    for group in groups:
+        group[implementation] = True
+    run.fit()
+    assert all(group[implementation] is True for group in groups)
+    for state in run.learner.optimizer.state.values():
+        assert state["step"] == 22, "the state was taken over"
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "fp16"), ("fp16", "bf16")])
+def test_another_precision_may_go_on(tmp_path, precisions):
+    before, after = precisions
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(13), precision=before)
+    folder = fit(tmp_path, allow_changed=["precision"], precision=after)
+    scaler = load_checkpoint(RunFolder(folder).saved()[0])["scaler"]
+    assert bool(scaler) == (after == "fp16")
+
+
+def test_weights_of_fewer_epochs_do_not_tell_that_a_longer_run_is_done(tmp_path):
+    folder = fit(tmp_path, schedule={"epochs": 1})
+    longer = {"allow_changed": ["schedule.epochs"], "schedule": {"epochs": 3}}
+    before = (folder / "final.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="another experiment"):
+        fit(tmp_path, schedule={"epochs": 3})
+    assert (folder / "final.safetensors").read_bytes() == before, "a refusal changes nothing"
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(2), **longer)
+    assert not (folder / "final.safetensors").exists()
+
+
+def test_an_epoch_of_another_length_cannot_be_continued(cut):
+    with pytest.raises(
+        ConfigError, match=r"had 285 images and 11 steps an epoch, and .* 285 images and 5"
+    ):
+        fit(cut, allow_changed=["data.batch_size"], data={**SECTIONS["data"], "batch_size": 50})
+
+
+def test_there_must_be_a_run_whose_config_is_said_to_change(tmp_path):
+    with pytest.raises(ConfigError, match=r"--allow-changed: .* holds no run to go on with"):
+        fit(tmp_path, allow_changed=["seed"])
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    folder = fit(tmp_path, checkpoint={"every_steps": 2, "keep": 2})
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step-00000020.pt",
+        "step-00000022.pt",
+    ]
+
+
+def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging = {"interval": 3, "tensorboard": True}
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(8), logging=logging)
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, StopAt(12), logging=logging)
+    folder = fit(tmp_path, logging=logging)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [3, 6, 9, 11, 14, 17, 20, 22]
+    for split, value in (("train", "loss"), ("validation", "top1")):
+        shown = [(event.step, event.value) for event in events.Scalars(f"{split}/{value}")]
+        wanted = [(row["step"], pytest.approx(row[value])) for row in rows if row["split"] == split]
+        assert shown == wanted
+
+
+def test_rows_that_someone_removed_are_told(cut, capsys):
+    (cut / "output" / "run" / "metrics.jsonl").unlink()
+    fit(cut)
+    assert "5 of the 5 rows that the checkpoint counted are missing" in capsys.readouterr().err
+
+
+def test_what_a_crash_left_half_written_is_removed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    left = [folder.path / ".heartbeat.json.x.tmp", folder.checkpoints / ".step-00000011.pt.y.tmp"]
+    folder.checkpoints.mkdir(parents=True)
+    for path in left:
+        path.write_bytes(b"half")
+    with folder.held():
+        assert not any(path.exists() for path in left)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "output" / "run")
+    with folder.held(), pytest.raises(ConfigError, match=r"in use by process \d+ on"):
+        fit(tmp_path)
+    fit(tmp_path)

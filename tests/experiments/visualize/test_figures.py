@@ -1,0 +1,315 @@
+"""The numbers in the figures are those of the recording.
+
+Dimensions: B batch, T patch tokens, H heads.
+"""
+
+import dataclasses
+import functools
+import statistics
+
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+from experiments.errors import ConfigError, DataError
+from experiments.visualize import animation, pages, storyboard, style, vertical
+from experiments.visualize.cells import label_shares
+from experiments.visualize.curves import QUANTITIES, band
+from experiments.visualize.horizontal import chosen_pairs
+from experiments.visualize.recording import Recording
+from experiments.visualize.style import MAP, OWN, PARTNER, REST
+from experiments.visualize.tokens import heat, mix_patches, outlines, spotlight, token_grid
+from tests.helpers import picture_cases
+from tests.helpers.picture_cases import RHO, TAU, scene
+
+
+@functools.cache
+def plain(name):
+    return drawn(name, scene())
+
+
+def drawn(name, case):
+    with style.house_style():
+        return picture_cases.FIGURES[name](case)
+
+
+def rows_of(figure, columns):
+    """The cells of a grid, as they were made, row by row; what came after is left out."""
+    cells = figure.axes
+    return [cells[start : start + columns] for start in range(0, 4 * columns, columns)]
+
+
+def test_tokens_become_squares():
+    values = np.arange(4)
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert token_grid(values, 4).tolist() == expected
+    assert token_grid(np.stack([values, values]), 4).shape == (2, 4, 4)
+    with pytest.raises(ConfigError, match="8 patch tokens form no square grid"):
+        token_grid(np.arange(8), 4)
+
+
+def test_patches_are_the_partners():
+    images = np.random.default_rng(0).random((3, 4, 4, 3))
+    mask = np.zeros((3, 4), dtype=bool)
+    mask[0, 1] = mask[2, 3] = True
+    mixed = mix_patches(images, np.array([2, 1, 0]), mask)
+    expected = images.copy()
+    expected[0, :2, 2:] = images[2, :2, 2:]
+    expected[2, 2:, 2:] = images[0, 2:, 2:]
+    assert np.array_equal(mixed, expected)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_outlines_run_between_chosen_and_other_pixels(size):
+    """7 pixels are no multiple of 3 tokens."""
+    chosen = np.array([1, 1, 0, 0, 1, 0, 0, 0, 1], dtype=bool)
+    pixels = np.pad(token_grid(chosen, size), 1)
+    borders = int((pixels[1:] != pixels[:-1]).sum() + (pixels[:, 1:] != pixels[:, :-1]).sum())
+    lengths = [abs(x - u) + abs(y - v) for (x, y), (u, v) in outlines(chosen, size)]
+    assert sum(lengths) == borders
+    for (x, y), (u, v) in outlines(chosen, size):
+        assert (x == u) != (y == v)
+        column, row = round(min(x, u) + 1.5), round(min(y, v) + 1.5)
+        across = pixels[row, column - 1] if x == u else pixels[row - 1, column]
+        assert pixels[row, column] != across
+
+
+def test_heat_and_spotlight_show_the_values():
+    from matplotlib import colormaps
+
+    image = np.full((4, 4, 3), 0.5)
+    values = np.array([0.0, 1.0, 2.0, 4.0])
+    found = heat(image, values, 4.0, strength=1.0)
+    for token, (row, column) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        np.testing.assert_allclose(found[row, column], colormaps[MAP](values[token] / 4)[:3])
+    lit = spotlight(image, values > 1, PARTNER)
+    assert np.ptp(lit[0, 0]) == 0  # grey
+    assert np.ptp(lit[3, 3]) > 0.2  # in the colour
+
+
+def test_difficulty_bars_against_tau():
+    case = scene()
+    layer = case.recording.horizontal[0]
+    for row, difficulty in zip(rows_of(plain("htm"), 7), layer.difficulty.tolist(), strict=True):
+        (bar,) = [patch for patch in row[1].patches if isinstance(patch, Rectangle)]
+        assert bar.get_width() == pytest.approx(difficulty)
+        assert row[1].lines[0].get_xdata()[0] == TAU
+        easy = difficulty <= TAU
+        words = [text.get_text() for text in row[1].texts]
+        assert f"{difficulty:.3f}: {'easy' if easy else 'not easy'}" in words
+        assert row[1].get_xlim()[1] > max(difficulty, TAU)
+
+
+def test_rows_show_mixed_images_masks_and_labels():
+    case = scene()
+    layer = case.recording.horizontal[0]
+    mask, partner = layer.mask.numpy(), layer.partner.numpy()
+    assert mask[[0, 1, 3]].any(1).all() and not mask[2].any()
+    for index, row in enumerate(rows_of(plain("htm"), 7)):
+        expected = case.images[index].copy()
+        for token in np.flatnonzero(mask[index]):
+            y, x = 4 * (token // 4), 4 * (token % 4)
+            expected[y : y + 4, x : x + 4] = case.images[partner[index], y : y + 4, x : x + 4]
+        shown = row[5].images[0].get_array()
+        np.testing.assert_array_equal(shown, expected)
+        shares = [bar.get_width() for bar in row[6].patches]
+        target = layer.targets[index].numpy()
+        parts = [target[index]] + ([target[partner[index]]] if mask[index].any() else [])
+        assert shares == pytest.approx([100 * p for p in [*parts, 1 - sum(parts)]])
+    figure = plain("htm")
+    texts = [cell.get_xlabel() for row in rows_of(figure, 7) for cell in row[:1]]
+    assert texts == ["class 0", "class 1 (folder)", "class 2 (predicted)", "class 3"]
+    assert [c.get_xlabel() for c in rows_of(figure, 7)[3]][1::5] == ["CE / 10 (nats)", "share (%)"]
+
+
+def test_label_shares():
+    target = np.array([0.5, 0.3, 0.1, 0.1])
+    assert label_shares(target, 1, 0) == [(1, 0.3), (0, 0.5), (None, pytest.approx(0.2))]
+    assert label_shares(np.array([0.0, 1.0]), 1, 1) == [(1, 1.0)]
+
+
+def test_the_gain_matrix_and_its_partners():
+    case = scene()
+    layer = case.recording.horizontal[0]
+    axes = plain("htm_gain").axes[0]
+    saliency = layer.saliency.numpy()
+    easy = [0, 1, 3]
+    expected = [
+        [100 * np.maximum(saliency[j] - saliency[i] - RHO, 0).sum() for j in range(4)] for i in easy
+    ]
+    np.testing.assert_allclose(axes.images[0].get_array(), expected)
+    rows, columns = linear_sum_assignment(np.array(expected), maximize=True)
+    wanted = set(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert set(chosen_pairs(layer)) == wanted and len(wanted) == 3
+    framed = {(round(p.get_y() + 0.43), round(p.get_x() + 0.43)) for p in axes.patches}
+    assert framed == wanted
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "3"]
+    numbers = {text.get_text() for text in axes.texts}
+    assert {f"{value:.1f}" for row in expected for value in row} == numbers
+
+
+def test_a_batch_without_easy_images_says_so():
+    case = scene()
+    layer = case.recording.horizontal[0]
+    none = dataclasses.replace(
+        layer, easy=layer.easy & False, gain=layer.gain[:0], mask=layer.mask & False
+    )
+    case = scene(recording=Recording([none], [], []))
+    texts = [text.get_text() for axes in drawn("htm_gain", case).axes for text in axes.texts]
+    assert texts == ["No image of this batch is easy, so none gets a partner."]
+    words = [t.get_text() for row in rows_of(drawn("htm", case), 7) for t in row[3].texts]
+    assert words == ["not easy,\nso not mixed"] * 4
+
+
+def test_without_a_scorenet_there_is_no_difficulty():
+    layer = dataclasses.replace(scene().recording.horizontal[0], difficulty=None)
+    case = scene(recording=Recording([layer], [], []), tau=None)
+    words = [t.get_text() for row in rows_of(drawn("htm", case), 7) for t in row[1].texts]
+    assert words == ["no ScoreNet:\nall are mixed"] * 4
+
+
+def test_remembered_tokens_and_their_share_of_the_attention():
+    case = scene()
+    attention = case.recording.attention[0]
+    figure = plain("vtm")
+    rows = rows_of(figure, 4)
+    for index in range(4):
+        for number, layer in enumerate(case.recording.vertical):
+            cell = rows[1 + number][index]
+            chosen = np.zeros(16, dtype=bool)
+            chosen[layer.positions[index].numpy()] = True
+            expected = spotlight(case.images[index], chosen, PARTNER)
+            np.testing.assert_array_equal(cell.images[0].get_array(), expected)
+            values = attention.shares[index, :, :, 1 + number].numpy()
+            assert cell.get_xlabel() == f"{100 * values.mean():.1f}%"
+        whole = attention.shares[index, :, :, 1:].numpy().sum(-1).mean()
+        assert rows[3][index].get_xlabel() == f"{100 * whole:.1f}%"
+    labels = [row[0].get_ylabel() for row in rows]
+    assert labels == ["image", "layer 0\nremembers", "layer 1\nremembers", "layer 2\nattends"]
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_bars_of_attention_by_head(class_token):
+    case = scene(class_token=class_token)
+    shares = case.recording.attention[0].shares.numpy()  # (B, H, N, 3)
+    axes = drawn("vtm_attention", case).axes
+    assert len(axes) == 1 + class_token
+    for axis, queries in zip(axes, (slice(None), slice(1)), strict=False):
+        bars = [p for p in axis.patches if isinstance(p, Rectangle)]
+        heads = [shares[:, h, queries].mean((0, 1)) for h in (0, 1)]
+        expected = [*heads, (heads[0] + heads[1]) / 2]
+        for source in (0, 1):
+            for row in range(3):
+                bar = bars[3 * source + row]
+                assert bar.get_width() == pytest.approx(100 * expected[row][1 + source])
+                before = 0 if source == 0 else 100 * expected[row][1]
+                assert bar.get_x() == pytest.approx(before)
+        even = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert even[0].get_xdata()[0] == pytest.approx(100 * 6 / 22)
+
+
+def test_attention_of_patch_tokens_leaves_prefix_tokens_out():
+    attention = scene().recording.attention[0]
+    found = vertical.remembered_share(attention, 14)  # as if the first two were prefix tokens
+    expected = attention.shares.numpy()[:, :, 2:, 1:].sum(-1).mean(1)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_curves_are_means_with_deviations():
+    figure = plain("training_curves")
+    for axis, quantity in zip(figure.axes, QUANTITIES, strict=False):
+        assert axis.get_title(loc="left") == quantity.title and axis.get_ylabel() == quantity.unit
+        for line, group in zip(axis.lines, picture_cases.groups(), strict=False):
+            values = [
+                [quantity.read(row) for row in run.rows if row["split"] == quantity.split]
+                for run in group.runs
+            ]
+            means = [statistics.mean(column) for column in zip(*values, strict=True)]
+            np.testing.assert_allclose(line.get_ydata(), means)
+            np.testing.assert_allclose(line.get_xdata(), range(1, 7))
+        several = picture_cases.groups()[0]
+        one = band(several, quantity)
+        values = [
+            [quantity.read(row) for row in run.rows if row["split"] == quantity.split]
+            for run in several.runs
+        ]
+        spread = [statistics.stdev(column) for column in zip(*values, strict=True)]
+        np.testing.assert_allclose(one.deviation, spread)
+        corners = axis.collections[0].get_paths()[0].vertices
+        low, high = one.mean - spread, one.mean + spread
+        assert corners[:, 1].min() == pytest.approx(low.min())
+        assert corners[:, 1].max() == pytest.approx(high.max())
+    assert [len(axis.lines) for axis in figure.axes[:5]] == [2, 2, 2, 1, 1]
+
+
+def test_the_storyboard_follows_the_method():
+    case = scene()
+    layer = case.recording.horizontal[0]
+    steps = storyboard.steps_of(case)
+    order = [step.text[:1] for step in steps if step.text[0].isdigit()]
+    assert order == sorted(order) and set(order) == set("123456")
+    sample = steps[0].sample
+    mixed = mix_patches(case.images, layer.partner.numpy(), layer.mask.numpy())[sample]
+    moves = [step for step in steps if step.moving is not None]
+    patches, way = moves[-1].moving
+    landed = np.where(patches[..., 3:] > 0, patches[..., :3], moves[-1].left)
+    assert way == 1 and moves[0].moving[1] == 0
+    np.testing.assert_array_equal(landed, mixed)
+    label = next(step for step in steps if step.text.startswith("6"))
+    np.testing.assert_array_equal(label.left, mixed)
+    assert sum(bar.share for bar in label.bars) == pytest.approx(1)
+    assert [bar.colour for bar in label.bars] == [OWN, PARTNER, REST]
+    last = steps[-1]
+    assert last.title == "Vertical TokenMixup, layer 2"
+    assert sum(bar.share for bar in last.bars) == pytest.approx(1)
+    assert sum("remembers" in step.text for step in steps) == 2
+    assert 10 < sum(step.seconds for step in steps) < 40
+
+
+def test_the_animation_is_a_gif_of_the_storyboard(tmp_path):
+    case = scene()
+    path = animation.write_animation(case, tmp_path / "new")
+    with Image.open(path) as image:
+        assert image.format == "GIF" and image.info["loop"] == 0
+        seconds = 0
+        for number in range(image.n_frames):
+            image.seek(number)
+            seconds += image.info["duration"] / 1000
+    assert seconds == pytest.approx(sum(s.seconds for s in storyboard.steps_of(case)), abs=0.2)
+
+
+def test_every_figure_of_a_scene_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "DPI", 30)
+    written = pages.write_scene(scene(), tmp_path)
+    names = [path.name for path in written]
+    stems = ["tokenmixup", "htm_layer1", "htm_layer1_gain", "vtm_layer2", "vtm_layer2_attention"]
+    assert names == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_batch_of_more_images_than_columns_has_several_pages(tmp_path):
+    below, attention = picture_cases.vertical_records()
+    recording = Recording([], below, [attention])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vertical, "MOST_COLUMNS", 3)
+        written = pages.write_scene(scene(recording=recording), tmp_path)
+    assert [path.stem for path in written[::2]] == [
+        "vtm_layer2",
+        "vtm_layer2_from3",
+        "vtm_layer2_attention",
+    ]
+
+
+def test_nothing_to_draw(tmp_path):
+    nothing = scene(recording=Recording([], [], []))
+    for draw in (
+        lambda: pages.write_scene(nothing, tmp_path),
+        lambda: pages.write_overview([nothing], tmp_path),
+    ):
+        with pytest.raises(DataError, match="nothing to draw"):
+            draw()
+    with pytest.raises(DataError, match="nothing to animate"):
+        animation.write_animation(nothing, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,145 @@
+"""What is recorded of a pass is what the model did, on every family of hosts.
+
+Dimensions: B batch, N tokens, P prefix tokens, H heads, K kappa.
+"""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.models.build import build_model
+from experiments.visualize.recording import record
+from tests.helpers import oracle
+from tests.helpers.cases import array
+from tests.helpers.host_cases import batch, every_host, some_hosts
+from tests.helpers.naive_host import (
+    attention_of,
+    explicit_map,
+    layers_of,
+    naive_attention,
+    norm_of,
+    positions_of_own,
+    switch_off_fused_attention,
+    watched,
+)
+from tests.helpers.runs_helper import HTM, VTM, small_config
+from tokenmixup import HorizontalConfig, VerticalConfig, attach
+
+KAPPA = 3
+
+
+@every_host
+def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
+    """Saliency of layers 0 and 1, and where the attention of VTM layers 1 and 2 goes."""
+    prefix, size = case.num_prefix_tokens, 3
+    host = case.build().to(torch.float64)
+    plain = switch_off_fused_attention(copy.deepcopy(host))
+    images, targets = batch(case, size, torch.float64)
+    model = attach(
+        host,
+        horizontal=HorizontalConfig(layers=(1,), rho=0.01, scorenet=None),
+        vertical=VerticalConfig(layers=(1, 2), kappa=KAPPA),
+    )
+    with watched(host) as seen:
+        recording = record(model, images, targets)
+    assert recording.horizontal[0].mask.any()
+
+    remembered, places = [], []
+    for index, found in enumerate(recording.vertical):
+        layer = layers_of(plain)[index]
+        attention_map = explicit_map(layer, seen.tokens[index], *seen.calls[index])
+        over_heads = attention_map.mean(axis=1)
+        row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
+        saliency = row[:, prefix:]
+        np.testing.assert_allclose(array(found.saliency), saliency, rtol=0, atol=1e-6)
+        chosen = np.array([oracle.salient_positions(one, KAPPA) for one in saliency])
+        assert np.array_equal(array(found.positions), chosen)
+        places.append(prefix + chosen)
+        remembered.append(seen.tokens[index][torch.arange(size)[:, None], prefix + chosen])
+
+    assert [attention.layer for attention in recording.attention] == [1, 2]
+    for attention in recording.attention:
+        index = attention.layer
+        layer, own = layers_of(plain)[index], norm_of(layers_of(plain)[index])(seen.tokens[index])
+        keys = torch.cat([own, *(norm_of(layer)(tokens) for tokens in remembered[:index])], dim=1)
+        positions = np.concatenate([positions_of_own(own), *places[:index]], axis=1)
+        kwargs = {k: v for k, v in seen.calls[index][1].items() if k != "attention_mask"}
+        _, maps = naive_attention(attention_of(layer), own, keys, positions, prefix, **kwargs)
+        ends = np.cumsum([0, own.shape[1], *[KAPPA] * index])
+        expected = [maps[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
+        np.testing.assert_allclose(
+            array(attention.shares), np.stack(expected, axis=-1), rtol=0, atol=1e-6
+        )
+        assert attention.sources == tuple(range(index))
+        assert attention.tokens == (own.shape[1], *[KAPPA] * index)
+        assert expected[-1].std() > 1e-3, "a constant would prove nothing"
+
+
+def small_batch(size=12):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(size, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 10, (size,), generator=generator)
+    return images, torch.nn.functional.one_hot(labels, 10).float()
+
+
+@pytest.fixture
+def model(tmp_path):
+    rates = {"attn_drop_rate": 0.3, "drop_path_rate": 0.3}
+    return build_model(small_config(tmp_path, horizontal=HTM, vertical=VTM, model=rates), 10)
+
+
+def test_the_recording_is_what_the_model_did(model):
+    images, targets = small_batch()
+    recording = record(model, images, targets)
+    horizontal, vertical = recording.horizontal[0], recording.vertical[0]
+    assert (horizontal.layer, vertical.layer) == (1, 0)
+    # the model's own pass, dropout off: the same targets and the same statistics
+    model.eval()
+    model.training = True
+    with torch.no_grad():
+        output = model(images, targets)
+    assert torch.equal(output.targets, horizontal.targets)
+    stats = {name.rpartition("/")[2]: value for name, value in output.stats.items()}
+    assert horizontal.easy.float().mean() == stats["easy_share"]
+    assert horizontal.mask.any(1).float().mean() == stats["mixed_share"] > 0
+    assert horizontal.difficulty.mean() == stats["difficulty_mean"]
+    assert vertical.positions.shape == (12, 3)
+    order = vertical.saliency.argsort(1, descending=True)
+    assert torch.equal(vertical.positions, order[:, :3])
+
+
+def test_partners_are_those_of_the_greatest_total_gain(model):
+    layer = record(model, *small_batch()).horizontal[0]
+    easy = layer.easy.nonzero()[:, 0].tolist()
+    saliency = array(layer.saliency)
+    expected = oracle.saliency_gain(saliency, [bool(e) for e in layer.easy], HTM["rho"])
+    np.testing.assert_allclose(array(layer.gain), expected, atol=1e-6)
+    chosen = [
+        (row, int(layer.partner[sample]))
+        for row, sample in enumerate(easy)
+        if layer.mask[sample].any()
+    ]
+    from scipy.optimize import linear_sum_assignment
+
+    best = expected[linear_sum_assignment(expected, maximize=True)].sum()
+    assert sum(expected[pair] for pair in chosen) == pytest.approx(best, abs=1e-6) and best > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recording_leaves_the_model_as_it_came(model, training):
+    model.train(training)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    record(model, *small_batch())
+    assert all(module.training is training for module in model.modules())
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@some_hosts("vit", "cct")
+def test_a_plain_model_has_nothing_to_record(case):
+    recording = record(attach(case.build()), *batch(case, 2))
+    assert recording.horizontal == recording.vertical == recording.attention == []

@@ -1,0 +1,185 @@
+"""`python -m experiments.zoo`: list, download and verify, in this process and in others."""
+
+import io
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import cli
+from experiments.zoo import __main__ as zoo
+from experiments.zoo.manifest import read_manifest
+from experiments.zoo_lock import LOCK_FILE, read_lock
+from tests.helpers.http_server import Server, ranges, slow, status
+from tests.helpers.zoo_helper import CONTENT, files_in, manifest_of, saved, sha
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return tmp_path / "weights"
+
+
+def command(*words, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.zoo", *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+def test_a_full_disk_keeps_what_came(server, tmp_path, weights):
+    big = io.BytesIO()
+    torch.save({"w": torch.randn(100_000)}, big)
+    url = server.offer("/disk", ranges(big.getvalue()))
+    manifest = manifest_of(tmp_path, big={"url": url})
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    words = ("download", "big", "--manifest", manifest, "--weights", weights)
+    process = command(*words, preexec_fn=limit)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, out + err
+    assert "the disk is full" in err and "the same command goes on from them" in err
+    assert "Traceback" not in err
+    assert not (weights / "big.pth.tar").exists()
+    part = weights / "big.pth.tar.part"
+    assert part.read_bytes() == big.getvalue()[: part.stat().st_size]
+    # room again
+    assert cli.run(zoo.main, [str(word) for word in words]) == 0
+    assert (weights / "big.pth.tar").read_bytes() == big.getvalue()
+    assert server.requests["/disk"][-1]["range"] == f"bytes={100_000}-"
+
+
+def test_two_downloads_of_one_file_at_once(server, tmp_path, weights):
+    url = server.offer("/twice", slow(CONTENT, pieces=20, seconds=0.2))
+    manifest = manifest_of(tmp_path, twice={"url": url})
+    words = ("download", "twice", "--manifest", manifest, "--weights", weights)
+    both = [command(*words), command(*words)]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(server.requests["/twice"]) == 1
+    assert sum("another process is at it, waiting" in out for out, _ in outputs) == 1
+    assert files_in(weights) == ["twice.pth.tar", LOCK_FILE]
+    assert (weights / "twice.pth.tar").read_bytes() == CONTENT
+
+
+def run_zoo(capsys, *words):
+    code = cli.run(zoo.main, [str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def run_and_exit(capsys, *words):
+    try:
+        return run_zoo(capsys, *words)
+    except SystemExit as end:
+        captured = capsys.readouterr()
+        return end.code, captured.out, captured.err
+
+
+def test_list_tells_what_is_there(server, tmp_path, weights, capsys):
+    url = server.offer("/list", ranges(CONTENT))
+    names = {"missing": {}, "verified": {}, "unknown": {}, "page": {}, "part": {}, "wrong": {}}
+    entries = {name: {"url": url, "published_top1": 97.5} for name in names}
+    entries["wrong"]["sha256"] = "0" * 64
+    place = ("--manifest", manifest_of(tmp_path, **entries), "--weights", weights)
+    assert run_zoo(capsys, "download", "verified", *place)[0] == 0
+    for name in ("unknown", "wrong"):
+        (weights / f"{name}.pth.tar").write_bytes(CONTENT)
+    (weights / "page.pth.tar").write_text("<html>")
+    (weights / "part.pth.tar.part").write_bytes(b"1234")
+    code, out, _ = run_zoo(capsys, "list", *place)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert code == 0 and "\x1b" not in out
+    assert lines["missing"].endswith(" -  -")
+    assert lines["verified"].endswith("verified")
+    assert lines["unknown"].endswith("no hash known yet")
+    assert "is a web page" in lines["page"]
+    assert lines["part"].endswith("a part")
+    assert "SHA-256" in lines["wrong"]
+    assert all("97.50" in lines[name] for name in names)
+
+
+def test_list_of_the_real_manifest(tmp_path, capsys):
+    code, out, _ = run_zoo(capsys, "list", "--weights", tmp_path)
+    assert code == 0
+    for wanted in read_manifest().checkpoints.values():
+        assert any(
+            line.startswith(wanted.name + " ") and wanted.file in line for line in out.splitlines()
+        )
+
+
+def test_download_of_all_goes_on_after_a_failure(server, tmp_path, weights, capsys):
+    manifest = manifest_of(
+        tmp_path,
+        bad={"url": server.offer("/all-bad", status(404))},
+        good={"url": server.offer("/all-good", ranges(CONTENT))},
+    )
+    code, out, err = run_and_exit(
+        capsys, "download", "--all", "--manifest", manifest, "--weights", weights
+    )
+    assert code == 2
+    assert "error: bad: 127.0.0.1 answers 404 Not Found" in err
+    assert "1 of 2 could not be had: bad" in err
+    assert f"put it at              {weights.resolve()}/bad.pth.tar" in err
+    assert "good.pth.tar" in out
+    assert files_in(weights) == ["good.pth.tar", LOCK_FILE]
+
+
+def test_verify_takes_what_was_put_there_by_hand(tmp_path, weights, capsys):
+    place = ("--manifest", manifest_of(tmp_path, hand={"drive": "ID"}), "--weights", weights)
+    code, _, err = run_and_exit(capsys, "verify", *place)
+    assert code == 2 and "holds no checkpoint" in err
+    code, _, err = run_and_exit(capsys, "verify", "hand", *place)
+    assert code == 2 and "is missing; python -m experiments.zoo download hand" in err
+    weights.mkdir()
+    (weights / "hand.pth.tar").write_bytes(CONTENT)
+    code, out, _ = run_zoo(capsys, "verify", "hand", *place)
+    assert code == 0 and f"verified, SHA-256 {sha(CONTENT)}" in out and "recorded in" in out
+    assert read_lock(weights)["hand.pth.tar"].source == "put there by hand"
+    (weights / "hand.pth.tar").write_bytes(saved(1))
+    code, _, err = run_and_exit(capsys, "verify", *place)
+    assert code == 2 and "is not the file that it should be" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fetch"], "'fetch': allowed: list, download, verify, convert"),
+        (["list", "x"], "list takes no name"),
+        (["download"], "give names, or --all"),
+        (["download", "x", "--all"], "give names, or --all"),
+        (["download", "x"], "'x': no such checkpoint"),
+        (["download", "--al"], "--al: unknown option; the nearest is all"),
+        (["verify", "--cookies", "x"], "--cookies: not an option of verify"),
+        (["download", "--all", "--cookies", "nothing"], "nothing is not a file"),
+        (["convert"], "give one FILE, got 0"),
+        (["convert", "x"], "'x': no such checkpoint"),
+        (["list", "--manifest", "nothing.yaml"], "nothing.yaml: cannot read the zoo"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(tmp_path, capsys, words, message):
+    code, out, err = run_zoo(
+        capsys, *words, *([] if "--weights" in words else ["--weights", tmp_path])
+    )
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_help(capsys):
+    assert run_zoo(capsys, "--help")[1] == run_zoo(capsys)[1] == zoo.USAGE

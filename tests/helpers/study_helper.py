@@ -1,0 +1,71 @@
+"""A small study for the tests of studies, and records of trainings that nobody did."""
+
+from pathlib import Path
+
+import yaml
+
+from experiments.study.plan import read_study
+from experiments.study.queue import Queue
+from experiments.study.records import StudyRecord
+from tests.helpers.runs_helper import HTM, write_config
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = {
+    "data": {"train_split": "tune_validation", "val_split": "tune_validation"},
+    "schedule": {"epochs": 2},
+}
+
+
+def write_study(folder, name="tiny", **content):
+    """A study of the small digits: plain, HTM, and HTM with the released mask."""
+    given = {
+        "title": "Tiny",
+        "about": "a question",
+        "config": str(write_config(folder, **TINY)),
+        "plain": "plain",
+        "seeds": [1, 2],
+        "variants": {
+            "plain": {},
+            "HTM": {"set": {"horizontal": HTM}},
+            "mask": {"like": "HTM", "with": ["released mask"]},
+        },
+        **content,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return path
+
+
+def record_of(study, variant, seed, top1, **more):
+    values = {
+        "study": study.name,
+        "variant": variant,
+        "seed": seed,
+        "differences": study.differences(study.variants[variant]),
+        "substitutions": [],
+        "top1": top1,
+        "top5": 99.0,
+        "loss": 0.5,
+        "epochs": 2,
+        "steps": 4,
+        "train_images": 285,
+        "val_images": 285,
+        "top1_by_epoch": {"2": top1},
+        "statistics": {"htm/layer1/mixed_share": 0.5, "htm/layer1/tokens_mixed": 3.0},
+        "seconds": 2.0,
+        "cpu_seconds": 1.0,
+        "parts": 1,
+        "images_per_second": 300.0,
+        "identity": study.identity(study.variants[variant], seed),
+        "command": "python -m experiments.study",
+        "hardware": "a processor",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "time": "2026-11-25T00:00:00+00:00",
+        **more,
+    }
+    return StudyRecord(**values)
+
+
+def queue_of(folder, path, **overrides):
+    return Queue(read_study(path), overrides, folder / "runs", folder / "results", 1, print)

@@ -1,0 +1,67 @@
+"""The shared launcher, with real processes: on one machine, and on two, both on loopback."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+
+# two steps are enough to see that all processes met
+SHORT = ("--schedule.epochs", "1", "--data.batch_size", "700", "--logging.tensorboard", "false")
+
+
+def start(folder, *words, **environment):
+    return subprocess.Popen(
+        ["sh", "run/train.sh", "digits_baseline", *SHORT, *words, "--output", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish(*processes):
+    texts = [process.communicate(timeout=240) for process in processes]
+    for process, (_, errors) in zip(processes, texts, strict=True):
+        assert process.returncode == 0, errors
+    return "".join(text for text, _ in texts)
+
+
+def test_a_mistake_is_told_once_and_not_tried_again(tmp_path):
+    process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("error: command line: --schedule.epoch: unknown option")
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_machine(tmp_path):
+    text = finish(start(tmp_path / "run", NPROC="2"))
+    assert "2 × cpu" in text
+    assert load_file(tmp_path / "run" / "final.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["address", "rendezvous"])
+def test_two_machines(tmp_path, way):
+    port = str(free_port())
+    if way == "address":
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    else:
+        common = {"RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    nodes = [start(tmp_path / "run", NNODES="2", NODE_RANK=str(rank), **common) for rank in (0, 1)]
+    text = finish(*nodes)
+    assert text.count("2 × cpu") == 1, "one process of the two tells"
+    assert load_file(tmp_path / "run" / "final.safetensors")

@@ -1,0 +1,187 @@
+"""Activation checkpointing: decisions are taken once a step, and gradients are those without it."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tokenmixup._hooks
+from tests.helpers.cases import same_bits
+from tests.helpers.host_cases import batch, every_host, logits_of, one_of_each, some_hosts
+from tokenmixup import HorizontalConfig, VerticalConfig, attach
+
+HTM = HorizontalConfig(layers=(0, 1), tau=0.25, rho=0.005)
+VTM = VerticalConfig(layers=(1, 2), kappa=3)
+
+
+def build(case, dropout=0.0):
+    torch.manual_seed(5)  # ScoreNet's weights
+    return attach(case.build(dropout), horizontal=HTM, vertical=VTM).train()
+
+
+def checkpointed(case, model):
+    """A copy of the model whose layers are run again in the backward pass."""
+    model = copy.deepcopy(model)
+    if case.family.startswith("transformers"):
+        transformers_checkpointing(model.backbone)
+    elif case.family.startswith("torchvision"):
+        wrap_layers(model, use_reentrant=False)
+    else:
+        model.backbone.set_grad_checkpointing()
+    return model
+
+
+def wrap_layers(model, **settings):
+    """torch's own checkpointing around the forward pass of each layer, hooks outside of it."""
+    for layer in model.adapter.layers(model.backbone):
+
+        def again(*args, inner=layer.forward, **kwargs):
+            return checkpoint(functools.partial(inner, **kwargs), *args, **settings)
+
+        layer.forward = again
+
+
+def transformers_checkpointing(host, **settings):
+    """By the name that the installed version does not deprecate."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(host, name if hasattr(host, name) else "gradient_checkpointing_enable")
+    enable(*([settings] if settings else []))
+
+
+def loss_of(out):
+    return out.logits.square().mean() + out.scorenet_loss
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(first, second, exactly=True):
+    first, second = gradients(first), gradients(second)
+    assert first.keys() == second.keys() and first
+    for name, gradient in first.items():
+        if exactly:
+            assert same_bits(gradient, second[name]), name
+        else:
+            torch.testing.assert_close(gradient, second[name], rtol=1e-4, atol=1e-5)
+
+
+@every_host
+def test_gradients_are_those_without_checkpointing(case, monkeypatch):
+    """With dropout, whose random numbers are drawn again in the same order."""
+    model = build(case, dropout=0.1)
+    again = checkpointed(case, model)
+    images, targets = batch(case)
+    torch.manual_seed(3)
+    expected = model(images, targets)
+    loss_of(expected).backward()
+
+    decided = []
+    inner = tokenmixup._hooks.horizontal_step
+
+    def spy(*args):
+        decided.append(args)
+        return inner(*args)
+
+    monkeypatch.setattr(tokenmixup._hooks, "horizontal_step", spy)
+    torch.manual_seed(3)
+    out = again(images, targets)
+    loss_of(out).backward()
+    assert len(decided) == 2, "each HTM layer decides once a step"
+    assert same_bits(out.logits, expected.logits) and same_bits(out.targets, expected.targets)
+    assert out.stats.keys() == expected.stats.keys()
+    assert_same_gradients(again, model)
+
+
+@one_of_each
+def test_forward_passes_in_flight(case):
+    """Two of one model and one of another, then one backward pass, as in contrastive training."""
+    model = build(case)
+    again = checkpointed(case, model)
+    batches = [batch(case), batch(case)]
+    for one in (model, again):
+        outs = [one(*each) for each in batches]
+        sum(map(loss_of, outs)).backward()
+    assert_same_gradients(again, model, exactly=False)
+
+
+@one_of_each
+def test_backward_passes_in_another_order(case):
+    model = build(case)
+    again = checkpointed(case, model)
+    batches = [batch(case), batch(case)]
+    for one in (model, again):
+        outs = [one(*each) for each in batches]
+        for out in outs:
+            loss_of(out).backward()
+    assert_same_gradients(again, model, exactly=False)
+
+
+@one_of_each
+@pytest.mark.parametrize("evaluation_first", [True, False])
+def test_evaluation_in_the_same_backward_pass(case, evaluation_first):
+    """An evaluation with gradients (distillation, adversarial images) is never mixed."""
+    model = build(case)
+    again = checkpointed(case, model)
+    images, targets = batch(case)
+
+    def evaluate(one):
+        logits = one.eval()(images)
+        one.train()
+        return logits.square().sum()
+
+    for one in (model, again):
+        first = evaluate(one) if evaluation_first else 0
+        out = one(images, targets)
+        second = 0 if evaluation_first else evaluate(one)
+        (first + loss_of(out) + second).backward()
+    assert_same_gradients(again, model, exactly=False)
+
+
+@one_of_each
+@pytest.mark.parametrize("training", [True, False])
+def test_the_host_alone_is_not_mixed_in_its_recomputation(case, training):
+    """The graph of a step may still be alive when the host runs, and runs its layers again."""
+    model = build(case)
+    again = checkpointed(case, model)
+    images, targets = batch(case)
+    kept = []
+    for one in (model, again):
+        out = one(images, targets)
+        loss_of(out).backward(retain_graph=True)
+        kept.append(out)
+        one.zero_grad()
+        logits_of(one.train(training).backbone(images)).sum().backward()
+    assert_same_gradients(again, model)
+
+
+@some_hosts("vit", "torchvision")
+def test_second_backward_pass_through_one_step(case):
+    model = build(case)
+    again = checkpointed(case, model)
+    images, targets = batch(case)
+    for one in (model, again):
+        out = one(images, targets)
+        loss_of(out).backward(retain_graph=True)
+        out.logits.sum().backward()
+    assert_same_gradients(again, model, exactly=False)
+
+
+@one_of_each
+def test_reentrant_checkpointing_is_refused(case):
+    model = build(case)
+    wrap_layers(model, use_reentrant=True)
+    images, targets = batch(case)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(images, targets)
+    model.eval()(images)
+
+
+@some_hosts("hf_vit")
+def test_reentrant_checkpointing_of_transformers_is_refused(case):
+    model = build(case)
+    transformers_checkpointing(model.backbone, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(*batch(case))

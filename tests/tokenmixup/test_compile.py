@@ -1,0 +1,202 @@
+"""torch.compile with fullgraph=True: one graph, and the numbers of the eager model.
+
+The fast tests take a few hosts whose attention is reached in different ways; the slow ones every
+host.
+"""
+
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.host_cases import BY_NAME, batch, every_host, some_hosts
+from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
+from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
+
+pytestmark = uses_inductor
+needs_cpp = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))) or " " in sys.prefix,
+    reason="inductor needs a C++ compiler, and torch in a folder without a space in its path",
+)
+
+HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
+VTM = VerticalConfig(layers=(2,), kappa=3)
+
+
+NOT_CARRIED_OUT = r"was not carried out at layer.*fullgraph=True"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(case, horizontal=HTM, vertical=VTM):
+    torch.manual_seed(5)  # ScoreNet's weights
+    return attach(case.build(), horizontal=horizontal, vertical=vertical).train()
+
+
+def step(model, run, images, targets):
+    """Run a training step of the model through ``run``: the model itself, or it compiled."""
+    model.zero_grad()
+    torch.manual_seed(7)  # some rotary embeddings jitter
+    out = run(images, targets)
+    (out.logits.square().mean() + out.scorenet_loss).backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(first, second):
+    (out, gradients), (expected, expected_gradients) = first, second
+    assert isinstance(out, TokenMixupOutput) and out.stats.keys() == expected.stats.keys()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out.logits, expected.logits, **tolerance)
+    torch.testing.assert_close(out.targets, expected.targets, **tolerance)
+    torch.testing.assert_close(out.scorenet_loss, expected.scorenet_loss, **tolerance)
+    for name, value in expected.stats.items():
+        torch.testing.assert_close(out.stats[name], value, **tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@breaks_the_graph
+def test_a_compiled_step_that_fails_leaves_nothing_behind():
+    """A graph break runs what was traced before as it stands; the failure comes behind it."""
+    case = BY_NAME["vit"]
+    model = build(case)
+    images, targets = batch(case)
+    mlp = model.backbone.blocks[2].mlp
+    forward = mlp.forward
+
+    @torch._dynamo.disable
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    mlp.forward = fail
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compiled(images, targets)
+    mlp.forward = forward
+    model.eval()
+    expected = model.backbone(images)
+    for run in (compiled, torch.compile(model.backbone, backend="eager")):
+        assert torch.equal(run(images), expected)
+        with torch.no_grad():
+            assert torch.equal(run(images), expected)
+
+
+def check(case, backend):
+    # Jitter draws its random numbers in a compiled graph otherwise than in eager code.
+    model = build(case)
+    if case.name in ("dinov3", "sapiens2"):
+        model.backbone.rope.eval()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for _ in range(2):  # other images, other samples easy: the same graph
+            images, targets = batch(case)
+            first = step(model, compiled, images, targets)
+            assert_close(first, step(model, model, images, targets))
+    assert first[0].stats["htm/layer1/tokens_mixed"] > 0
+
+
+def check_evaluation(case, backend):
+    images, _ = batch(case)
+    model = build(case).eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@needs_cpp
+@some_hosts("vit")
+def test_training_compiles_with_inductor(case):
+    check(case, "inductor")
+
+
+@some_hosts("rope_mixed", "beit", "cct")
+def test_training_compiles_to_one_graph(case):
+    check(case, "aot_eager")
+
+
+@pytest.mark.slow
+@every_host
+def test_every_host_compiles_to_one_graph(case):
+    check(case, "aot_eager")
+    check_evaluation(case, "aot_eager")
+
+
+@needs_cpp
+@pytest.mark.slow
+@some_hosts("eva02", "beit", "cct")
+def test_hosts_of_several_kinds_compile_with_inductor(case):
+    check(case, "inductor")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"),
+    reason="this torch does not compile hooks under activation checkpointing",
+)
+@some_hosts("vit")
+def test_compiling_with_activation_checkpointing(case):
+    images, targets = batch(case)
+    model = build(case)
+    expected = step(model, model, images, targets)
+    model.backbone.set_grad_checkpointing()
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(step(model, compiled, images, targets), expected)
+
+
+def in_part(model):
+    model.backbone.compile(backend="eager")
+    return model
+
+
+def layer_by_layer(model):
+    for block in model.backbone.blocks:
+        block.compile(backend="eager")
+    return model
+
+
+def with_a_graph_break(model):
+    inner = model.backbone.blocks[1].mlp.forward
+
+    def forward(x):
+        torch._dynamo.graph_break()
+        return inner(x)
+
+    model.backbone.blocks[1].mlp.forward = forward
+    return torch.compile(model, backend="eager")
+
+
+@breaks_the_graph
+@pytest.mark.parametrize("compiled", [in_part, layer_by_layer])
+@some_hosts("vit")
+def test_compiling_in_parts_is_an_error(case, compiled):
+    """Rather than a training in which nothing is mixed and nobody notices."""
+    run = compiled(build(case))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=NOT_CARRIED_OUT):
+            run(*batch(case))
+
+
+@breaks_the_graph
+@some_hosts("vit")
+def test_a_graph_break_is_an_error_or_does_no_harm(case):
+    """Where dynamo takes the hooks along into the graph after the break, all is as it should be."""
+    images, targets = batch(case)
+    model = build(case)
+    expected = step(model, model, images, targets)
+    run = with_a_graph_break(model)
+    for _ in range(2):
+        try:
+            found = step(model, run, images, targets)
+        except RuntimeError as error:
+            if not re.search(NOT_CARRIED_OUT, str(error)):
+                raise
+        else:
+            assert_close(found, expected)

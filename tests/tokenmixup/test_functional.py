@@ -1,0 +1,294 @@
+"""The pure functions against the oracle, and their invariants over sizes, dtypes and degeneracies.
+
+Dimensions: B batch, H heads, N tokens with prefix, P prefix tokens, T = N - P patch tokens,
+D width, C classes, E easy samples.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import oracle
+from tests.helpers.cases import DTYPES, TOLERANCE, Case, array, cases, same_bits, soft_targets
+from tokenmixup import functional
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def random_case(batch=9, patches=12, prefix=1, dtype=torch.float64, rho=0.02, seed=0):
+    """A generic batch, half of it easy: no ties, so the optimum is unique."""
+    rng = np.random.default_rng(seed)
+    return Case(
+        torch.tensor(rng.standard_normal((batch, prefix + patches, 4))).to(dtype),
+        torch.tensor(soft_targets(rng, batch, 5)).to(dtype),
+        torch.tensor(rng.dirichlet(np.ones(patches), batch)).to(dtype),
+        torch.tensor(rng.permutation(batch) < (batch + 1) // 2),
+        rho,
+        prefix,
+    )
+
+
+# Saliency, difficulty and gain
+
+
+@given(
+    seed=SEEDS,
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    patches=st.sampled_from([1, 2, 7, 16]),
+    prefix=st.sampled_from([0, 1, 5]),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60)
+def test_attention_saliency_matches_oracle(seed, batch, heads, patches, prefix, dtype):
+    rng = np.random.default_rng(seed)
+    tokens = prefix + patches
+    attention = torch.tensor(rng.dirichlet(np.ones(tokens), (batch, heads, tokens))).to(dtype)
+    saliency = functional.attention_saliency(attention, prefix)
+    assert saliency.shape == (batch, patches)
+    expected = oracle.attention_saliency(array(attention), prefix)
+    np.testing.assert_allclose(array(saliency), expected, rtol=TOLERANCE[dtype], atol=1e-7)
+
+
+def test_attention_saliency_has_no_prefix_by_default():
+    attention = torch.rand(2, 3, 5, 5)
+    assert same_bits(
+        functional.attention_saliency(attention), functional.attention_saliency(attention, 0)
+    )
+
+
+@given(
+    seed=SEEDS,
+    batch=st.integers(1, 5),
+    classes=st.integers(1, 6),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60)
+def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.standard_normal((batch, classes)) * scale).to(dtype)
+    targets = torch.tensor(soft_targets(rng, batch, classes)).to(dtype)
+    difficulty = functional.sample_difficulty(logits, targets)
+    assert difficulty.shape == (batch,)
+    expected = oracle.sample_difficulty(array(logits), array(targets))
+    # A cross-entropy near zero is a difference of large logits: the error is relative to those.
+    slack = TOLERANCE[dtype] * (1 + scale / 10)
+    np.testing.assert_allclose(array(difficulty), expected, rtol=TOLERANCE[dtype], atol=slack)
+
+
+def test_difficulty_of_a_uniform_guess_is_a_tenth_of_log_classes():
+    difficulty = functional.sample_difficulty(torch.zeros(1, 8), torch.eye(8)[:1])
+    assert difficulty.item() == pytest.approx(math.log(8) / 10)
+
+
+@given(cases())
+@settings(max_examples=60)
+def test_saliency_gain_matches_oracle(case):
+    gain = functional.saliency_gain(case.saliency, case.easy, case.rho)
+    assert gain.shape == (int(case.easy.sum()), len(case.easy))
+    expected = oracle.saliency_gain(array(case.saliency), array(case.easy), case.rho)
+    tolerance = TOLERANCE[case.saliency.dtype]
+    np.testing.assert_allclose(array(gain), expected, rtol=tolerance, atol=1e-7)
+
+
+# Assignment
+
+
+@given(
+    seed=SEEDS,
+    rows=st.integers(0, 6),
+    extra=st.integers(0, 6),
+    levels=st.sampled_from([1, 2, 10, 2**20]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_assign_partners_reaches_the_optimum(seed, rows, extra, levels, dtype):
+    rng = np.random.default_rng(seed)
+    gain = torch.tensor(rng.integers(0, levels, (rows, rows + extra)) / levels).to(dtype)
+    columns = functional.assign_partners(gain)
+    assert columns.dtype == torch.int64 and columns.shape == (rows,)
+    assert len(set(columns.tolist())) == rows
+    assert all(0 <= column < rows + extra for column in columns.tolist())
+    best = oracle.total_gain(array(gain), oracle.best_assignment(array(gain)))
+    assert oracle.total_gain(array(gain), columns) == pytest.approx(best, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("rows, columns", [(20, 20), (7, 64), (64, 65), (128, 128)])
+def test_assign_partners_reaches_scipys_optimum_on_large_batches(rows, columns):
+    gain = torch.rand(rows, columns)
+    found = functional.assign_partners(gain)
+    assert len(set(found.tolist())) == rows
+    best = oracle.total_gain(array(gain), oracle.best_assignment(array(gain)))
+    assert oracle.total_gain(array(gain), found) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.66, 0.67, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [80, 96])
+def test_assign_partners_is_exact_for_samples_of_all_kinds_of_sharpness(rows, share):
+    """Rows and columns that differ in level by orders of magnitude, some rows without any gain."""
+    rng = np.random.default_rng(rows)
+    saliency = rng.normal(size=(96, 50)) * rng.uniform(0.1, 6, (96, 1))
+    saliency = np.exp(saliency) / np.exp(saliency).sum(1, keepdims=True)
+    gain = oracle.saliency_gain(saliency, np.arange(96) < rows, 1e-3)
+    gain[rng.random(rows) >= share] = 0
+    given = torch.from_numpy(gain.copy())
+    found = functional.assign_partners(given)
+    assert len(set(found.tolist())) == rows
+    np.testing.assert_array_equal(given.numpy(), gain)  # left as it was
+    best = oracle.total_gain(gain, oracle.best_assignment(gain))
+    assert oracle.total_gain(gain, found) == pytest.approx(best, rel=1e-12)
+
+
+def test_assign_partners_takes_numbers_that_have_no_finite_sum():
+    gain = torch.full((3, 3), 1e308, dtype=torch.float64)
+    assert sorted(functional.assign_partners(gain).tolist()) == [0, 1, 2]
+
+
+# Horizontal mixup: oracle and invariants
+
+
+def check_against_oracle(case, out):
+    """Partners are an optimum and all else follows from them by the oracle's equations."""
+    _, targets, saliency, easy, rho, prefix = case.arrays()
+    expected = oracle.mix(array(case.tokens), targets, saliency, out.partner.tolist(), rho, prefix)
+    np.testing.assert_array_equal(out.mask.numpy(), expected.mask)
+    np.testing.assert_array_equal(out.partner.numpy(), expected.partner)
+    np.testing.assert_array_equal(array(out.tokens), expected.tokens)
+    slack = TOLERANCE[case.targets.dtype]
+    np.testing.assert_allclose(array(out.targets), expected.targets, rtol=slack, atol=slack)
+
+    gain = oracle.saliency_gain(saliency, easy, rho)
+    rows = np.flatnonzero(easy)
+    # A sample without a partner gains nothing, whichever column it was given.
+    achieved = sum(gain[e, out.partner[i]] for e, i in enumerate(rows) if out.partner[i] != i)
+    best = oracle.total_gain(gain, oracle.best_assignment(gain))
+    assert achieved == pytest.approx(best, rel=1e-6, abs=1e-12)
+
+
+@given(cases())
+@settings(max_examples=150)
+def test_horizontal_mixup_matches_oracle(case):
+    check_against_oracle(case, functional.horizontal_mixup(*case.arguments()))
+
+
+@given(cases(most_patches=256))
+@settings(max_examples=12)
+def test_horizontal_mixup_matches_oracle_on_many_tokens(case):
+    check_against_oracle(case, functional.horizontal_mixup(*case.arguments()))
+
+
+@given(cases())
+@settings(max_examples=150)
+def test_horizontal_mixup_invariants(case):
+    before = [value.clone() for value in case.arguments()[:4]]
+    out = functional.horizontal_mixup(*case.arguments())
+    batch, prefix = len(case.easy), case.num_prefix_tokens
+
+    assert out._fields == ("tokens", "targets", "partner", "mask")
+    assert out.tokens.shape == case.tokens.shape and out.tokens.dtype == case.tokens.dtype
+    assert out.targets.shape == case.targets.shape and out.targets.dtype == case.targets.dtype
+    assert out.partner.shape == (batch,) and out.partner.dtype == torch.int64
+    assert out.mask.shape == case.saliency.shape and out.mask.dtype == torch.bool
+
+    mixed = out.mask.any(dim=1)
+    assert torch.equal(mixed, out.partner != torch.arange(batch))
+    assert not (mixed & ~case.easy).any()
+    used = out.partner[mixed].tolist()
+    assert len(set(used)) == len(used)
+
+    assert same_bits(out.tokens[:, :prefix], case.tokens[:, :prefix])
+    assert same_bits(out.tokens[~mixed], case.tokens[~mixed])
+    assert same_bits(out.targets[~mixed], case.targets[~mixed])
+    assert out.targets.isfinite().all() and out.tokens.isfinite().all()
+    torch.testing.assert_close(
+        out.targets.sum(dim=1).double(),
+        case.targets.sum(dim=1).double(),
+        rtol=0,
+        atol=TOLERANCE[case.targets.dtype],
+    )
+    for value, old in zip(case.arguments()[:4], before, strict=True):
+        assert same_bits(value, old), "an argument was written to"
+
+
+def test_permuting_the_batch_permutes_the_result():
+    case = random_case()
+    order = torch.randperm(len(case.easy))
+    out = functional.horizontal_mixup(*case.arguments())
+    permuted = functional.horizontal_mixup(
+        case.tokens[order],
+        case.targets[order],
+        case.saliency[order],
+        case.easy[order],
+        case.rho,
+        case.num_prefix_tokens,
+    )
+    assert (out.partner != torch.arange(len(order))).any()
+    assert torch.equal(permuted.tokens, out.tokens[order])
+    torch.testing.assert_close(permuted.targets, out.targets[order])
+    assert torch.equal(order[permuted.partner], out.partner[order])
+
+
+def test_float64_saliencies_keep_their_precision():
+    saliency = torch.tensor([[0.5, 0.5], [0.5 + 2.0**-40, 0.5]], dtype=torch.float64)
+    easy = torch.tensor([True, False])
+    out = functional.horizontal_mixup(torch.randn(2, 2, 3), torch.eye(2), saliency, easy, 0.0)
+    assert out.mask.tolist() == [[True, False], [False, False]]
+    assert out.partner.tolist() == [1, 1]
+
+
+def test_sums_that_both_vanish_leave_the_target():
+    # Raw scores may be negative: the kept part sums to zero and so does the replaced part.
+    saliency = torch.tensor([[0.0, -5.0], [-1.0, 0.0]])
+    tokens, targets = torch.randn(2, 2, 3), torch.eye(2)
+    out = functional.horizontal_mixup(tokens, targets, saliency, torch.tensor([True, False]), 0.0)
+    assert out.mask.tolist() == [[False, True], [False, False]]
+    assert same_bits(out.tokens[0, 1], tokens[1, 1])
+    assert same_bits(out.targets, targets)
+
+
+def test_infinite_token_does_not_leak():
+    case = random_case()
+    case.tokens[2] = math.inf
+    out = functional.horizontal_mixup(*case.arguments())
+    assert not out.tokens.isnan().any()
+
+
+# Token selection
+
+
+@given(cases(), st.data())
+@settings(max_examples=80)
+def test_select_salient_tokens(case, data):
+    batch, patches = case.saliency.shape
+    kappa = data.draw(st.integers(1, patches), label="kappa")
+    prefix = case.num_prefix_tokens
+    # Each token's single feature is its position: exact in every dtype.
+    positions = torch.arange(prefix + patches).to(case.tokens.dtype)
+    tokens = positions[None, :, None].expand(batch, -1, 1)
+    chosen = functional.select_salient_tokens(tokens, case.saliency, kappa, prefix)
+    assert chosen.shape == (batch, kappa, 1) and chosen.dtype == tokens.dtype
+    for i in range(batch):
+        found = [int(position) - prefix for position in chosen[i, :, 0].tolist()]
+        assert len(set(found)) == kappa and min(found) >= 0
+        best = oracle.salient_positions(case.saliency[i], kappa)
+        # Among equal saliencies any order is right.
+        assert case.saliency[i, found].tolist() == case.saliency[i, best].tolist()
+
+
+def test_select_salient_tokens_matches_oracle_and_routes_gradient():
+    tokens = torch.randn(3, 7, 2, dtype=torch.float64, requires_grad=True)
+    saliency = torch.rand(3, 5, requires_grad=True)
+    chosen = functional.select_salient_tokens(tokens, saliency, 2, 2)
+    expected = oracle.select_salient_tokens(array(tokens), array(saliency), 2, 2)
+    np.testing.assert_array_equal(array(chosen), expected)
+    chosen.sum().backward()
+    assert saliency.grad is None
+    expected_grad = np.zeros((3, 7, 2))
+    for i in range(3):
+        for t in oracle.salient_positions(array(saliency)[i], 2):
+            expected_grad[i, 2 + t] = 1
+    np.testing.assert_array_equal(array(tokens.grad), expected_grad)

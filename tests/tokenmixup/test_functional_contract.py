@@ -1,0 +1,209 @@
+"""The pure functions' gradients, errors and compilation.
+
+Dimensions: B batch, N tokens with prefix, P prefix tokens, T = N - P patch tokens, D width,
+C classes, E easy samples.
+"""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers.cases import same_bits
+from tests.helpers.others_warnings import uses_inductor
+from tests.tokenmixup.test_functional import check_against_oracle, random_case
+from tokenmixup import functional
+
+# Gradients
+
+
+def test_no_gradient_flows_through_the_decision():
+    attention = torch.rand(4, 2, 6, 6, requires_grad=True)
+    logits = torch.randn(4, 3, requires_grad=True)
+    saliency = functional.attention_saliency(attention, 1)
+    difficulty = functional.sample_difficulty(logits, torch.eye(3)[[0, 1, 2, 0]])
+    assert not saliency.requires_grad
+    assert not difficulty.requires_grad
+
+
+def test_no_gradient_reaches_the_saliency_through_the_mix():
+    case = random_case()
+    saliency = case.saliency.requires_grad_()
+    tokens = case.tokens.requires_grad_()
+    out = functional.horizontal_mixup(*case.arguments())
+    assert not out.targets.requires_grad
+    assert not functional.saliency_gain(saliency, case.easy, case.rho).requires_grad
+    out.tokens.sum().backward()
+    assert saliency.grad is None
+    assert tokens.grad is not None
+
+
+def test_token_gradient_is_routed_exactly():
+    case = random_case(prefix=2)
+    tokens = case.tokens.requires_grad_()
+    out = functional.horizontal_mixup(*case.arguments())
+    assert out.mask.any()
+    # Whole numbers add without rounding, so the comparison is exact.
+    weights = torch.randint(-8, 9, tokens.shape).double()
+    (out.tokens * weights).sum().backward()
+    expected = torch.zeros_like(tokens)
+    batch, patches = case.saliency.shape
+    for i in range(batch):
+        expected[i, :2] += weights[i, :2]
+        for t in range(patches):
+            source = out.partner[i] if out.mask[i, t] else i
+            expected[source, 2 + t] += weights[i, 2 + t]
+    assert torch.equal(tokens.grad, expected)
+
+
+# Errors: what came must be readable from the message
+
+
+def shape_case(**changes):
+    """Arguments that fit (B = 4, P = 1, T = 6, D = 3, C = 5), with some of them replaced."""
+    arguments = {
+        "tokens": torch.randn(4, 7, 3),
+        "targets": torch.eye(5)[:4],
+        "saliency": torch.rand(4, 6),
+        "easy": torch.ones(4, dtype=torch.bool),
+        "rho": 0.01,
+        "num_prefix_tokens": 1,
+    }
+    return arguments | changes
+
+
+def test_the_case_that_fits_passes():
+    functional.horizontal_mixup(**shape_case())
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"targets": torch.eye(5)[:3]}, ["3, 5", "4"]),
+        ({"targets": torch.zeros(4)}, ["4,"]),
+        ({"tokens": torch.randn(4, 7)}, ["4, 7"]),
+        ({"tokens": torch.randn(4, 8, 3)}, ["4, 8, 3", "4, 6"]),
+        ({"tokens": torch.randn(5, 7, 3)}, ["5, 7, 3", "4, 6"]),
+        ({"saliency": torch.rand(4, 7)}, ["4, 7, 3", "4, 7"]),
+        ({"saliency": torch.rand(3, 6)}, ["3, 6", "4, 7, 3"]),
+        ({"saliency": torch.rand(4)}, ["4, 7, 3"]),
+        ({"easy": torch.ones(3, dtype=torch.bool)}, ["3", "4"]),
+        ({"easy": torch.ones(4, 1, dtype=torch.bool)}, ["4, 1"]),
+        ({"num_prefix_tokens": 0}, ["4, 7, 3", "4, 6"]),
+        ({"num_prefix_tokens": 2}, ["4, 7, 3", "4, 6"]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(changes, named):
+    with pytest.raises(ValueError) as error:
+        functional.horizontal_mixup(**shape_case(**changes))
+    for shape in named:
+        error.match(shape)
+
+
+@pytest.mark.parametrize("rho", [-0.01, -math.inf, math.nan])
+def test_impossible_rho(rho):
+    with pytest.raises(ValueError, match="rho"):
+        functional.horizontal_mixup(**shape_case(rho=rho))
+    with pytest.raises(ValueError, match="rho"):
+        functional.saliency_gain(torch.rand(4, 6), torch.ones(4, dtype=torch.bool), rho)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_gain(value):
+    gain = torch.rand(3, 4)
+    gain[1, 2] = value
+    with pytest.raises(ValueError, match="finite"):
+        functional.assign_partners(gain)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_saliency(value):
+    saliency = torch.rand(4, 6)
+    saliency[1, 2] = value
+    with pytest.raises(ValueError, match="finite"):
+        functional.horizontal_mixup(**shape_case(saliency=saliency))
+
+
+def test_non_finite_targets():
+    targets = torch.eye(5)[:4]
+    targets[2, 1] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        functional.horizontal_mixup(**shape_case(targets=targets))
+
+
+def test_targets_that_cannot_hold_a_mixture():
+    targets = torch.eye(5, dtype=torch.long)[:4]
+    with pytest.raises(ValueError, match="int64"):
+        functional.horizontal_mixup(**shape_case(targets=targets))
+
+
+def test_more_rows_than_columns():
+    with pytest.raises(ValueError, match="4, 3"):
+        functional.assign_partners(torch.rand(4, 3))
+
+
+def test_gain_that_is_no_matrix():
+    with pytest.raises(ValueError, match="4"):
+        functional.assign_partners(torch.rand(4))
+
+
+@pytest.mark.parametrize("kappa", [0, -1, 7])
+def test_impossible_kappa(kappa):
+    with pytest.raises(ValueError, match=f"kappa.*{kappa}|{kappa}.*kappa"):
+        functional.select_salient_tokens(torch.randn(4, 7, 3), torch.rand(4, 6), kappa, 1)
+
+
+def test_selection_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="4, 7, 3") as error:
+        functional.select_salient_tokens(torch.randn(4, 7, 3), torch.rand(4, 6), 2, 0)
+    error.match("4, 6")
+
+
+def test_difficulty_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="4, 5") as error:
+        functional.sample_difficulty(torch.randn(4, 5), torch.rand(4, 6))
+    error.match("4, 6")
+
+
+# Compilation
+
+
+def compiled_equals_eager(device, backend):
+    """Compiles once without a graph break and compares two batches of one shape with eager."""
+    torch.compiler.reset()
+    compiled = torch.compile(functional.horizontal_mixup, fullgraph=True, backend=backend)
+    for seed in (0, 1):  # the second batch meets the code compiled for the first
+        case = random_case(batch=6, patches=5, dtype=torch.float32, seed=seed)
+        arguments = [a.to(device) if torch.is_tensor(a) else a for a in case.arguments()]
+        eager = functional.horizontal_mixup(*arguments)
+        out = compiled(*arguments)
+        assert eager.mask.any()
+        assert same_bits(out.tokens, eager.tokens)
+        assert torch.equal(out.partner, eager.partner) and torch.equal(out.mask, eager.mask)
+        torch.testing.assert_close(out.targets, eager.targets)
+    torch.compiler.reset()
+
+
+def test_compiles_without_a_graph_break():
+    # Only the generation of machine code is left out: it needs a compiler and 20 seconds.
+    compiled_equals_eager("cpu", "aot_eager")
+
+
+@pytest.mark.gpu
+@uses_inductor
+def test_compiles_to_machine_code_on_cuda():
+    compiled_equals_eager("cuda", "inductor")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_agrees_with_the_oracle(dtype):
+    case = random_case(batch=6, patches=16, prefix=1, dtype=torch.float32)
+    # On the grid of 1/128, as in cases.py, every dtype holds the saliencies exactly.
+    case.saliency = torch.randint(0, 129, case.saliency.shape) / 128
+    case.rho = 1 / 256
+    case.tokens, case.targets = case.tokens.to(dtype), case.targets.to(dtype)
+    arguments = [a.cuda() if torch.is_tensor(a) else a for a in case.arguments()]
+    out = functional.horizontal_mixup(*arguments)
+    assert all(value.is_cuda for value in out)
+    check_against_oracle(case, type(out)(*(value.cpu() for value in out)))

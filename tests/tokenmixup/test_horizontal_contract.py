@@ -1,0 +1,130 @@
+"""The paper's HTM wrapper layer: its reports, its state and its errors.
+
+Dimensions: B batch, H heads, N tokens with prefix, D width, C classes.
+"""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.cases import same_bits
+from tests.helpers.toy_encoder import CLASSES, HEADS, WIDTH, Block, random_batch
+from tests.tokenmixup.test_horizontal import POOLS, StubLayer, random_map, wrap
+
+# Reports
+
+
+def reporting_steps(caplog, wrapper, steps, x, y):
+    """The numbers of the training steps during which something was logged."""
+    found = []
+    for step in range(steps):
+        caplog.clear()
+        wrapper(x, y)
+        assert all(record.name.startswith("tokenmixup") for record in caplog.records)
+        if caplog.records:
+            found.append(step)
+    return found
+
+
+def test_reports_at_most_every_so_many_training_steps(caplog):
+    caplog.set_level(logging.DEBUG)
+    x, y = random_batch(4, 5)
+    wrapper = wrap(StubLayer(random_map(4, 5)), report_every=4, verbose=True)
+    found = reporting_steps(caplog, wrapper, 12, x, y)
+    assert len(found) == 3
+    assert np.diff(found).min() >= 4
+    wrapper.eval()
+    assert reporting_steps(caplog, wrapper, 12, x, y) == []
+
+
+def test_report_names_its_layer_and_silence_is_kept(caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    x, y = random_batch(4, 5)
+    layer = StubLayer(random_map(4, 5))
+    for use_scorenet in (True, False):
+        wrapper = wrap(
+            layer, report_every=1, layer_name="stage3", verbose=True, use_scorenet=use_scorenet
+        )
+        caplog.clear()
+        wrapper(x, y)
+        assert "stage3" in caplog.text
+    assert reporting_steps(caplog, wrap(layer, report_every=1, verbose=False), 5, x, y) == []
+    assert capsys.readouterr().out == ""
+
+
+# State
+
+
+def test_two_models_interleaved_do_not_meet(caplog):
+    caplog.set_level(logging.DEBUG)
+    batches = [random_batch(5, 6) for _ in range(4)]
+    first = wrap(Block(), tau=10.0, report_every=2, verbose=True, layer_name="first")
+    second = wrap(Block(), tau=10.0, report_every=2, verbose=True, layer_name="second")
+    alone = [copy.deepcopy(m) for m in (first, second)]
+    expected = [[m(*batch) for batch in batches] for m in alone]
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    for step, batch in enumerate(batches):
+        for m, results in zip((first, second), expected, strict=True):
+            out, (targets, loss) = m(*batch)
+            assert same_bits(out, results[step][0])
+            assert same_bits(targets, results[step][1][0])
+            assert same_bits(loss, results[step][1][1])
+    together = [record.getMessage() for record in caplog.records]
+    assert sorted(together) == sorted(lines) and len(lines) == 4
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"scorenet_type": "max_pooling"}, ["scorenet_type", "max_pooling", *POOLS]),
+        ({"scorenet_type": "cls_pooling", "has_cls": False}, ["cls_pooling", "has_cls"]),
+        ({"tau": -0.1}, ["tau", "-0.1"]),
+        ({"rho": -0.1}, ["rho", "-0.1"]),
+        ({"scorenet_lambda": -1.0}, ["scorenet_lambda", "-1"]),
+        ({"aspect_ratio": 0.0}, ["aspect_ratio", "0"]),
+        ({"report_every": 0}, ["report_every", "0"]),
+    ],
+)
+def test_impossible_arguments(arguments, named):
+    with pytest.raises(ValueError) as error:
+        wrap(StubLayer(random_map(4, 5)), **arguments)
+    for word in named:
+        error.match(word)
+
+
+@pytest.mark.parametrize("use_scorenet", [True, False])
+@pytest.mark.parametrize(
+    "targets, named",
+    [
+        (torch.ones(4, CLASSES + 1), f"4, {CLASSES + 1}"),  # another number of classes
+        (torch.ones(3, CLASSES), f"3, {CLASSES}"),  # of another batch
+        (torch.zeros(4, dtype=torch.long), "4,"),  # class indices
+        (torch.eye(CLASSES, dtype=torch.long)[:4], "int64"),  # mixing would round them to zero
+        (torch.full((4, CLASSES), torch.nan), "finite"),
+        (None, "targets"),
+    ],
+    ids=["classes", "batch", "indices", "integers", "not finite", "none"],
+)
+def test_impossible_targets(targets, named, use_scorenet):
+    wrapper = wrap(StubLayer(random_map(4, 5)), tau=10.0, use_scorenet=use_scorenet)
+    with pytest.raises(ValueError, match=named):
+        wrapper(random_batch(4, 5)[0], targets)
+
+
+def test_tokens_of_another_width():
+    wrapper = wrap(StubLayer(random_map(4, 5)))
+    with pytest.raises(ValueError, match=str(WIDTH + 1)):
+        wrapper(torch.randn(4, 5, WIDTH + 1).double(), random_batch(4, 5)[1])
+
+
+@pytest.mark.parametrize("shape", [(4, HEADS, 6, 6), (3, HEADS, 5, 5), (4, 5, 5)])
+def test_map_that_does_not_fit_the_tokens(shape):
+    with pytest.raises(ValueError, match=", ".join(map(str, shape))):
+        wrap(StubLayer(torch.rand(shape)), use_scorenet=False)(*random_batch(4, 5))

@@ -1,0 +1,323 @@
+"""Hosts and settings that are refused, and what the refusal says."""
+
+import importlib
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from tests.helpers.host_cases import BY_NAME, batch, one_of_each, timm_host
+from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
+from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
+from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
+from tokenmixup.hosts.unsupported import REASONS
+
+HTM = HorizontalConfig(layers=(1,), rho=0.005, scorenet=None)
+VTM = VerticalConfig(layers=(2,), kappa=3)
+vit = BY_NAME["vit"].build
+
+SMALL = {"num_classes": 3}
+WITHOUT_TOKEN_GRID = {
+    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SMALL), "windows"),
+    "levit": (lambda: timm.create_model("levit_128s", **SMALL), "no token grid"),
+    "pit": (lambda: timm.create_model("pit_ti_224", **SMALL), "no token grid"),
+    "volo": (lambda: timm.create_model("volo_d1_224", **SMALL), "no token grid"),
+    "mvitv2": (lambda: timm.create_model("mvitv2_tiny", **SMALL), "no token grid"),
+    "xcit": (lambda: timm.create_model("xcit_nano_12_p16_224", **SMALL), "over channels"),
+    "cait": (lambda: timm.create_model("cait_xxs24_224", **SMALL), "talking heads"),
+    "resnet": (lambda: timm.create_model("resnet18", **SMALL), "no attention map"),
+    "torchvision resnet": (torchvision.models.resnet18, "no attention map"),
+    "naflexvit": (lambda: timm.create_model("naflexvit_base_patch16_gap", **SMALL), "of one place"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOKEN_GRID)
+def test_a_known_class_that_cannot_work(name):
+    build, reason = WITHOUT_TOKEN_GRID[name]
+    with torch.device("meta"):
+        host = build()
+    with pytest.raises(UnsupportedHostError) as caught:
+        attach(host, horizontal=HTM)
+    message = str(caught.value)
+    assert f"{type(host).__module__}.{type(host).__qualname__}" in message and reason in message
+    for family in ("timm VisionTransformer", "timm Eva", "timm Beit", "torchvision", "Dinov2"):
+        assert family in message
+    assert "register_adapter" in message and "HorizontalTokenMixupLayer" in message
+
+
+def test_an_unknown_class_is_named():
+    class Mine(nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedHostError, match=r"does not know the model class .*Mine\. Supp"):
+        attach(Mine())
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_are_of_classes_that_exist(name):
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(module), kind)
+    assert issubclass(found, nn.Module) and base.class_name(found) == name
+
+
+def test_wrapped_models_are_told_the_right_order():
+    with pytest.raises(UnsupportedHostError, match="attach TokenMixup to the model itself first"):
+        attach(torch.compile(vit(), backend="eager"))
+
+
+@one_of_each
+def test_attaching_twice(case):
+    host = case.build()
+    model = attach(host, horizontal=HTM)
+    for again in (host, model):
+        with pytest.raises(ValueError, match="attached to this model already"):
+            attach(again, vertical=VTM)
+
+
+# Variants of supported classes
+
+
+@pytest.mark.parametrize("model", ["vit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_hosts_that_drop_patches(model):
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    host = timm.create_model(model, patch_drop_rate=0.2, **settings)
+    with pytest.raises(UnsupportedHostError, match=r"patch_drop_rate > 0.*tokens of one place"):
+        attach(host)
+
+
+@pytest.mark.parametrize(
+    "model, part",
+    [
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
+        ("vit_base_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_dlittle_patch16_reg1_gap_256", "DiffAttention"),
+    ],
+)
+def test_blocks_without_a_single_attention_map(model, part):
+    with pytest.raises(UnsupportedHostError, match=rf"`blocks\[0\].*{part}: this variant"):
+        attach(timm_host(model)(0.0))
+
+
+def test_distilled_training():
+    case = BY_NAME["deit_distilled"]
+    host = case.build()
+    model = attach(host, horizontal=HTM).train()
+    host.set_distilled_training(True)
+    with pytest.raises(ValueError, match=r"set_distilled_training\(False\)"):
+        model(*batch(case))
+    host.set_distilled_training(False)
+    model(*batch(case))
+
+
+@pytest.mark.parametrize("settings", [{"horizontal": HTM}, {"vertical": VTM}], ids=["HTM", "VTM"])
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("vit", {"attn_mask": torch.zeros(17, 17)}),
+        ("vit", {"is_causal": True}),
+        ("eva02", {"attn_mask": torch.zeros(17, 17)}),
+        ("eva02", {"is_causal": True}),
+    ],
+)
+def test_masks_are_refused_in_training(name, call, settings):
+    case = BY_NAME[name]
+    host = case.build()
+    inner = host.forward
+    model = attach(host, **settings)
+    host.forward = lambda images: inner(images, **call)
+    images, targets = batch(case)
+    with pytest.raises(ValueError, match=f"with `{next(iter(call))}`"):
+        model.train()(images, targets)
+    model.eval()(images)
+
+
+def test_masks_of_transformers_are_refused_in_training():
+    case = BY_NAME["hf_vit"]
+    host = case.build()
+    inner = host.forward
+    model = attach(host, vertical=VTM).train()
+    mask = torch.tensor([[True] * 16 + [False]]).expand(6, -1)
+    host.forward = lambda images: inner(images, attention_mask=mask)
+    with pytest.raises(ValueError, match="with `attention_mask`"):
+        model(batch(case)[0])
+
+
+def test_attention_implementations_of_transformers():
+    host = BY_NAME["hf_vit"].build()
+    host.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedHostError, match=r"eager, sdpa.*flex_attention"):
+        attach(host)
+
+
+# Versions of a host's library that TokenMixup does not know
+
+
+def test_an_attribute_that_a_new_version_has_not():
+    host = vit()
+    for block in host.blocks:
+        del block.attn.q_norm
+    with pytest.raises(UnsupportedHostError, match=r"`blocks\[0\].attn`.* lacks q_norm"):
+        attach(host)
+    host = vit()
+    del host.patch_drop
+    with pytest.raises(UnsupportedHostError, match=r"not the installed version.*patch_drop"):
+        attach(host)
+
+
+def test_an_argument_that_a_new_version_has(monkeypatch):
+    kind = type(vit().blocks[0])
+
+    def forward(self, x, attn_mask=None, is_causal=False, attn_bias=None):
+        return x
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(UnsupportedHostError, match=r"`blocks\[0\]`.* is called with attn_bias"):
+        attach(vit())
+
+
+def test_another_class_in_a_place_of_the_host():
+    host = BY_NAME["torchvision"].build()
+    host.encoder.layers[1] = nn.TransformerEncoderLayer(32, 2, batch_first=True)
+    with pytest.raises(UnsupportedHostError, match=r"`encoder.layers\[1\]` being a torchvision"):
+        attach(host)
+    host = BY_NAME["torchvision"].build()
+    for layer in host.encoder.layers:
+        layer.self_attention.batch_first = False
+    with pytest.raises(UnsupportedHostError, match=r"self_attention.batch_first` being True"):
+        attach(host)
+
+
+def test_a_host_that_leaves_a_layer_out():
+    case = BY_NAME["vit"]
+    host = case.build()
+    model = attach(host, horizontal=HTM, vertical=VTM).train()
+    host.forward_features = lambda images, **_: host.blocks[0](
+        host._pos_embed(host.patch_embed(images))
+    )
+    with pytest.raises(RuntimeError, match=r"HTM was not carried out at layer\(s\) 1"):
+        model(*batch(case))
+
+
+def test_a_host_that_drops_tokens_on_the_way():
+    """As those that prune: the n-th tokens of two images would come from different places."""
+    for name, kept in (("vit", 9), ("dynamic_size", 9)):  # T known, and T of the image
+        case = BY_NAME[name]
+        host = case.build()
+        host.blocks[0].register_forward_hook(lambda _, args, output, kept=kept: output[:, :kept])
+        model = attach(host, vertical=VerticalConfig(layers=(2,), kappa=3)).train()
+        with pytest.raises(ValueError, match=r"layer 1 was called with 9 tokens instead of 17"):
+            model(*batch(case))
+
+
+def test_layers_that_run_more_than_once():
+    host = vit()
+    host.blocks[2] = host.blocks[1]
+    with pytest.raises(UnsupportedHostError, match="3 layers are 2 modules"):
+        attach(host, horizontal=HTM)
+    assert attach(host).backbone is host  # the plain host may
+
+
+def test_data_parallel_is_refused_before_and_after():
+    with pytest.raises(UnsupportedHostError, match="use DistributedDataParallel"):
+        attach(nn.DataParallel(vit()))
+    case = BY_NAME["vit"]
+    model = attach(case.build(), horizontal=HTM).train()
+    replica = model._replicate_for_data_parallel()  # as DataParallel makes one for each device
+    with pytest.raises(RuntimeError, match="DataParallel, whose replicas share hooks"):
+        replica(*batch(case))
+
+
+def test_layers_that_run_without_gradients():
+    case = BY_NAME["vit"]
+    host = case.build()
+    layer = host.blocks[0]
+    layer.forward = torch.no_grad()(layer.forward)
+    host.blocks[1].forward = torch.no_grad()(host.blocks[1].forward)
+    model = attach(host, horizontal=HTM).train()
+    model(*batch(case))  # the hook of layer 1 itself has gradients
+    host.forward_features = torch.no_grad()(host.forward_features)
+    with pytest.raises(RuntimeError, match=r"freeze them by requires_grad_\(False\) instead"):
+        model(*batch(case))
+
+
+def test_an_adapter_that_promises_other_tokens_than_the_host_has():
+    case = BY_NAME["vit"]
+    host = case.build()
+    host.embed_dim = 33
+    for settings in ({"horizontal": HTM}, {"vertical": VTM}):
+        model = attach(host, **settings).train()
+        with pytest.raises(ValueError, match=r"\(6, 17, 32\).*promises \(B, N, 33\)"):
+            model(*batch(case))
+        model.detach()
+
+
+# Settings that do not fit
+
+
+def test_kappa_is_checked_at_attach_or_at_the_first_step():
+    too_many = VerticalConfig(layers=(2,), kappa=17)
+    with pytest.raises(ValueError, match=r"kappa is 17.* 16 patch tokens"):
+        attach(vit(), vertical=too_many)
+    for name in ("dynamic_size", "dinov3", "hf_dinov2"):
+        case = BY_NAME[name]
+        model = attach(case.build(), vertical=too_many).train()
+        images, _ = batch(case)
+        with pytest.raises(ValueError, match=r"1\.\.T = 16, got 17"):
+            model(images)
+        model(torch.randn(2, 3, 40, 40))  # 25 patches
+
+
+def test_cls_pooling_without_a_class_token():
+    horizontal = HorizontalConfig(layers=(1,), tau=0.1, rho=0.1, scorenet="cls")
+    for name in ("registers", "siglip", "perception_encoder", "cct"):
+        with pytest.raises(ValueError, match="reads the class token, and this model has none"):
+            attach(BY_NAME[name].build(), horizontal=horizontal)
+
+
+def test_num_classes_comes_from_the_classifier_that_is_there():
+    horizontal = HorizontalConfig(layers=(1,), tau=0.1, rho=0.1)
+    for name, replace in (
+        ("vit", lambda host: setattr(host, "head", nn.Linear(32, 9))),
+        ("torchvision", lambda host: host.heads.__setitem__(0, nn.Linear(32, 9))),
+        ("hf_vit", lambda host: setattr(host, "classifier", nn.Linear(32, 9))),
+    ):
+        host = BY_NAME[name].build()
+        replace(host)
+        assert attach(host, horizontal=horizontal).num_classes == 9
+    for name, part in (("vit", "head"), ("hf_vit", "classifier"), ("beit", "head")):
+        host = BY_NAME[name].build()
+        setattr(host, part, nn.Identity())
+        with pytest.raises(ValueError, match="pass num_classes to attach"):
+            attach(host, horizontal=horizontal)
+        assert attach(host, horizontal=horizontal, num_classes=4).num_classes == 4
+
+
+def test_an_adapter_without_its_parts_cannot_be_made():
+    class Half(base.HostAdapter):
+        family = "half"
+        host_classes = ("half.Host",)
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()
+
+
+class MyViT(timm.models.vision_transformer.VisionTransformer):
+    pass
+
+
+def test_the_adapter_of_the_nearest_class_is_used(monkeypatch):
+    """Of a subclass that has none, that of its base; and a class can be registered anew."""
+    monkeypatch.setattr("tokenmixup.hosts._adapters", list(hosts._adapters))
+    host = MyViT(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+    assert find_adapter(host).family == "timm VisionTransformer"
+    for family in ("mine", "mine, of the cell run again"):
+
+        class Mine(TimmVisionTransformer):
+            host_classes = (base.class_name(MyViT),)
+
+        Mine.family = family
+        register_adapter(Mine())
+        assert find_adapter(host).family == family
+    assert find_adapter(vit()).family == "timm VisionTransformer"
