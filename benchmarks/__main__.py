@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from benchmarks import harness, records, report
 from benchmarks.rows import CPU_ROWS
 from experiments import cli
-from experiments.config_file import nearest
+from experiments.config import nearest
 from experiments.errors import ConfigError, DataError
 from experiments.provenance import ROOT
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 
 GPUS = (8, 64, 1_024)
 BATCHES = (64, 128, 256, 512, 1_024, 2_048)

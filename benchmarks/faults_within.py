@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults_processes import CONFIG, SETTINGS, Job, outcome, undisturbed
-from experiments.config_file import load_config
+from experiments.config import load_config
 from experiments.errors import SavedAndStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run

@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Target
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 
 IMAGES_PER_SECOND = {"CCT-7/3×1": 20_000, "ViT-B/16": 2_400}
 OVER_PLAIN = {"CCT-7/3×1": 1.08, "ViT-B/16": 1.03}

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Timing, interleaved
-from experiments.config import RunConfig
-from experiments.config_file import load_config
+from experiments.config import RunConfig, load_config
 from experiments.data.loading import BatchMixer, Division
 from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
+from experiments.training.evaluation import memory_format, place
 from experiments.training.optim import Schedule, build_optimizer
-from experiments.training.step import Learner, memory_format, place
+from experiments.training.step import Learner
 
 CONFIGS = {
     "CCT-7/3×1": {

@@ -14,7 +14,7 @@ from benchmarks.harness import Row, Settings, Target
 from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.timing import Timing, added, interleaved, ratio
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from tokenmixup._assignment import by_lap
 from tokenmixup.functional import assign_partners, decide_mixing, horizontal_mixup, saliency_gain
 

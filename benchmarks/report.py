@@ -23,7 +23,7 @@ from benchmarks.gpu_report import (
 from benchmarks.harness import Row, Target
 from benchmarks.rows import CPU_ROWS, GPU_ROW
 from experiments import cli
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.provenance import ROOT

@@ -26,7 +26,7 @@ from benchmarks.learners import (
     time_steps,
 )
 from benchmarks.timing import interleaved, ratio
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.study.alternatives import pixel_gradient_saliency
 from experiments.training.distributed import ONE_PROCESS

@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.learners import Steps, Workload, make_learner
 from benchmarks.timing import interleaved, ratio
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.training.distributed import ONE_PROCESS, World, joined_world
 
 WORKLOAD = Workload("CCT-7/3×1", 16)

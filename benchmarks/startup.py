@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.timing import Timing
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 
 IMPORT_SECONDS, HELP_SECONDS = 0.3, 3.0

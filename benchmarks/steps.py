@@ -12,7 +12,7 @@ from benchmarks.direct import DirectModel
 from benchmarks.harness import Row, Settings, Target
 from benchmarks.learners import Steps, Workload, make_learner, sized, time_steps
 from benchmarks.timing import ratio
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.training.distributed import ONE_PROCESS
 
 WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from experiments.config import RunConfig
-from experiments.config_file import (
+from experiments.config import (
+    RunConfig,
     help_text,
     known_keys,
     load_config,

@@ -22,8 +22,8 @@ def main(argv: Sequence[str]) -> None:
     if command is None:
         return
     # torch and timm only once the config is read
-    from experiments.training.assessment import Assessment
     from experiments.training.distributed import joined_world
+    from experiments.training.evaluation import Assessment
 
     with joined_world(command.config.device, command.config.timeout_minutes) as world:
         with cli.mistakes_in(command.config_file):

@@ -4,8 +4,7 @@ import importlib
 
 from torch import nn
 
-from experiments.config import ModelConfig, RunConfig
-from experiments.config_file import nearest
+from experiments.config import ModelConfig, RunConfig, nearest
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach

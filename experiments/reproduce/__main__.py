@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.config_file import known_keys
+from experiments.config import known_keys
 from experiments.errors import ConfigError, DataError
 from experiments.reproduce.terminal import Terminal
 from experiments.zoo.manifest import MANIFEST, Manifest, Row, read_manifest

@@ -12,13 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments import provenance
-from experiments.config import RunConfig, as_plain
-from experiments.config_file import COMMAND_LINE, load_config
+from experiments.config import COMMAND_LINE, RunConfig, as_plain, load_config
 from experiments.errors import ConfigError, UserError
 from experiments.reproduce import records
 from experiments.reproduce.records import Result, TableRecord
-from experiments.training.assessment import Assessment
 from experiments.training.distributed import choose_device, one_process
+from experiments.training.evaluation import Assessment
 from experiments.zoo.files import MissingFileError, Zoo
 from experiments.zoo.manifest import Checkpoint, Manifest, Row
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import DataError
-from experiments.exclusive import exclusive
-from experiments.files import write_atomically
+from experiments.files import exclusive, write_atomically
 from experiments.zoo.manifest import Manifest, Row
 
 TOLERANCE = 0.1

@@ -3,13 +3,13 @@
 Every figure comes from a record; nothing here is typed by hand.
 """
 
-import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.documents import aligned_table
+from experiments.documents import markdown as markdown_blocks
+from experiments.documents.markdown import Makers, aligned_table, fill_blocks
 from experiments.errors import DataError
-from experiments.files import write_atomically
 from experiments.provenance import ROOT
 from experiments.reproduce import records
 from experiments.reproduce.records import Result, SeedResult, TableRecord, Training
@@ -21,9 +21,6 @@ HEAD = ("data set", "method", "published", "ours", "difference", "images", "stat
 TRAINING_HEAD = ("data set", "method", "published", "trained here", "seeds", "epochs")
 RIGHT = (2, 3, 4, 5)
 _COLOURS = {records.REPRODUCED: "green", records.DIFFERS: "red", records.PARTIAL: "yellow"}
-_BLOCK = re.compile(
-    r"(<!-- generated: (\S+) (\S+) -->\n).*?(<!-- end of what is generated -->)", re.S
-)
 
 
 def cells(result: Result) -> list[str]:
@@ -169,31 +166,31 @@ def zoo_table(manifest: Manifest) -> str:
 
 
 def regenerated(text: str, manifest: Manifest, results: Path) -> str:
-    """A document with the blocks that are generated made anew.
-
-    A block stands between `<!-- generated: table cifar -->` (or `training cifar`, `zoo all`,
-    `study digits`) and `<!-- end of what is generated -->`.
+    """A document with the blocks that are generated made anew: `table cifar`, `training cifar`,
+    `zoo all`, `study digits`.
 
     Raises:
         DataError: a block asks for what there is not.
     """
+    return fill_blocks(text, makers(manifest, results))
 
-    def block(match: re.Match[str]) -> str:
-        kind, name = match[2], match[3]
-        if kind == "zoo":
-            return f"{match[1]}\n{zoo_table(manifest)}\n{match[4]}"
-        if kind == "study":
-            return f"{match[1]}\n{studies_page.block(name, results, ROOT)}\n{match[4]}"
-        makers = {"table": markdown_table, "training": markdown_training}
-        if kind not in makers or name not in manifest.tables:
+
+def makers(manifest: Manifest, results: Path) -> Makers:
+    """What makes the blocks of the paper's tables, the zoo and the studies."""
+
+    def of_record(make: Callable[[TableRecord], str], kind: str, name: str) -> str:
+        if name not in manifest.tables:
             raise DataError(
-                f"generated: got {kind} {name}; allowed: zoo all, study NAME, and table or "
-                f"training of {', '.join(manifest.tables)}"
+                f"generated: got {kind} {name}; allowed: {kind} of {', '.join(manifest.tables)}"
             )
-        record = _told(records.read_record(results, manifest, name))
-        return f"{match[1]}\n{makers[kind](record)}\n{match[4]}"
+        return make(_told(records.read_record(results, manifest, name)))
 
-    return _BLOCK.sub(block, text)
+    return {
+        "zoo": lambda _: zoo_table(manifest),
+        "study": lambda name: studies_page.block(name, results, ROOT),
+        "table": lambda name: of_record(markdown_table, "table", name),
+        "training": lambda name: of_record(markdown_training, "training", name),
+    }
 
 
 def _told(record: TableRecord) -> TableRecord:
@@ -205,22 +202,9 @@ def _told(record: TableRecord) -> TableRecord:
     return replace(record, rows=rows)
 
 
-def documents(root: Path) -> list[Path]:
-    """The Markdown files of a checkout that have generated blocks."""
-    found = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("weights/*.md")]
-    return sorted(path for path in found if _BLOCK.search(path.read_text(encoding="utf-8")))
-
-
 def update_documents(root: Path, manifest: Manifest, results: Path) -> list[Path]:
     """Make the generated blocks of all documents anew; gives the files that changed."""
-    changed = []
-    for path in documents(root):
-        before = path.read_text(encoding="utf-8")
-        after = regenerated(before, manifest, results)
-        if after != before:
-            write_atomically(path, after.encode())
-            changed.append(path)
-    return changed
+    return markdown_blocks.update_documents(root, makers(manifest, results))
 
 
 def _percent(value: float | None) -> str:

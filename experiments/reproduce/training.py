@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from experiments import provenance
-from experiments.config import as_plain
-from experiments.config_file import load_config
+from experiments.config import as_plain, load_config
 from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 from experiments.reproduce import records
 from experiments.reproduce.records import SeedResult, TableRecord

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.study.comparison import Comparison, Line, compare, other_of

@@ -7,19 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config import RunConfig, as_plain, dotted_keys
-from experiments.config_file import (
+from experiments.config import (
+    RunConfig,
     Setting,
+    as_plain,
     build_config,
+    dotted_keys,
     nearest,
     optional_sections,
     override,
     read_settings,
+    read_yaml,
     settings_of,
 )
 from experiments.errors import ConfigError
 from experiments.provenance import training_identity
-from experiments.strict_yaml import read_yaml
 from experiments.study.substitutions import SUBSTITUTIONS
 
 _STUDY_KEYS = ("title", "about", "config", "set", "plain", "seeds", "variants")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import DataError
-from experiments.exclusive import exclusive
-from experiments.files import write_atomically
+from experiments.files import exclusive, write_atomically
 from experiments.reproduce.records import read_section
 from experiments.study.plan import Study
 

@@ -5,8 +5,7 @@ import importlib
 import torch
 from torch import nn
 
-from experiments.config import OptimizerConfig, ScheduleConfig
-from experiments.config_file import nearest
+from experiments.config import OptimizerConfig, ScheduleConfig, nearest
 from experiments.errors import ConfigError
 
 APEX_OPTIMIZERS = ("fusedadam", "fusedadamw", "fusedlamb", "fusedmomentum", "fusedsgd")

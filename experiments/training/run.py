@@ -23,11 +23,12 @@ from experiments.errors import (
 from experiments.models.build import build_model
 from experiments.training import faults
 from experiments.training.distributed import Agreement, World
+from experiments.training.evaluation import Evaluation, evaluate, place
 from experiments.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, Recorder, mean_of_rows
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
 from experiments.training.run_folder import CHECKPOINT_FOLDER, RunFolder, SavedRun
 from experiments.training.run_state import RunState
-from experiments.training.step import Evaluation, Learner, evaluate, place, train_epoch
+from experiments.training.step import Learner, train_epoch
 from experiments.training.stopping import StopRequests
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from experiments.checkpoint import load_checkpoint, save_checkpoint
 from experiments.errors import CheckpointError, ConfigError
-from experiments.exclusive import Occupied, held
-from experiments.files import remove_half_written, write_atomically
+from experiments.files import Occupied, held, remove_half_written, write_atomically
 
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"

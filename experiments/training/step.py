@@ -3,21 +3,21 @@
 Dimensions: B batch, C classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config import RunConfig
-from experiments.data.loading import Batch, BatchMixer, Division, TrainBatches
+from experiments.data.loading import BatchMixer, Division, TrainBatches
 from experiments.errors import TrainingStopped
 from experiments.seeding import derive_seed
 from experiments.training.distributed import World
+from experiments.training.evaluation import autocast, memory_format
 from experiments.training.metrics import RunningStatistics, StepTimer
 from experiments.training.optim import Schedule
 from tokenmixup import TokenMixupModel, TokenMixupOutput
@@ -28,79 +28,6 @@ CHECKED = ("training loss", "ScoreNet's loss", "norm of the gradient")
 _MOST_OVERFLOWS = 32
 """Steps in a row that fp16's scaler may leave out: from any scale that it starts with, so many
 halvings come to one at which a finite gradient cannot overflow."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's result on a whole validation split."""
-
-    top1: float
-    """Per cent of the images whose class has the largest logit."""
-    top5: float
-    """Per cent of the images whose class is among the five largest logits."""
-    loss: float
-    """Mean cross-entropy."""
-    images: int
-    """Number of images, each counted once."""
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """torch's mixed precision for a forward pass; nothing in fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    world: World,
-    config: RunConfig,
-    on_batch: Callable[[], object] = lambda: None,
-) -> Evaluation:
-    """Evaluate on every image once, over all processes; the model's mode is left as it came.
-
-    Args:
-        model: on the device of the world.
-        batches: this process's share of the images.
-        world: all processes.
-        config: of the run.
-        on_batch: called after each batch, as often in every process.
-    """
-    was_training, device = model.training, world.device
-    model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with torch.inference_mode():
-        for images, labels in batches:
-            on_batch()
-            images = images.to(device, non_blocking=True, memory_format=memory_format(config))
-            labels = labels.to(device, non_blocking=True)
-            with autocast(device, config.eval_precision):
-                logits = model(images)
-            logits = logits.float()  # (B, C)
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            count = loss.new_tensor(len(labels))
-            totals += torch.stack((best[:, 0].sum(), best.sum(), loss, count)).double()
-    model.train(was_training)
-    top1, top5, loss_sum, count_sum = world.sum(totals).tolist()
-    images_seen = round(count_sum)
-    return Evaluation(
-        100 * top1 / images_seen, 100 * top5 / images_seen, loss_sum / images_seen, images_seen
-    )
-
-
-def memory_format(config: RunConfig) -> torch.memory_format:
-    """The layout of images and convolutions in memory."""
-    return torch.channels_last if config.channels_last else torch.contiguous_format
-
-
-def place(model: TokenMixupModel, device: torch.device, config: RunConfig) -> TokenMixupModel:
-    """Put a model on its device, in the configured memory format."""
-    untyped: Any = model  # torch's types do not know a module's memory format
-    untyped.to(device=device, memory_format=memory_format(config))
-    return model
 
 
 @dataclass

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from experiments.documents import figures as style
+from experiments.documents.figures import GROUND, INK, OWN, PARTNER
 from experiments.files import atomic_file
-from experiments.visualize import style
 from experiments.visualize.scenes import Scene
 from experiments.visualize.storyboard import Step, steps_of
-from experiments.visualize.style import GROUND, INK, OWN, PARTNER
 
 NAME = "tokenmixup.gif"
 _INCHES, _DPI = (7.2, 4.3), 100

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
+from experiments.documents.figures import GROUND, INK, OWN, PARTNER, REST, SOFT
 from experiments.visualize.scenes import Scene
-from experiments.visualize.style import GROUND, INK, OWN, PARTNER, REST, SOFT
 from experiments.visualize.tokens import outlines, spotlight
 
 

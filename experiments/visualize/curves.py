@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.checkpoint import deciding_keys
-from experiments.config import as_plain
-from experiments.config_file import load_config
+from experiments.config import as_plain, load_config
 from experiments.errors import DataError
 from experiments.training.metrics import METRICS_FILE, read_metrics
 from experiments.training.run_folder import CONFIG_FILE

@@ -14,10 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
-from experiments.visualize import cells, style
+from experiments.documents import figures as style
+from experiments.documents.figures import BLUE, GROUND, INK, MAP, PARTNER, VERMILION
+from experiments.visualize import cells
 from experiments.visualize.recording import HorizontalRecord
 from experiments.visualize.scenes import Scene
-from experiments.visualize.style import BLUE, GROUND, INK, MAP, PARTNER, VERMILION
 from experiments.visualize.tokens import heat, mix_patches
 
 COLUMNS = (

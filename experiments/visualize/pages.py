@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from experiments.config_file import load_config
+from experiments.config import load_config
+from experiments.documents import figures as style
 from experiments.errors import DataError
-from experiments.training.assessment import Assessment
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.evaluation import Assessment
 from experiments.training.run_folder import CONFIG_FILE, FINAL_WEIGHTS
-from experiments.visualize import horizontal, style, vertical
+from experiments.visualize import horizontal, vertical
 from experiments.visualize.scenes import Scene, scene_of_split
 
 OVERVIEW = "tokenmixup"

@@ -23,8 +23,8 @@ from experiments.data.datasets import (
 )
 from experiments.data.loading import BatchMixer, eval_transform, normalisation
 from experiments.errors import ConfigError, DataError
-from experiments.training.assessment import Assessment, assemble
 from experiments.training.distributed import World
+from experiments.training.evaluation import Assessment, assemble
 from experiments.visualize.own_images import OwnImages
 from experiments.visualize.recording import Recording, record
 from tokenmixup import TokenMixupModel

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from experiments.documents.figures import OWN, PARTNER, REST
 from experiments.errors import DataError
 from experiments.visualize.cells import label_shares
 from experiments.visualize.horizontal import most_mixed
 from experiments.visualize.recording import AttentionRecord, HorizontalRecord
 from experiments.visualize.scenes import Scene
-from experiments.visualize.style import OWN, PARTNER, REST
 from experiments.visualize.tokens import heat, mix_patches, spotlight, token_grid
 from experiments.visualize.vertical import remembered_share
 

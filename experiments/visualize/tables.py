@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.documents import aligned_table
+from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.training.metrics import (

@@ -8,8 +8,8 @@ import math
 import matplotlib.colors
 import numpy as np
 
+from experiments.documents.figures import MAP
 from experiments.errors import ConfigError
-from experiments.visualize.style import MAP
 
 
 def token_index(tokens: int, size: int) -> np.ndarray:

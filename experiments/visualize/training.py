@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.visualize import style
+from experiments.documents import figures as style
+from experiments.documents.figures import DASHES, GRID, SERIES
 from experiments.visualize.curves import QUANTITIES, TOP1, Band, Group, band, read_groups
-from experiments.visualize.style import DASHES, GRID, SERIES
 
 NAME = "training_curves"
 _COLUMNS, _ROW_INCHES = 3, 2.35

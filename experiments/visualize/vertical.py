@@ -14,10 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 
-from experiments.visualize import cells, style
+from experiments.documents import figures as style
+from experiments.documents.figures import DASHES, GROUND, INK, MAP, PARTNER, SERIES, SOFT
+from experiments.visualize import cells
 from experiments.visualize.recording import AttentionRecord
 from experiments.visualize.scenes import Scene
-from experiments.visualize.style import DASHES, GROUND, INK, MAP, PARTNER, SERIES, SOFT
 from experiments.visualize.tokens import heat
 
 _ROW_INCHES, _HEAD_INCHES, _FOOT_INCHES = 1.3, 0.35, 0.95

@@ -11,16 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import tokenmixup
-from experiments.checkpoint import load_weights
-from experiments.config import RunConfig, as_plain
-from experiments.config_file import build_config, load_config, settings_of
+from experiments.checkpoint import (
+    RUN_FORMAT,
+    file_hash,
+    load_plain,
+    load_weights,
+    read_weights,
+    recognise,
+    refuse_changed,
+)
+from experiments.config import RunConfig, as_plain, build_config, load_config, settings_of
 from experiments.data.datasets import known_num_classes
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
 from experiments.models.build import build_model
-from experiments.weight_files import RUN_FORMAT, load_plain, read_weights, recognise
 from experiments.zoo.manifest import Checkpoint
-from experiments.zoo_lock import file_hash, refuse_changed
 
 CONFIG, PROVENANCE = "config", "provenance"
 _HEADS = ("classifier.fc.bias", "head.bias", "backbone.head.bias")

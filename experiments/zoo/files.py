@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import zoo_lock
+from experiments import checkpoint as zoo_lock
+from experiments.checkpoint import read_weights, recognise
 from experiments.errors import CheckpointError, UserError
-from experiments.exclusive import exclusive
-from experiments.weight_files import read_weights, recognise
+from experiments.files import exclusive
 from experiments.zoo.download import discard, fetch, size_of
 from experiments.zoo.drive import arrived, discard_drive, fetch_from_drive
 from experiments.zoo.manifest import Checkpoint

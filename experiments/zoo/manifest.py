@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from experiments.config_file import nearest
+from experiments.config import nearest
 from experiments.errors import ConfigError
 
 MANIFEST = Path(__file__).parent.parent.parent / "weights" / "zoo.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tokenmixup
-from experiments.config_file import known_keys, load_config, optional_sections, sections
+from experiments.config import known_keys, load_config, optional_sections, sections
 from tests.helpers import documents
 from tests.helpers.documents import ROOT, Document
 

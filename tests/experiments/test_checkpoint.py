@@ -18,17 +18,17 @@ from experiments.checkpoint import (
     load_checkpoint,
     load_released,
     load_weights,
+    read_weights,
     refuse_changed_config,
     save_checkpoint,
     save_final_weights,
+    save_sealed,
 )
 from experiments.config import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, write_atomically
 from experiments.models.build import build_model
-from experiments.sealed import save_sealed
 from experiments.seeding import random_state, restore_random_state
-from experiments.weight_files import read_weights
 from tests.helpers.runs_helper import HTM, VTM, small_config
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 

@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import cli
-from experiments.config import MixupConfig, RunConfig, ScheduleConfig, as_plain
-from experiments.config_file import describe, known_keys, load_config, optional_sections
+from experiments.config import (
+    MixupConfig,
+    RunConfig,
+    ScheduleConfig,
+    as_plain,
+    describe,
+    known_keys,
+    load_config,
+    optional_sections,
+)
 from experiments.errors import ConfigError, FieldError
 from tests.helpers.runs_helper import HTM, VTM, write_config
 from tokenmixup import HorizontalConfig

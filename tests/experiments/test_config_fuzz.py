@@ -11,9 +11,10 @@ import yaml
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from experiments.config import RunConfig, as_plain
-from experiments.config_file import (
+from experiments.config import (
     COMMAND_LINE,
+    RunConfig,
+    as_plain,
     build_config,
     known_keys,
     load_config,

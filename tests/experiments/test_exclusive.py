@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.exclusive import Occupied, held
+from experiments.files import Occupied, held
 
 ROOT = Path(__file__).parent.parent.parent
 HOLDER = """
 import os, pathlib, sys, time
-from experiments.exclusive import held
+from experiments.files import held
 
 with held(pathlib.Path(sys.argv[1])):
     if not os.fork():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.training.assessment import Assessment
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.evaluation import Assessment
 from tests.helpers.runs_helper import small_config
 
 CCT = {

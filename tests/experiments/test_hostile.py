@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from experiments import cli, evaluate, train
-from experiments.checkpoint import load_checkpoint
+from experiments.checkpoint import load_checkpoint, read_weights, save_sealed
 from experiments.data.shards import ShardImages
 from experiments.errors import CheckpointError, DataError
-from experiments.sealed import save_sealed
-from experiments.weight_files import read_weights
 from experiments.zoo import __main__ as zoo
 from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets, seal, with_gadget
 from tests.helpers.runs_helper import write_config

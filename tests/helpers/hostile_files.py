@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.sealed import save_sealed
+from experiments.checkpoint import save_sealed
 
 GIB = 1 << 30
 BOMB = 160 << 20  # bytes that a small file unpacks to

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from experiments.visualize import horizontal, style, vertical
+from experiments.documents import figures as style
+from experiments.visualize import horizontal, vertical
 from experiments.visualize.curves import Group, Run
 from experiments.visualize.recording import (
     AttentionRecord,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from experiments.config import RunConfig
-from experiments.config_file import load_config
+from experiments.config import RunConfig, load_config
 
 HTM = {"layers": [1], "tau": 0.3, "rho": 0.0005}
 VTM = {"layers": [1], "kappa": 3}

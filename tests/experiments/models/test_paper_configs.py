@@ -6,12 +6,13 @@ import pytest
 import torch
 import yaml
 
-from experiments.config_file import load_config
+from experiments.config import load_config
 from experiments.data.loading import BatchMixer, divide_batch, eval_transform, train_transform
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.evaluation import evaluate
 from experiments.training.optim import Schedule, build_optimizer
-from experiments.training.step import Learner, evaluate
+from experiments.training.step import Learner
 
 ROOT = Path(__file__).parent.parent.parent.parent
 VARIANTS = ("baseline", "HTM", "VTM", "HVTM")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, evaluate
+from experiments.checkpoint import LOCK_FILE
 from experiments.data.loading import EvalBatches
 from experiments.reproduce import __main__ as reproduce
-from experiments.training.assessment import Assessment
+from experiments.training.evaluation import Assessment
 from experiments.zoo.manifest import read_manifest
-from experiments.zoo_lock import LOCK_FILE
 from tests.helpers.http_server import Server, ranges, status
 from tests.helpers.reproduce_world import IMAGES, accept_cifar, copy_world, make_world
 from tests.helpers.standins import cct_config, save_vit, vit_state, write_yaml

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from experiments.config_file import load_config
+from experiments.config import load_config
 from experiments.errors import ConfigError, DataError
 from experiments.study import __main__ as study
 from experiments.study.records import keep_record, read_records, records_path

@@ -13,8 +13,9 @@ from experiments.data.loading import BatchMixer, divide_batch
 from experiments.errors import TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS, World
+from experiments.training.evaluation import evaluate
 from experiments.training.optim import Schedule, build_optimizer
-from experiments.training.step import Learner, Tally, evaluate, train_epoch
+from experiments.training.step import Learner, Tally, train_epoch
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.config import OptimizerConfig, ScheduleConfig
-from experiments.config_file import load_config
+from experiments.config import OptimizerConfig, ScheduleConfig, load_config
 from experiments.errors import ConfigError
 from experiments.models.build import build_model
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
-from experiments.config_file import load_config
+from experiments.config import load_config
 from experiments.errors import ConfigError, TrainingStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.visualize import style
+from experiments.documents import figures as style
 from tests.helpers import picture_cases
 
 TOLERANCE, SHARE = 40, 0.004

@@ -13,13 +13,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from experiments.documents import figures as style
+from experiments.documents.figures import MAP, OWN, PARTNER, REST
 from experiments.errors import ConfigError, DataError
-from experiments.visualize import animation, pages, storyboard, style, vertical
+from experiments.visualize import animation, pages, storyboard, vertical
 from experiments.visualize.cells import label_shares
 from experiments.visualize.curves import QUANTITIES, band
 from experiments.visualize.horizontal import chosen_pairs
 from experiments.visualize.recording import Recording
-from experiments.visualize.style import MAP, OWN, PARTNER, REST
 from experiments.visualize.tokens import heat, mix_patches, outlines, spotlight, token_grid
 from tests.helpers import picture_cases
 from tests.helpers.picture_cases import RHO, TAU, scene

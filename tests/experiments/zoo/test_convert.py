@@ -8,14 +8,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from experiments import cli, evaluate
-from experiments.checkpoint import load_weights, save_checkpoint, save_final_weights
+from experiments.checkpoint import (
+    LOCK_FILE,
+    file_hash,
+    load_weights,
+    save_checkpoint,
+    save_final_weights,
+)
 from experiments.config import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.models.build import build_model
 from experiments.zoo import __main__ as zoo
 from experiments.zoo import convert
 from experiments.zoo.manifest import read_manifest
-from experiments.zoo_lock import LOCK_FILE, file_hash
 from tests.helpers.reproduce_world import accept_cifar, copy_world, make_world
 from tests.helpers.runs_helper import HTM, small_config
 from tests.helpers.standins import cct_state, save_cct

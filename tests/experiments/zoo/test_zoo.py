@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from experiments import cli
+from experiments.checkpoint import LOCK_FILE, read_lock
 from experiments.zoo import __main__ as zoo
 from experiments.zoo.manifest import read_manifest
-from experiments.zoo_lock import LOCK_FILE, read_lock
 from tests.helpers.http_server import Server, ranges, slow, status
 from tests.helpers.zoo_helper import CONTENT, files_in, manifest_of, saved, sha
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.checkpoint import LOCK_FILE, read_lock, record_hash
 from experiments.errors import CheckpointError
-from experiments.exclusive import exclusive
+from experiments.files import exclusive
 from experiments.zoo.files import Bar, MissingFileError, Zoo
-from experiments.zoo_lock import LOCK_FILE, read_lock, record_hash
 from tests.helpers.http_server import Server, cut_whole, page, ranges, stalled, status, whole
 from tests.helpers.zoo_helper import CONTENT, entry, files_in, quick_zoo, saved, sha
 
@@ -177,7 +177,7 @@ def test_a_folder_that_is_shared_and_read_only(small_zoo, weights, said, monkeyp
 
     weights.mkdir()
     (weights / "small.pth.tar").write_bytes(CONTENT)
-    monkeypatch.setattr("experiments.zoo_lock.record_hash", refuse)
+    monkeypatch.setattr("experiments.checkpoint.record_hash", refuse)
     assert small_zoo.verify(entry()) == sha(CONTENT)
     assert "cannot record its hash: Permission denied" in said[0]
 
@@ -200,7 +200,7 @@ def test_a_crash_sets_the_lock_free(tmp_path):
     path = tmp_path / "file"
     code = f"""
 import os, pathlib
-from experiments.zoo_lock import exclusive
+from experiments.checkpoint import exclusive
 with exclusive(pathlib.Path({str(path)!r})):
     os._exit(9)
 """

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.checkpoint import LOCK_FILE, read_weights
 from experiments.errors import CheckpointError
-from experiments.weight_files import read_weights
 from experiments.zoo import files as zoo_files
 from experiments.zoo.files import MissingFileError
-from experiments.zoo_lock import LOCK_FILE
 from tests.helpers.http_server import Server, ranges, whole
 from tests.helpers.standins import cct_state, save_cct, vit_npz, vit_state
 from tests.helpers.zoo_helper import CONTENT, entry, files_in, quick_zoo, saved, sha

@@ -1,0 +1,140 @@
+"""Evaluation on the whole validation split: of a model in training, or of weights from a file.
+
+Dimensions: B batch, C classes.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from experiments.checkpoint import Loaded, load_weights
+from experiments.config import RunConfig
+from experiments.data.datasets import known_num_classes, open_images, stated_num_classes
+from experiments.data.loading import Batch, EvalBatches
+from experiments.models.build import build_model
+from experiments.training.distributed import World
+from tokenmixup import TokenMixupModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's result on a whole validation split."""
+
+    top1: float
+    """Per cent of the images whose class has the largest logit."""
+    top5: float
+    """Per cent of the images whose class is among the five largest logits."""
+    loss: float
+    """Mean cross-entropy."""
+    images: int
+    """Number of images, each counted once."""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """torch's mixed precision for a forward pass; nothing in fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    config: RunConfig,
+    on_batch: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Evaluate on every image once, over all processes; the model's mode is left as it came.
+
+    Args:
+        model: on the device of the world.
+        batches: this process's share of the images.
+        world: all processes.
+        config: of the run.
+        on_batch: called after each batch, as often in every process.
+    """
+    was_training, device = model.training, world.device
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for images, labels in batches:
+            on_batch()
+            images = images.to(device, non_blocking=True, memory_format=memory_format(config))
+            labels = labels.to(device, non_blocking=True)
+            with autocast(device, config.eval_precision):
+                logits = model(images)
+            logits = logits.float()  # (B, C)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            count = loss.new_tensor(len(labels))
+            totals += torch.stack((best[:, 0].sum(), best.sum(), loss, count)).double()
+    model.train(was_training)
+    top1, top5, loss_sum, count_sum = world.sum(totals).tolist()
+    images_seen = round(count_sum)
+    return Evaluation(
+        100 * top1 / images_seen, 100 * top5 / images_seen, loss_sum / images_seen, images_seen
+    )
+
+
+def memory_format(config: RunConfig) -> torch.memory_format:
+    """The layout of images and convolutions in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def place(model: TokenMixupModel, device: torch.device, config: RunConfig) -> TokenMixupModel:
+    """Put a model on its device, in the configured memory format."""
+    untyped: Any = model  # torch's types do not know a module's memory format
+    untyped.to(device=device, memory_format=memory_format(config))
+    return model
+
+
+def assemble(
+    config: RunConfig, checkpoint: str, num_classes: int, device: torch.device
+) -> tuple[TokenMixupModel, Loaded]:
+    """The model of a config with the weights of a file, on a device."""
+    model = build_model(config, num_classes)
+    loaded = load_weights(model, checkpoint)
+    return place(model, device, config), loaded
+
+
+class Assessment:
+    """Weights from a file in the model of a config, ready to be evaluated.
+
+    Raises:
+        UserError: whatever of the config or of the file cannot work.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: str, world: World) -> None:
+        self.config = config
+        self.world = world
+        num_classes = known_num_classes(config)
+        parts = None
+        if num_classes is not None:  # mistakes in the file need no data to be found
+            parts = assemble(config, checkpoint, num_classes, world.device)
+        with world.main_first():  # which may have to fetch it
+            self.images = open_images(config.data, config.data.val_split)
+        if num_classes is None:
+            num_classes = stated_num_classes(config, self.images)
+        self.model, self.loaded = parts or assemble(config, checkpoint, num_classes, world.device)
+        pin_memory = world.device.type == "cuda"
+        self.batches = EvalBatches(
+            config, self.images, num_classes, pin_memory, world.rank, world.size
+        )
+
+    def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:
+        """Top-1, top-5 and loss over the whole validation split; once.
+
+        Args:
+            batches: `self.batches` as someone watches them go by.
+        """
+        watched = self.batches if batches is None else batches
+        try:
+            return evaluate(self.model, watched, self.world, self.config)
+        finally:
+            self.batches.close()
