@@ -20,6 +20,7 @@ from experiments.config import (
     load_config,
     sections,
     settings_of,
+    yaml_text,
 )
 from experiments.errors import ConfigError
 
@@ -106,7 +107,7 @@ def assert_whole(config, folder):
     assert isinstance(config, RunConfig)
     plain = as_plain(config)
     again = folder / "again.yaml"
-    again.write_text(yaml.safe_dump(plain))
+    again.write_text(yaml_text(plain))
     assert load_config(again) == config
     through_json = settings_of(json.loads(json.dumps(plain, allow_nan=False)), "file")
     assert build_config(through_json, "file") == config
