@@ -148,9 +148,18 @@ def _finite(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 _INT = 2**31 - 1
+_LONGEST_TEXT = 4096  # as long as a path may be
 # Types of values. Text among the annotations says what is allowed where the bounds do not.
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$"), "text that is not empty"]
-Name = Annotated[str, Field(pattern=r"^[^\x00]*$"), "text"]
+Text = Annotated[
+    str,
+    Field(min_length=1, max_length=_LONGEST_TEXT, pattern=r"^[^\x00]+$"),
+    f"text of 1 to {_LONGEST_TEXT} characters",
+]
+Name = Annotated[
+    str,
+    Field(max_length=_LONGEST_TEXT, pattern=r"^[^\x00]*$"),
+    f"text of up to {_LONGEST_TEXT} characters",
+]
 Whole = Annotated[int, Field(ge=0, le=_INT)]
 Count = Annotated[int, Field(ge=1, le=_INT)]
 NotNegative = Annotated[float, Field(ge=0)]

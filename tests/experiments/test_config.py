@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from experiments.config import (
     RunConfig,
     ScheduleConfig,
     as_plain,
+    build_config,
     known_keys,
     load_config,
     parse_yaml,
+    settings_of,
     yaml_text,
 )
 from experiments.errors import ConfigError
@@ -231,6 +234,37 @@ def test_a_section_refuses_what_is_wrong_without_any_file(values):
         ScheduleConfig(**values)
     with pytest.raises(ValueError, match=next(iter(values))):
         dataclasses.replace(ScheduleConfig(), **values)
+
+
+def refusal(key, value):
+    """The error for one key's value beside valid ones, or ""."""
+    valid = {"horizontal": HTM, "vertical": VTM}.get(key.partition(".")[0], {})
+    content = {f"{key.partition('.')[0]}.{name}": inner for name, inner in valid.items()}
+    try:
+        build_config(settings_of({**content, key: value}, "file"), "file")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", known_keys())
+def test_every_key_refuses_what_its_help_does_not_allow(name):
+    allowed = known_keys()[name].allowed
+    for wrong in ([[]], {"a": [math.nan]}, math.nan):
+        assert refusal(name, wrong) == f"file: {name}: got {wrong!r}; allowed: {allowed}"
+    if not allowed.startswith("null or "):
+        assert refusal(name, None).endswith(f"got None; allowed: {allowed}")
+    length = re.search(r"a list of (\d)", allowed)
+    for word, text in re.findall(r"(from|above|up to|below) (\d+)", allowed):
+        bound, upwards = int(text), word in ("up to", "below")
+        if "whole" in allowed:
+            outside = bound + 1 if upwards else bound - 1
+        else:
+            outside = math.nextafter(bound, math.inf if upwards else -math.inf)
+        refused = [outside] + ([bound] if word in ("above", "below") else [])
+        for value, expected in ((bound, bound in refused), (outside, True)):
+            value = [value] * int(length[1]) if length else value
+            assert (f"allowed: {allowed}" in refusal(name, value)) == expected, value
 
 
 def test_the_sections_are_frozen():
