@@ -118,8 +118,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{line}: {' '.join(problem.split())[:300]}") from None
     except ValueError as error:  # a number of thousands of digits
         raise ConfigError(f"{origin}: cannot read the config: {str(error)[:300]}") from None
-    _check_plain(content, origin)
-    return content
+    return _plain(content, origin)
 
 
 def yaml_text(content: Any) -> str:
@@ -127,10 +126,12 @@ def yaml_text(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
-def _check_plain(content: Any, origin: str) -> None:
-    """Raise a ConfigError unless JSON can hold the content, as YAML and a checkpoint can then."""
+def _plain(content: Any, origin: str) -> Any:
+    """The content as JSON holds it, with text as keys; a ConfigError if JSON cannot hold it."""
     try:
-        json.dumps(content, ensure_ascii=False).encode()
+        text = json.dumps(content, ensure_ascii=False)
+        text.encode()
+        return json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: is not plain: {error}") from None
 
@@ -567,7 +568,7 @@ def settings_of(content: Any, origin: str) -> dict[str, Setting]:
     Raises:
         ConfigError: they are not sections with known keys and values that YAML can hold.
     """
-    _check_plain(content, origin)
+    content = _plain(content, origin)
     if not isinstance(content, dict | None):
         raise ConfigError(f"{origin}: got {_shown(content)}; allowed: keys with values")
     settings: dict[str, Setting] = {}
@@ -603,8 +604,8 @@ def override(settings: Mapping[str, Setting], overrides: Mapping[str, str]) -> d
             found = {k: v for k, v in found.items() if not k.startswith(f"{key}.")}
             continue
         _check_key(key, COMMAND_LINE)
-        _check_plain(text, f"{COMMAND_LINE}: {key}")  # it may be no Unicode text
-        found[key] = Setting(_read_text(key, text), COMMAND_LINE)
+        plain = _plain(text, f"{COMMAND_LINE}: {key}")  # bytes that are no Unicode text
+        found[key] = Setting(_read_text(key, plain), COMMAND_LINE)
     return found
 
 

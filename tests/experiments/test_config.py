@@ -254,6 +254,8 @@ def test_every_key_refuses_what_its_help_does_not_allow(name):
         assert refusal(name, wrong) == f"file: {name}: got {wrong!r}; allowed: {allowed}"
     if not allowed.startswith("null or "):
         assert refusal(name, None).endswith(f"got None; allowed: {allowed}")
+    if "number" not in allowed:
+        return
     length = re.search(r"a list of (\d)", allowed)
     for word, text in re.findall(r"(from|above|up to|below) (\d+)", allowed):
         bound, upwards = int(text), word in ("up to", "below")
@@ -265,6 +267,33 @@ def test_every_key_refuses_what_its_help_does_not_allow(name):
         for value, expected in ((bound, bound in refused), (outside, True)):
             value = [value] * int(length[1]) if length else value
             assert (f"allowed: {allowed}" in refusal(name, value)) == expected, value
+
+
+STRANGE = {
+    "a key that is no text": ({5: 1}, "'5': unknown key"),
+    "a key of a section": ({"data": {None: 1}}, "'data.null': unknown key"),
+    "an object": ({"seed": Path("a")}, "Object of type PosixPath is not JSON serializable"),
+    "a pair as key": ({"model": {"kwargs": {(1, 2): 3}}}, "keys must be str"),
+    "bytes that are no text": ({"output": "\udcff"}, "surrogates not allowed"),
+    "no dict": ([1], r"got \[1\]; allowed: keys with values"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_values_of_a_checkpoint_that_no_config_holds(case):
+    content, message = STRANGE[case]
+    with pytest.raises(ConfigError, match=f"^file: .*{message}"):
+        settings_of(content, "file")
+
+
+@pytest.mark.parametrize("depth", [100, 300, 100_000])
+def test_values_of_a_checkpoint_that_are_nested_too_deeply(depth):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    with pytest.raises(ConfigError, match=r"^file: ") as caught:
+        build_config(settings_of({"model": {"kwargs": {"a": value}, "name": 3}}, "file"), "file")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_the_sections_are_frozen():
