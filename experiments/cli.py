@@ -1,5 +1,6 @@
-"""What the entry points share: the command line, and a person's mistake told in one line."""
+"""What the commands share: the command line, and one line for a person's mistake."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 
 from experiments.config import (
     RunConfig,
-    help_text,
     known_keys,
     load_config,
     nearest,
     optional_sections,
+    sections,
 )
 from experiments.errors import (
     ConfigError,
@@ -26,7 +27,7 @@ from experiments.errors import (
 
 @dataclass(frozen=True)
 class Option:
-    """An option of an entry point that is no key of the config."""
+    """An option of a command that is no key of the config."""
 
     help: str
     takes_value: bool = True
@@ -35,7 +36,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line."""
+    """A parsed command line; an option without a value is there with the value ""."""
 
     config: RunConfig
     config_file: str
@@ -43,26 +44,26 @@ class Command:
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Call an entry point and give its exit code, which `docs/reliability.md` lists."""
+    """Call a command's `main` and give its exit code, listed in `docs/reliability.md`."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except SavedAndStopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
-        # torchrun takes any other code for a failure, and would start the processes again
+        # torchrun takes any other code for a failure and would restart the processes
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else stop.exit_code
     except ProcessLost as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (UserError, TrainingStopped) as error:
-        # of several processes, all make the same mistake and one tells it
+        # all ranks find the same mistake in the config; one reports it
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads our output, such as `head`, has had enough of it
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -70,7 +71,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
 @contextmanager
 def mistakes_in(file: str) -> Iterator[None]:
-    """Put the config file in front of what is found wrong with it after it was read."""
+    """Prefix mistakes that show only after the config was read with the config file's name."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -80,24 +81,24 @@ def mistakes_in(file: str) -> Iterator[None]:
 def parse(
     argv: Sequence[str], module: str, description: str, options: Mapping[str, Option] | None = None
 ) -> Command | None:
-    """Read `--config FILE`, the options of the entry point and `--section.key VALUE` overrides.
+    """Parse `--config FILE`, the command's own options and `--section.key VALUE` overrides.
 
     Returns:
-        The command, or None where no more is to be done: the help is printed, or all is checked.
+        The command, or None if nothing is left to do, after `--help` or `--check`.
 
     Raises:
-        ConfigError: an unknown option, a missing value, or what the config itself raises.
+        ConfigError: an unknown option, a missing value, or whatever `load_config` raises.
     """
     own = {
         "config": Option("the experiment, a YAML file", required=True),
         **(options or {}),
-        "check": Option("check the command line and the config, and do no more", takes_value=False),
+        "check": Option("only check the command line and the config", takes_value=False),
     }
     if any(word in ("-h", "--help") for word in argv):
-        _print_help(module, description, own)
+        print(_help_text(module, description, own), end="")
         return None
-    keys = {name: Option("") for name in (*known_keys(), *optional_sections()) if name not in own}
-    found, words = split_options(argv, {**own, **keys})
+    keys = {name: Option("") for name in (*known_keys(), *optional_sections())}
+    found, words = split_options(argv, {**keys, **own})
     if words:
         raise ConfigError(f"command line: {words[0]!r}: expected --config FILE or --KEY VALUE")
     given = {name: value for name, value in found.items() if name in own}
@@ -112,43 +113,77 @@ def parse(
 def split_options(
     argv: Sequence[str], known: Mapping[str, Option]
 ) -> tuple[dict[str, str], list[str]]:
-    """Split a command line into options (name -> value, "" where it takes none) and other words.
+    """Split a command line into options (name -> value, "" for one without) and other words.
+
+    Within an option's name, `-` and `_` are the same.
 
     Raises:
-        ConfigError: an option that is unknown, stands twice or lacks its value.
+        ConfigError: an option that is unknown, given twice or lacks its value.
     """
-    options: dict[str, str] = {}
-    others: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name not in known and name.replace("-", "_") in known:
-            name = name.replace("-", "_")  # no key has a hyphen
-        if not word.startswith("--") or not name:
-            others.append(word)
-            continue
-        if name not in known:
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, option in known.items():
+        _add(parser, f"--{name}", option)
+    try:
+        found, others = parser.parse_known_args([_with_known_name(word, known) for word in argv])
+    except argparse.ArgumentError as error:
+        option = known[(error.argument_name or "").removeprefix("--")]
+        problem = (
+            "a value must follow" if option.takes_value else f"takes no value; {error.message}"
+        )
+        raise ConfigError(f"command line: {error.argument_name}: {problem}") from None
+    for word in others:
+        if word.startswith("--") and word != "--":
+            name = word[2:].partition("=")[0]
             raise ConfigError(f"command line: --{name}: unknown option; {nearest(name, known)}")
-        if name in options:
+    for name, values in vars(found).items():
+        if len(values) > 1:
             raise ConfigError(f"command line: --{name}: given twice")
-        if not known[name].takes_value and equals:
-            raise ConfigError(f"command line: --{name}: takes no value, got {value!r}")
-        if known[name].takes_value and not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"command line: --{name}: a value must follow")
-            value = words.pop(0)
-        options[name] = value
-    return options, others
+    return {name: values[0] for name, values in vars(found).items()}, others
 
 
-def _print_help(module: str, description: str, options: Mapping[str, Option]) -> None:
-    shown = {}
+def _with_known_name(word: str, known: Mapping[str, Option]) -> str:
+    name, equals, value = word.partition("=")
+    plain = name.removeprefix("--").replace("-", "_")
+    return f"--{plain}{equals}{value}" if word.startswith("--") and plain in known else word
+
+
+def _add(group: argparse._ActionsContainer, spelt: str, option: Option, value: str = "") -> None:
+    """Add an option whose values are gathered in a list; "" stands for none."""
+    name, help_text = spelt.removeprefix("--"), option.help.replace("%", "%%")
+    if option.takes_value:
+        group.add_argument(spelt, dest=name, help=help_text, action="append", metavar=value)
+    else:
+        group.add_argument(spelt, dest=name, help=help_text, action="append_const", const="")
+
+
+def _help_text(module: str, description: str, own: Mapping[str, Option]) -> str:
+    """The help of a command: its own options, then every key of the config by section."""
     usage = [f"python -m {module}"]
-    for name, option in options.items():
-        spelt = name.replace("_", "-")
-        text = f"--{spelt} {name.upper()}" if option.takes_value else f"--{spelt}"
-        shown[text] = option.help
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description,
+    )
+    group = parser.add_argument_group("options (within a name, - and _ are the same)")
+    for name, option in own.items():
+        spelt, value = f"--{name.replace('_', '-')}", name.upper()
+        _add(group, spelt, option, value)
+        text = f"{spelt} {value}" if option.takes_value else spelt
         usage.append(text if option.required else f"[{text}]")
-    shown["--SECTION.KEY VALUE"] = "overrides a key of the config"
-    print(help_text(" ".join([*usage, "[--SECTION.KEY VALUE ...]"]), description, shown))
+    parser.usage = " ".join([*usage, "[--SECTION.KEY VALUE ...]"])
+    _add(group, "--SECTION.KEY", Option("set a key of the config, in place of the file"), "VALUE")
+    titles = {"": "keys of the config"}
+    for name, section in sections().items():
+        optional = f"; --{name} null switches it off" if name in optional_sections() else ""
+        titles[name] = (section.__doc__ or "").partition("\n")[0].removesuffix(".") + optional
+    groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
+    for name, key in known_keys().items():
+        default = "no default" if key.default is None else f"default: {key.default}"
+        text = f"{key.meaning} ({key.allowed}; {default})"
+        _add(groups[name.rpartition(".")[0]], f"--{name}", Option(text), "VALUE")
+    return parser.format_help()

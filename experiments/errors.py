@@ -1,8 +1,8 @@
-"""What a person did that cannot work, told in one line."""
+"""Errors that the commands report in one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for. The entry points print it alone and exit with 2."""
+    """A person's mistake. The commands print its message alone and exit with 2."""
 
     exit_code = 2
 
@@ -12,7 +12,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data set that is missing, unreadable or not what the config says."""
+    """A data set that is missing, unreadable or different from what the config says."""
 
 
 class CheckpointError(UserError):
@@ -20,7 +20,7 @@ class CheckpointError(UserError):
 
 
 class TrainingFailed(UserError):
-    """A training's process ended before its last epoch. Exit code: that of the process."""
+    """A training process ended before its last epoch. Exit code: that of the process."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class TrainingFailed(UserError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on, for example after a loss that is not finite. Exit code 3."""
+    """Training cannot continue, for example after a loss that is not finite. Exit code 3."""
 
     exit_code = 3
 
@@ -40,19 +40,19 @@ class ProcessLost(RuntimeError):
 
 
 class LoaderProcessLost(RuntimeError):
-    """A data-loader process ended while it handed a batch over."""
+    """A data-loader process died while it passed a batch to the main process."""
 
 
 class SavedAndStopped(Exception):
-    """A run was asked to stop and has saved itself: the same command goes on. Exit code 75."""
+    """A run was asked to stop and has saved; the same command resumes it. Exit code 75."""
 
     exit_code = 75  # "try again later" in sysexits.h, which schedulers can act on
 
 
 class FieldError(ValueError):
-    """An impossible value, raised by the section in which the field is born.
+    """A value of a section's field that cannot be used together with the other fields.
 
-    The reader of the config adds the file and the section, which a section cannot know.
+    The reader of the config adds file and section, which the section does not know.
     """
 
     def __init__(self, field: str, came: object, allowed: str) -> None:

@@ -7,39 +7,40 @@ from collections.abc import Sequence
 
 from experiments import cli
 
+OPTIONS = {
+    "checkpoint": cli.Option("a file of weights of any kind", required=True),
+    "json": cli.Option("print one JSON object", takes_value=False),
+}
+
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line, evaluate on the whole validation split, and print the result."""
-    command = cli.parse(
-        argv,
-        "experiments.evaluate",
-        "Evaluate weights on every image of the validation split.",
-        {
-            "checkpoint": cli.Option("a file of weights of any kind", required=True),
-            "json": cli.Option("print one JSON object", takes_value=False),
-        },
-    )
+    """Parse the command line, evaluate on the whole validation split, and print the result."""
+    description = "Evaluate weights on every image of the validation split."
+    command = cli.parse(argv, "experiments.evaluate", description, OPTIONS)
     if command is None:
         return
-    # torch and timm only once the config is read
+    config, checkpoint = command.config, command.options["checkpoint"]
+
+    # imported only after the config was checked: torch and timm take seconds
     from experiments.training.distributed import joined_world
     from experiments.training.evaluation import Assessment
 
-    with joined_world(command.config.device, command.config.timeout_minutes) as world:
+    with joined_world(config.device, config.timeout_minutes) as world:
         with cli.mistakes_in(command.config_file):
-            assessment = Assessment(command.config, command.options["checkpoint"], world)
+            assessment = Assessment(config, checkpoint, world)
         start = time.perf_counter()
         result = assessment.evaluate()
         seconds = time.perf_counter() - start
     if not world.is_main:
         return
+    loaded = assessment.loaded
     if "json" in command.options:
         facts = {
             "config": command.config_file,
-            "checkpoint": command.options["checkpoint"],
-            "kind": assessment.loaded.kind,
+            "checkpoint": checkpoint,
+            "kind": loaded.kind,
             "device": world.device.type,
-            "precision": command.config.eval_precision,
+            "precision": config.eval_precision,
             "top1": result.top1,
             "top5": result.top5,
             "loss": result.loss,
@@ -48,11 +49,11 @@ def main(argv: Sequence[str]) -> None:
         }
         print(json.dumps(facts))
         return
-    print(f"{command.options['checkpoint']} ({assessment.loaded.kind})")
-    if assessment.loaded.left_out:
-        print(f"not in the file, left as initialised: {', '.join(assessment.loaded.left_out)}")
-    if assessment.loaded.unused:
-        print(f"in the file, not used by the model: {', '.join(assessment.loaded.unused)}")
+    print(f"{checkpoint} ({loaded.kind})")
+    if loaded.left_out:
+        print(f"not in the file, left as initialised: {', '.join(loaded.left_out)}")
+    if loaded.unused:
+        print(f"in the file, not used by the model: {', '.join(loaded.unused)}")
     print(
         f"top-1 {result.top1:.2f}%  top-5 {result.top5:.2f}%  loss {result.loss:.4f}  "
         f"{result.images} images in {seconds:.1f} s"

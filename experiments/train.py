@@ -7,38 +7,36 @@ from collections.abc import Sequence
 from experiments import cli
 from experiments.errors import ConfigError
 
+OPTIONS = {
+    "max_minutes": cli.Option("save and stop after this many minutes (exit code 75)"),
+    "allow_changed": cli.Option(
+        "comma-separated keys that may differ from those that the run was started with"
+    ),
+}
+
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line and train; an existing run folder is continued."""
-    command = cli.parse(
-        argv,
-        "experiments.train",
-        "Train a model, or go on with the training that the run folder holds.",
-        {
-            "max_minutes": cli.Option("save and stop after so many minutes (exit code 75)"),
-            "allow_changed": cli.Option(
-                "keys, with commas between, that may differ from those of the run so far"
-            ),
-        },
-    )
+    """Parse the command line and train; an existing run folder resumes."""
+    description = "Train a model, or resume the training in the run folder."
+    command = cli.parse(argv, "experiments.train", description, OPTIONS)
     if command is None:
         return
-    # torch and timm only once the config is read
-    from experiments.training.distributed import World, joined_world
+    minutes = _minutes(command.options.get("max_minutes"))
+    changed = [key for key in command.options.get("allow_changed", "").split(",") if key]
+    config = command.config
+
+    # imported only after the config was checked: torch and timm take seconds
+    from experiments.training.distributed import joined_world
     from experiments.training.run import Run
     from experiments.training.stopping import StopRequests
 
-    changed = [key for key in command.options.get("allow_changed", "").split(",") if key]
-    minutes = _minutes(command.options.get("max_minutes"))
-
-    def train(world: World, requests: StopRequests) -> None:
+    with (
+        StopRequests(minutes) as requests,
+        joined_world(config.device, config.timeout_minutes) as world,
+    ):
         with cli.mistakes_in(command.config_file):
-            run = Run(command.config, world)
+            run = Run(config, world)
         run.fit(requests, changed)
-
-    device, timeout = command.config.device, command.config.timeout_minutes
-    with StopRequests(minutes) as requests, joined_world(device, timeout) as world:
-        train(world, requests)
 
 
 def _minutes(text: str | None) -> float | None:

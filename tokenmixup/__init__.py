@@ -3,11 +3,15 @@
 Choi, Choi and Kim, NeurIPS 2022, https://arxiv.org/abs/2210.07562.
 """
 
-from tokenmixup import functional
+from typing import TYPE_CHECKING, Any
+
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.horizontal import HorizontalTokenMixupLayer
-from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
-from tokenmixup.vertical import VerticalTokenMixupLayer
+
+if TYPE_CHECKING:
+    from tokenmixup import functional
+    from tokenmixup.horizontal import HorizontalTokenMixupLayer
+    from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
+    from tokenmixup.vertical import VerticalTokenMixupLayer
 
 __all__ = [
     "HorizontalConfig",
@@ -20,3 +24,24 @@ __all__ = [
     "functional",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch at its first use: settings alone load in milliseconds."""
+    if name not in __all__:
+        raise AttributeError(f"module 'tokenmixup' has no attribute {name!r}")
+    import tokenmixup.functional as functional
+
+    if name == "functional":  # the modules below ask for it while they are imported
+        return functional
+    from tokenmixup.horizontal import HorizontalTokenMixupLayer
+    from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
+    from tokenmixup.vertical import VerticalTokenMixupLayer
+
+    return {
+        "HorizontalTokenMixupLayer": HorizontalTokenMixupLayer,
+        "TokenMixupModel": TokenMixupModel,
+        "TokenMixupOutput": TokenMixupOutput,
+        "VerticalTokenMixupLayer": VerticalTokenMixupLayer,
+        "attach": attach,
+    }[name]

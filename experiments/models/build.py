@@ -1,7 +1,7 @@
-"""From a config to a model: timm's host with TokenMixup attached."""
+"""Build the model of a config: timm's host with TokenMixup attached."""
 
-import importlib
-
+import timm
+from timm.layers.mlp import Mlp
 from torch import nn
 
 from experiments.config import ModelConfig, RunConfig, nearest
@@ -11,10 +11,10 @@ from tokenmixup import TokenMixupModel, attach
 
 
 def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
-    """Build the host with its initial weights, and attach what the config asks for.
+    """Build the host with its initial weights, and attach the config's HTM and VTM.
 
-    The baseline, too, is a TokenMixupModel, so that one training loop serves all. Initial weights
-    depend on the config and the seed alone.
+    The baseline is a TokenMixupModel, too, so that there is one training loop. Initial weights
+    depend only on the config and the seed.
 
     Raises:
         ConfigError: an unknown model, an argument that it does not take, or settings of
@@ -30,21 +30,21 @@ def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
                 num_classes=num_classes,
             )
         except ValueError as error:
-            message = str(error)
-            for name in ("Horizontal", "Vertical"):
-                message = message.replace(f"{name}Config.", f"{name.lower()}.")
-            if message.startswith("ScoreNet's pooling"):
-                message = f"horizontal.scorenet: {message}"
-            elif message == str(error):
-                message = f"model.name {config.model.name}: {message}"
-            raise ConfigError(message) from None
+            raise ConfigError(_with_keys(str(error), config.model.name)) from None
+
+
+def _with_keys(message: str, model: str) -> str:
+    """An error message of `attach` with the config's keys in place of the library's classes."""
+    if message.startswith("ScoreNet's pooling"):
+        return f"horizontal.scorenet: {message}"
+    named = message
+    for section in ("Horizontal", "Vertical"):
+        named = named.replace(f"{section}Config.", f"{section.lower()}.")
+    return named if named != message else f"model.name {model}: {message}"
 
 
 def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The plain host, by timm; this project's CCTs are registered there."""
-    import timm
-
-    importlib.import_module("experiments.models")  # registers them
+    """Build the plain host by timm, with which this package registers its CCTs."""
     name = config.name
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
@@ -63,16 +63,15 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
             **rates,
             **config.kwargs,
         )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         if "'img_size'" in str(error):
             raise ConfigError(
                 f"model.name: got {name!r}, which takes no image size; allowed: the families of "
                 "transformers that tokenmixup.attach supports"
             ) from None
+        further = "".join(f", {key} {value!r}" for key, value in (rates | config.kwargs).items())
         raise ConfigError(
-            f"model: {name!r} cannot be built with image_size {config.image_size}"
-            f"{''.join(f', {key} {value!r}' for key, value in (rates | config.kwargs).items())}: "
-            f"{error}"
+            f"model: {name!r} cannot be built with image_size {config.image_size}{further}: {error}"
         ) from None
     if config.mlp_drop_rate is not None:
         _set_mlp_dropout(host, config.mlp_drop_rate)
@@ -80,8 +79,6 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def _set_mlp_dropout(host: nn.Module, rate: float) -> None:
-    from timm.layers.mlp import Mlp
-
     mlps = [module for module in host.modules() if isinstance(module, Mlp)]
     if not mlps:
         raise ConfigError(f"model.mlp_drop_rate: got {rate}; allowed: null, this model has no MLP")

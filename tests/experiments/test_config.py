@@ -1,28 +1,28 @@
-"""The config: what a file and a command line give, and that nothing wrong passes silently."""
+"""The config: what a file and a command line give, and what the help tells of it."""
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from experiments import cli
 from experiments.config import (
-    MixupConfig,
     RunConfig,
     ScheduleConfig,
     as_plain,
-    describe,
+    build_config,
     known_keys,
     load_config,
-    optional_sections,
+    parse_yaml,
+    settings_of,
+    yaml_text,
 )
-from experiments.errors import ConfigError, FieldError
+from experiments.errors import ConfigError
 from tests.helpers.runs_helper import HTM, VTM, write_config
 from tokenmixup import HorizontalConfig
 
@@ -36,6 +36,45 @@ def test_empty_file_gives_the_defaults(tmp_path):
     assert load_config(path) == RunConfig(output="output/nothing")
 
 
+PLAIN_SCALARS = {
+    "7": 7,
+    "-7": -7,
+    "0x1f": 31,
+    "0o17": 15,
+    "1e-3": 0.001,
+    "6.0e-4": 6e-4,
+    ".5": 0.5,
+    "1.": 1.0,
+    "-.inf": -math.inf,
+    "true": True,
+    "FALSE": False,
+    "null": None,
+    "~": None,
+    "": None,
+    # YAML 1.1 reads 8, 90, 90.5, 1000, booleans, a date, a merge key and a default key
+    **{
+        text: text
+        for text in ("010", "010.5", "1:30", "1:30.5", "1_000", "0b1", "yes", "no", "on", "Off")
+    },
+    **{text: text for text in ("2001-01-01", "<<", "=", "1e", "e3", "0x", "+", ".", "nULL")},
+}
+
+
+@pytest.mark.parametrize(("written", "value"), PLAIN_SCALARS.items())
+def test_yaml_reads_the_types_of_its_core_schema(written, value):
+    found = parse_yaml(f"a: {written}", "text")["a"]
+    assert (type(found), found) == (type(value), value)
+    assert parse_yaml(f"a: '{written}'", "text") == {"a": written}
+    for content in ({"a": value}, {"a": written}, {written: 1}):
+        assert parse_yaml(yaml_text(content), "text") == content
+
+
+def test_keys_are_text():
+    assert parse_yaml("{1: a, yes: b, 0.10: c, null: d}", "text") == dict(
+        zip(("1", "yes", "0.10", "null"), "abcd", strict=True)
+    )
+
+
 def test_values_arrive_in_their_types(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(
@@ -44,7 +83,7 @@ def test_values_arrive_in_their_types(tmp_path):
     )
     config = load_config(path)
     assert config.seed == 7
-    assert config.schedule.lr == 0.001  # YAML itself takes 1e-3 for text
+    assert config.schedule.lr == 0.001
     assert config.data.scale == (0.5, 1.0)
     assert config.model.kwargs == {"depth": 3}
     assert config.horizontal == HorizontalConfig(layers=(1, 2), tau=0.1, rho=0.0)
@@ -71,9 +110,9 @@ def test_command_line_goes_before_the_file(tmp_path):
 
 
 def test_a_written_config_reads_back_the_same(tmp_path):
-    config = load_config(write_config(tmp_path, horizontal=HTM, vertical=VTM))
+    config = load_config(write_config(tmp_path, horizontal=HTM, vertical=VTM), {"output": "1e5"})
     path = tmp_path / "again.yaml"
-    path.write_text(yaml.safe_dump(as_plain(config)))
+    path.write_text(yaml_text(as_plain(config)))
     assert load_config(path) == config
 
 
@@ -110,40 +149,25 @@ def test_the_four_digits_configs_differ_in_tokenmixup_alone():
     assert configs["VTM"] == dataclasses.replace(both, horizontal=None)
 
 
-def test_the_cifar100_config_is_the_papers():
-    config = load_config(ROOT / "configs" / "cct_7-3x1_cifar100_HTM.yaml")
-    assert config.model.name == "cct_7_3x1_32"
-    assert (config.model.attn_drop_rate, config.model.drop_path_rate) == (0.1, 0.1)
-    assert config.model.drop_rate in (None, 0.0)
-    assert config.horizontal == HorizontalConfig(
-        layers=(2,), tau=0.2, rho=0.005, scorenet="attention", scorenet_lambda=0.001
-    )
-    assert config.vertical is None
-    schedule = config.schedule
-    assert (schedule.epochs, schedule.cooldown_epochs, schedule.warmup_epochs) == (1500, 10, 10)
-    assert (schedule.lr, schedule.min_lr, schedule.warmup_lr) == (6e-4, 1e-5, 1e-6)
-    assert (schedule.name, schedule.interval) == ("cosine", "epoch")
-    assert (config.optimizer.name, config.optimizer.weight_decay) == ("adamw", 0.06)
-    assert config.mixup == MixupConfig(
-        mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1
-    )
-    data = config.data
-    assert (data.dataset, data.batch_size) == ("torch/cifar100", 128)
-    assert data.auto_augment == "rand-m9-mstd0.5-inc1"
-    assert (data.re_prob, data.re_mode, data.color_jitter, data.hflip) == (0.25, "pixel", 0.4, 0.5)
-    assert (data.scale, data.train_interpolation) == ((0.8, 1.0), "random")
-    assert (config.seed, config.precision) == (42, "bf16")
-
-
-def test_help_shows_every_key(capsys):
+def test_help_shows_every_key(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100000")
     assert cli.parse(["--help"], "experiments.train", "Train.") is None
-    text = capsys.readouterr().out
-    for key in known_keys():
-        assert f"--{key} " in text, key
+    text = " ".join(capsys.readouterr().out.split())
+    for name, key in known_keys().items():
+        assert key.meaning and key.allowed
+        default = "no default" if key.default is None else f"default: {key.default}"
+        meaning = " ".join(key.meaning.split())
+        assert f"--{name} VALUE {meaning} ({key.allowed}; {default}) " in f"{text} ", name
+    for allowed in (
+        "(a whole number from 1 up to 2147483647; default: 128)",
+        "(a list of 2 numbers above 0 up to 1, the smaller first; default: [0.08, 1.0])",
+        "(null or one of attention, cls, average; default: attention)",
+        "(a list, each item a whole number; no default)",
+    ):
+        assert allowed in text
 
 
 def test_help_of_own_options(capsys):
-    """Names that are too long for their column stand on a line of their own; hyphens are taken."""
     own = {
         "max_minutes": cli.Option("save and stop"),
         "no": cli.Option("value", takes_value=False),
@@ -158,12 +182,25 @@ def test_help_of_own_options(capsys):
         "  --max-minutes MAX_MINUTES",
         gap + "save and stop",
         "  --no".ljust(24) + "value",
-        "  --check".ljust(24) + "check the command line and the config, and do no more",
-        "  --SECTION.KEY VALUE".ljust(24) + "overrides a key of the config",
+        "  --check".ljust(24) + "only check the command line and the config",
+        "  --SECTION.KEY VALUE".ljust(24) + "set a key of the config, in place of the file",
     ]
-    for spelt in ("--max-minutes", "--max_minutes", "--on-nonfinite", "--on_nonfinite"):
-        found, words = cli.split_options([spelt, "1"], {**own, "on_nonfinite": cli.Option("")})
-        assert found == {spelt.removeprefix("--").replace("-", "_"): "1"} and not words
+
+
+@pytest.mark.parametrize(
+    "spelt", ["max-minutes", "max_minutes", "data.batch-size", "data.batch_size"]
+)
+def test_hyphens_and_underscores_are_the_same_in_names(spelt):
+    known = {"max_minutes": cli.Option(""), "data.batch_size": cli.Option("")}
+    name = spelt.replace("-", "_")
+    assert cli.split_options([f"--{spelt}", "a-b_c"], known) == ({name: "a-b_c"}, [])
+    assert cli.split_options([f"--{spelt}=a-b_c"], known) == ({name: "a-b_c"}, [])
+
+
+def test_options_and_words_may_be_mixed():
+    known = {"out": cli.Option(""), "all": cli.Option("", takes_value=False)}
+    words = ["a", "--out", "-3", "b-c", "--all", "d"]
+    assert cli.split_options(words, known) == ({"out": "-3", "all": ""}, ["a", "b-c", "d"])
 
 
 def test_a_config_can_be_checked_without_being_run(tmp_path):
@@ -174,62 +211,91 @@ def test_a_config_can_be_checked_without_being_run(tmp_path):
         cli.parse([*words, "--schedule.epochs", "0"], "experiments.train", "Train.")
 
 
-def test_help_needs_neither_timm_nor_torchvision():
-    """They take seconds to import, and whoever asks for help should not wait for them."""
+def test_help_and_check_import_neither_torch_nor_timm():
+    """They take seconds to import."""
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
         "import experiments.train as module, experiments.evaluate, experiments.compare\n"
         "from experiments import cli\n"
         "assert cli.run(module.main) == 0\n"
-        "assert not {'timm', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "sys.argv[1:] = ['--config', 'configs/digits_HVTM.yaml', '--check']\n"
+        "assert cli.run(module.main) == 0\n"
+        "assert not {'torch', 'timm', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_every_key_can_be_described():
-    for key, hint in known_keys().items():
-        assert describe(hint), key
-    assert optional_sections() == {"horizontal", "vertical"}
-
-
-def test_a_section_refuses_what_is_wrong_without_any_file():
-    with pytest.raises(FieldError, match="epochs: got 0; allowed: a whole number from 1"):
-        ScheduleConfig(epochs=0)
-    with pytest.raises(FieldError, match="lr"):
-        ScheduleConfig(lr=math.nan)
-    with pytest.raises(FieldError, match="epochs"):
-        ScheduleConfig(epochs=True)
-
-
-KEYS = [*known_keys(), "horizontal", "data", "model.nam", "nothing", ""]
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**20), 10**20)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["1", "1e-3", "cct_2_3x2_32", "cpu", "[1, 2]", "null", ".nan", "attention"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=5,
+@pytest.mark.parametrize(
+    "values",
+    [{"epochs": 0}, {"epochs": True}, {"epochs": "3"}, {"lr": math.nan}, {"name": "linear"}],
 )
+def test_a_section_refuses_what_is_wrong_without_any_file(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        ScheduleConfig(**values)
+    with pytest.raises(ValueError, match=next(iter(values))):
+        dataclasses.replace(ScheduleConfig(), **values)
 
 
-@settings(max_examples=150)
-@given(content=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), as_options=st.booleans())
-def test_whatever_is_written_gives_a_config_or_one_line(tmp_path_factory, content, as_options):
-    nested: dict = {}
-    for key, value in content.items():
-        section, dot, field = key.rpartition(".")
-        inner = nested.setdefault(section, {}) if dot else nested
-        if isinstance(inner, dict):
-            inner[field] = value
-    path = tmp_path_factory.mktemp("fuzz") / "a.yaml"
-    path.write_text("" if as_options else yaml.safe_dump(nested))
-    overrides = {key: str(value) for key, value in content.items()} if as_options else {}
-    message = f"{path}: nothing is wrong"
+def refusal(key, value):
+    """The error for one key's value beside valid ones, or ""."""
+    valid = {"horizontal": HTM, "vertical": VTM}.get(key.partition(".")[0], {})
+    content = {f"{key.partition('.')[0]}.{name}": inner for name, inner in valid.items()}
     try:
-        assert isinstance(load_config(path, overrides), RunConfig)
+        build_config(settings_of({**content, key: value}, "file"), "file")
     except ConfigError as error:
-        message = str(error)
-    assert "\n" not in message
-    assert message.startswith((f"{path}", "command line: "))
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", known_keys())
+def test_every_key_refuses_what_its_help_does_not_allow(name):
+    allowed = known_keys()[name].allowed
+    for wrong in ([[]], {"a": [math.nan]}, math.nan):
+        assert refusal(name, wrong) == f"file: {name}: got {wrong!r}; allowed: {allowed}"
+    if not allowed.startswith("null or "):
+        assert refusal(name, None).endswith(f"got None; allowed: {allowed}")
+    if "number" not in allowed:
+        return
+    length = re.search(r"a list of (\d)", allowed)
+    for word, text in re.findall(r"(from|above|up to|below) (\d+)", allowed):
+        bound, upwards = int(text), word in ("up to", "below")
+        if "whole" in allowed:
+            outside = bound + 1 if upwards else bound - 1
+        else:
+            outside = math.nextafter(bound, math.inf if upwards else -math.inf)
+        refused = [outside] + ([bound] if word in ("above", "below") else [])
+        for value, expected in ((bound, bound in refused), (outside, True)):
+            value = [value] * int(length[1]) if length else value
+            assert (f"allowed: {allowed}" in refusal(name, value)) == expected, value
+
+
+STRANGE = {
+    "a key that is no text": ({5: 1}, "'5': unknown key"),
+    "a key of a section": ({"data": {None: 1}}, "'data.null': unknown key"),
+    "an object": ({"seed": Path("a")}, "Object of type PosixPath is not JSON serializable"),
+    "a pair as key": ({"model": {"kwargs": {(1, 2): 3}}}, "keys must be str"),
+    "bytes that are no text": ({"output": "\udcff"}, "surrogates not allowed"),
+    "no dict": ([1], r"got \[1\]; allowed: keys with values"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_values_of_a_checkpoint_that_no_config_holds(case):
+    content, message = STRANGE[case]
+    with pytest.raises(ConfigError, match=f"^file: .*{message}"):
+        settings_of(content, "file")
+
+
+@pytest.mark.parametrize("depth", [100, 300, 100_000])
+def test_values_of_a_checkpoint_that_are_nested_too_deeply(depth):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    with pytest.raises(ConfigError, match=r"^file: ") as caught:
+        build_config(settings_of({"model": {"kwargs": {"a": value}, "name": 3}}, "file"), "file")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_the_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ScheduleConfig().epochs = 3
