@@ -5,9 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from experiments import cli
 from experiments.errors import ConfigError, UserError
-from experiments.reproduce.terminal import Terminal
 from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 
 USAGE = """usage: python -m experiments.zoo COMMAND [OPTION ...]
@@ -72,31 +75,39 @@ def main(argv: Sequence[str]) -> None:
         convert_file(manifest, folder, names, options)
 
 
+def terminal() -> Console:
+    """Standard output: as wide as the terminal, and plain lines of any width in a pipe."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def list_zoo(manifest: Manifest, folder: Path) -> None:
     """Print the table of all checkpoints."""
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.download import UNKNOWN, Zoo
 
-    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
-    cells = [["name", "file", "data set", "method", "published", "MB", "on disk"]]
-    colours: list[str | None] = []
+    zoo = Zoo(folder)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("name", "file", "data set", "method"):
+        table.add_column(title)
+    table.add_column("published", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("on disk")
     for entry in manifest.checkpoints.values():
         state = zoo.state(entry)
         published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
         size = f"{state.size / 1e6:.1f}" if state.size else "-"
-        cells.append(
-            [entry.name, entry.file, entry.dataset, entry.method, published, size, state.words]
-        )
-        bad = state.present and not state.verified and state.words != Zoo.UNKNOWN
-        colours.append("green" if state.verified else "red" if bad else None)
-    terminal.table(cells, right=(4, 5), colours=colours)
-    terminal.line(f"folder: {folder}")
+        bad = state.present and not state.verified and state.words != UNKNOWN
+        words = Text(state.words, "green" if state.verified else "red" if bad else "")
+        table.add_row(entry.name, entry.file, entry.dataset, entry.method, published, size, words)
+    terminal().print(table)
+    terminal().print(f"folder: {folder}", soft_wrap=True)
 
 
 def download(
     manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
 ) -> None:
     """Fetch checkpoints; one that fails does not keep the others from coming."""
-    from experiments.zoo.files import MissingFileError, Zoo
+    from experiments.zoo.download import MissingFileError, Zoo
 
     if everything == bool(names):
         raise ConfigError("command line: download: give names, or --all")
@@ -119,9 +130,9 @@ def download(
 
 def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
     """Check files that are there: those named, or all that the folder holds."""
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.download import Zoo
 
-    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
+    zoo = Zoo(folder)
     wanted = _named(manifest, names)
     if not names:
         wanted = [e for e in manifest.checkpoints.values() if zoo.path(e).exists()]
@@ -133,7 +144,8 @@ def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
     for entry in wanted:
         try:
             digest = zoo.verify(entry)
-            terminal.line(f"{entry.name}: verified, SHA-256 {digest}", "green")
+            said = f"{entry.name}: verified, SHA-256 {digest}"
+            terminal().print(said, style="green", soft_wrap=True)
         except UserError as error:
             tell(error, [])
             failed.append(entry.name)
@@ -153,7 +165,7 @@ def convert_file(
         entry = manifest.checkpoint(words[0])
         path = folder / entry.file
     from experiments.zoo.convert import Source, convert, find_config
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.download import Zoo
 
     if entry is not None and path.parent.resolve() == folder.resolve():
         Zoo(folder).verify(entry)

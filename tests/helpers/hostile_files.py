@@ -1,4 +1,4 @@
-"""Files that try to run something, that claim what they do not hold, or that keep a reader waiting."""
+"""Files that try to run something, claim what they do not hold, or keep a reader waiting."""
 
 import argparse
 import builtins
