@@ -95,7 +95,10 @@ def test_a_cut_is_continued_and_so_is_a_part_by_a_later_command(drive, zoo, said
         (page(SIGN_IN), "/view: Cannot retrieve the public link"),
         (page("<title>Error 404 (Not Found)!!1</title>", 404), "Cannot retrieve the public link"),
         (lambda handler: handler.reply(200, b"?"), "an answer that gdown cannot read"),
-        (page("<html>", Content_Disposition=FILE["Content_Disposition"]), "is not kept: it is a web page"),
+        (
+            page("<html>", Content_Disposition=FILE["Content_Disposition"]),
+            "is not kept: it is a web page",
+        ),
     ],
     ids=["quota", "sign in", "gone", "not understood", "page called a file"],
 )
