@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import cli
+from experiments.config import load_config
 from experiments.errors import ConfigError, UserError
 from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 
@@ -107,25 +108,15 @@ def download(
     manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
 ) -> None:
     """Fetch checkpoints; one that fails does not keep the others from coming."""
-    from experiments.zoo.download import MissingFileError, Zoo
+    from experiments.zoo.download import Zoo
 
     if everything == bool(names):
         raise ConfigError("command line: download: give names, or --all")
     if cookies is not None and not Path(cookies).is_file():
         raise ConfigError(f"command line: --cookies: {cookies} is not a file")
     wanted = _named(manifest, names) or list(manifest.checkpoints.values())
-    zoo = Zoo(folder, cookies=Path(cookies) if cookies else None)
-    failed = []
-    for entry in wanted:
-        try:
-            zoo.obtain(entry)
-        except MissingFileError as error:
-            tell(error, error.advice)
-            failed.append(entry.name)
-        except UserError as error:
-            tell(error, [])
-            failed.append(entry.name)
-    _end(failed, len(wanted), "could not be had")
+    zoo = Zoo(folder, Path(cookies) if cookies else None)
+    _each(wanted, zoo.obtain, "could not be had")
 
 
 def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
@@ -140,16 +131,12 @@ def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
             raise UserError(
                 f"{folder}: holds no checkpoint of the zoo; --help tells how to get one"
             )
-    failed = []
-    for entry in wanted:
-        try:
-            digest = zoo.verify(entry)
-            said = f"{entry.name}: verified, SHA-256 {digest}"
-            terminal().print(said, style="green", soft_wrap=True)
-        except UserError as error:
-            tell(error, [])
-            failed.append(entry.name)
-    _end(failed, len(wanted), "did not pass")
+
+    def check(entry: Checkpoint) -> None:
+        said = f"{entry.name}: verified, SHA-256 {zoo.verify(entry)}"
+        terminal().print(said, style="green", soft_wrap=True)
+
+    _each(wanted, check, "did not pass")
 
 
 def convert_file(
@@ -164,34 +151,48 @@ def convert_file(
     else:
         entry = manifest.checkpoint(words[0])
         path = folder / entry.file
-    from experiments.zoo.convert import Source, convert, find_config
+    from experiments.zoo.convert import config_of, convert
     from experiments.zoo.download import Zoo
 
     if entry is not None and path.parent.resolve() == folder.resolve():
         Zoo(folder).verify(entry)
-    given = Path(options["config"]) if "config" in options else None
-    if given is None and entry is not None:
-        given = manifest.config_path(entry.config)
+    if "config" in options:
+        config = load_config(options["config"])
+    elif entry is not None:
+        config = load_config(manifest.config_path(entry.config))
+    elif (own := config_of(path)) is not None:
+        config = own
+    else:
+        raise ConfigError(
+            f"{path}: carries no config, and the zoo does not know a file of this name; name one: "
+            "--config configs/NAME.yaml"
+        )
     output = Path(options.get("output", path.with_name(f"{path.name.split('.')[0]}.safetensors")))
-    convert(Source(path, find_config(path, entry, given), entry), output)
+    convert(path, config, output, entry)
     print(f"{output}: the weights of {path}, with their config and provenance")
 
 
-def tell(error: UserError, advice: list[str]) -> None:
-    """An error, and what can be done about it, each on a line of its own."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    for line in advice:
-        print(f"  {line}", file=sys.stderr)
-
-
 def _named(manifest: Manifest, names: list[str]) -> list[Checkpoint]:
-    found = [manifest.checkpoint(name) for name in names]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(manifest.checkpoint(name) for name in names))
 
 
-def _end(failed: list[str], number: int, what: str) -> None:
+def _each(entries: list[Checkpoint], act: Callable[[Checkpoint], object], failure: str) -> None:
+    """Do something with each checkpoint; tell what went wrong, and what a person can do, at once.
+
+    Raises:
+        SystemExit: some of them failed.
+    """
+    failed = []
+    for entry in entries:
+        try:
+            act(entry)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            for line in getattr(error, "advice", ()):
+                print(f"  {line}", file=sys.stderr)
+            failed.append(entry.name)
     if failed:
-        print(f"{len(failed)} of {number} {what}: {', '.join(failed)}", file=sys.stderr)
+        print(f"{len(failed)} of {len(entries)} {failure}: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(UserError.exit_code)
 
 

@@ -25,14 +25,12 @@ class MissingFileError(UserError):
 
     Attributes:
         checkpoint: which one.
-        reasons: what each source said.
         advice: lines for a person who wants to fetch it by hand.
     """
 
     def __init__(self, checkpoint: Checkpoint, reasons: list[str], advice: list[str]) -> None:
         super().__init__(f"{checkpoint.name}: {'; '.join(reasons)}")
         self.checkpoint = checkpoint
-        self.reasons = reasons
         self.advice = advice
 
 
