@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,15 @@ _VERSION = 2
 _NPZ = "npz of a ViT"
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the format's own
 
-# keys that change where and how fast a run computes, how it is evaluated, what it reports and which
-# faults it bears, never the weights of a run without faults
+# These keys change where and how fast a run computes, how it is evaluated, what it reports and
+# which faults it tolerates, but never the weights of a run without faults.
 _FREE_KEYS = (
     *("output", "data.root", "data.workers", "data.download", "data.max_bad_images", "logging."),
     *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
     *("data.eval_batch_size", "eval_precision"),
 )
 
-# what the saved state of the optimiser is made for
+# The saved state of the optimiser fits no other value of these.
 _FIXED_KEYS = ("optimizer.name",)
 
 
@@ -70,15 +70,15 @@ _FIXED_KEYS = ("optimizer.name",)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a run's state atomically: tensors and plain types alone.
+    """Write a run's state atomically: tensors and plain types only.
 
-    It is a zip archive of torch, in which each part carries a checksum.
+    The file is torch's zip archive, in which each part has a checksum.
     """
     with atomic_file(path) as file:
         try:
             torch.save({"format": RUN_FORMAT, "version": _VERSION, **content}, file)
         except RuntimeError as error:
-            # where the file cannot be written, torch's closing of its archive hides why
+            # if a write fails, torch's closing of its archive hides the reason
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -106,20 +106,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def refuse_changed_config(
     path: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()
 ) -> list[str]:
-    """Compare the config of a run to be resumed with the one that is asked for.
+    """Compare the config of a run to be resumed with the requested one.
 
     Args:
         path: of the checkpoint, for the message.
         saved: the config in the checkpoint.
-        now: the config that is asked for.
+        now: the requested config.
         allowed: keys that may differ.
 
     Returns:
-        The allowed keys that do differ, each with its two values.
+        The allowed keys that differ, each with its two values.
 
     Raises:
-        ConfigError: other keys differ, which the message lists; or an allowed one does not, or
-            never may.
+        ConfigError: other keys differ, which the message lists; an allowed key does not differ; or
+            a key differs that must not.
     """
     before, after = deciding_keys(saved), deciding_keys(now)
     changed = {
@@ -148,7 +148,7 @@ def refuse_changed_config(
 
 
 def deciding_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a config, as `section.key`, that decide which weights a run comes to."""
+    """The keys of a config, as `section.key`, that determine the weights of a run."""
     flat = dotted_keys(config)
     return {key: value for key, value in flat.items() if not key.startswith(_FREE_KEYS)}
 
@@ -277,7 +277,7 @@ def recognise(path: Path) -> str:
         CheckpointError: it is missing, or nothing that holds weights.
     """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        if path.exists() and not path.is_file():  # opening a pipe waits for its writer
             raise CheckpointError(f"{path}: is a folder, a pipe or a device, not a file")
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -315,7 +315,7 @@ def recognise(path: Path) -> str:
 
 
 def load_plain(path: Path) -> Any:
-    """Load what `torch.save` wrote: tensors, plain types and `argparse.Namespace` alone.
+    """Load what `torch.save` wrote: tensors, plain types and `argparse.Namespace` only.
 
     Raises:
         CheckpointError: it is damaged, or asks for anything else.
@@ -332,7 +332,7 @@ def load_plain(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Compare the parts of a zip archive with their checksums, which torch passes over."""
+    """Compare the parts of a zip archive with their checksums, which torch does not."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":  # torch, too, looks at nothing else to tell its formats apart
             return
@@ -346,7 +346,7 @@ def _check_zip(path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Make one CheckpointError of whatever a library raises about a file's content."""
+    """Turn whatever a library raises about a file's content into one CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -359,7 +359,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _refusal(message: str) -> str:
-    """torch's long explanation of what it does not unpickle, in short."""
+    """A short form of torch's long explanation of what it does not unpickle."""
     asked = re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", message)
     if asked:
         return f"it asks for {asked[1]}, and a checkpoint may hold tensors and plain types alone"
@@ -379,25 +379,15 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     return content
 
 
-# Hashes of files from elsewhere: recorded when a file first came, checked at every use
+# Hashes of weights: recorded when a file first arrives, checked at every use
 
 LOCK_FILE = "zoo.lock.yaml"
+_KNOWN = {"sha256", "size", "source", "recorded"}
 _HEAD = """\
-# Hashes of the weights in this folder, each recorded when the file first came, because the zoo's
-# manifest does not know it. Every later use checks them. To accept another file in place of one
+# Hashes of the weights in this folder, recorded when each file first arrived, because the zoo's
+# manifest does not list them. Every later use checks them. To accept another file in place of one
 # named here, delete its entry.
 """
-
-
-@dataclass(frozen=True)
-class KnownFile:
-    """What was recorded of a file when it first came."""
-
-    sha256: str
-    size: int
-    source: str
-    recorded: str
-    """UTC, ISO 8601."""
 
 
 def file_hash(path: Path) -> str:
@@ -413,51 +403,52 @@ def file_hash(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from None
 
 
-def known_files(folder: Path) -> dict[str, KnownFile]:
-    """The recorded hashes of a folder of weights: file name -> what is known of the file.
+def known_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The recorded hashes of a folder of weights: file name -> `_KNOWN` of it.
 
     Raises:
-        CheckpointError: the lock file is damaged. It is never repaired: it is what tells a
-            replaced file from the right one.
+        CheckpointError: the lock file is damaged. It is never repaired, because it tells a replaced
+            file from the right one.
     """
     path = folder / LOCK_FILE
-    if not path.exists():
-        return {}
     try:
-        return {name: KnownFile(**entry) for name, entry in (read_yaml(path) or {}).items()}
+        found = (read_yaml(path) or {}) if path.exists() else {}
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    except (AttributeError, TypeError):
+    if not isinstance(found, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == _KNOWN for entry in found.values()
+    ):
         raise CheckpointError(
             f"{path}: is damaged; allowed: file names with sha256, size, source and recorded"
-        ) from None
+        )
+    return found
 
 
 def record_hash(path: Path, source: str) -> str:
     """Hash a file, write the hash into the lock file beside it, and return it."""
-    entry = KnownFile(
-        sha256=file_hash(path),
-        size=path.stat().st_size,
-        source=source,
-        recorded=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    entry = {
+        "sha256": file_hash(path),
+        "size": path.stat().st_size,
+        "source": source,
+        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     lock = path.parent / LOCK_FILE
     with exclusive(lock):
         entries = {**known_files(path.parent), path.name: entry}
-        plain = {name: asdict(entries[name]) for name in sorted(entries)}
-        write_atomically(lock, (_HEAD + yaml.safe_dump(plain, sort_keys=False)).encode())
-    return entry.sha256
+        text = yaml.safe_dump(dict(sorted(entries.items())), sort_keys=False)
+        write_atomically(lock, (_HEAD + text).encode())
+    return str(entry["sha256"])
 
 
 def refuse_changed(path: Path) -> None:
-    """Raise a CheckpointError where a file is not the one whose hash was recorded."""
+    """Raise a CheckpointError if a file is not the one whose hash was recorded."""
     entry = known_files(path.parent).get(path.name)
     if entry is not None:
-        refuse_wrong_hash(path, entry.sha256, f"recorded in {path.parent / LOCK_FILE}")
+        refuse_wrong_hash(path, entry["sha256"], f"recorded in {path.parent / LOCK_FILE}")
 
 
 def refuse_wrong_hash(path: Path, expected: str, where: str) -> None:
-    """Raise a CheckpointError where a file's hash is another one than `where` says."""
+    """Raise a CheckpointError if a file's hash differs from the one that `where` gives."""
     found = file_hash(path)
     if found != expected:
         raise CheckpointError(

@@ -18,29 +18,29 @@ USAGE = """usage: python -m experiments.zoo COMMAND [OPTION ...]
 
   list                    every checkpoint: on disk or not, verified or not, published top-1
   download NAME... | --all
-                          fetch what is missing, and check what is there; goes on with a part
-  verify [NAME...]        check the files that are there, by content and by hash
-  convert FILE            write any checkpoint as safetensors, with its config and where it came
-                          from in the metadata
+                          fetch missing files, check the others; continues interrupted downloads
+  verify [NAME...]        check the files on disk, by content and by hash
+  convert FILE            write any checkpoint as safetensors, with its config and provenance in
+                          the metadata
 
 NAME is a checkpoint's name, its file's or its config's; FILE is one of these or a path.
 
 options:
   --weights DIR      folder of the weights (default: $WEIGHTS, else weights)
-  --manifest FILE    what is in the zoo (default: weights/zoo.yaml of this project)
+  --manifest FILE    list of the zoo (default: weights/zoo.yaml of this project)
   --cookies FILE     download: cookies in Netscape's format, for files of Google Drive that need
                      somebody signed in
-  --config FILE      convert: the config whose model the file fits, where neither the file nor
-                     the zoo tells it
-  --output FILE      convert: what is written (default: FILE with the ending .safetensors)
+  --config FILE      convert: the config whose model the file fits, if neither the file nor the
+                     zoo tells it
+  --output FILE      convert: the file to write (default: FILE with the ending .safetensors)
 """
 _OPTIONS = {
     "weights": cli.Option("folder of the weights"),
-    "manifest": cli.Option("what is in the zoo"),
+    "manifest": cli.Option("list of the zoo"),
     "all": cli.Option("every checkpoint", takes_value=False),
     "cookies": cli.Option("cookies for Google Drive"),
     "config": cli.Option("config of the file"),
-    "output": cli.Option("file to be written"),
+    "output": cli.Option("file to write"),
 }
 _OPTIONS_OF = {
     "list": (),
@@ -51,7 +51,7 @@ _OPTIONS_OF = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line and do what it says."""
+    """Read the command line and run its command."""
     if not argv or any(word in ("-h", "--help") for word in argv):
         print(USAGE, end="")
         return
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def terminal() -> Console:
-    """Standard output: as wide as the terminal, and plain lines of any width in a pipe."""
+    """Standard output: as wide as the terminal, or plain lines of any width in a pipe."""
     width = None if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
@@ -107,7 +107,7 @@ def list_zoo(manifest: Manifest, folder: Path) -> None:
 def download(
     manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
 ) -> None:
-    """Fetch checkpoints; one that fails does not keep the others from coming."""
+    """Fetch checkpoints; go on with the others after a failure."""
     from experiments.zoo.download import Zoo
 
     if everything == bool(names):
@@ -120,7 +120,7 @@ def download(
 
 
 def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
-    """Check files that are there: those named, or all that the folder holds."""
+    """Check the named files, or all that are on disk."""
     from experiments.zoo.download import Zoo
 
     zoo = Zoo(folder)
@@ -177,10 +177,10 @@ def _named(manifest: Manifest, names: list[str]) -> list[Checkpoint]:
 
 
 def _each(entries: list[Checkpoint], act: Callable[[Checkpoint], object], failure: str) -> None:
-    """Do something with each checkpoint; tell what went wrong, and what a person can do, at once.
+    """Call `act` on each checkpoint; print each failure with its advice, and go on.
 
     Raises:
-        SystemExit: some of them failed.
+        SystemExit: with status 2, if any failed.
     """
     failed = []
     for entry in entries:

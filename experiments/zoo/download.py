@@ -40,7 +40,7 @@ class State:
 
     Attributes:
         present: whether the file is there.
-        verified: whether its hash is known and right.
+        verified: whether its hash is known and correct.
         words: the same for a person.
         size: bytes of the file, or of the part that has arrived.
     """
@@ -86,7 +86,7 @@ class Zoo:
         return State(True, known is not None, "verified" if known else UNKNOWN, size)
 
     def verify(self, checkpoint: Checkpoint) -> str:
-        """Check a file that is there, and record its hash where none is known; gives the hash.
+        """Check a file on disk, record its hash if none is known, and return the hash.
 
         Raises:
             CheckpointError: it is missing, not a checkpoint, damaged, or not the one it should be.
@@ -97,11 +97,11 @@ class Zoo:
         return self._admit(path, checkpoint, "put there by hand")
 
     def obtain(self, checkpoint: Checkpoint) -> Path:
-        """Have a checkpoint's file, by fetching it where it is missing; gives its path.
+        """Fetch a checkpoint's file unless it is on disk, and return its path.
 
         Raises:
-            MissingFileError: no source gave it; with what a person can do.
-            CheckpointError: a file is there that is not it.
+            MissingFileError: no source gave it; with advice for a person.
+            CheckpointError: the file on disk is another one.
         """
         path = self.path(checkpoint)
         waiting = f"{checkpoint.name}: another process is fetching it, waiting"
@@ -143,10 +143,10 @@ class Zoo:
         raise MissingFileError(checkpoint, reasons, self._advice(checkpoint))
 
     def _download(self, source: str, checkpoint: Checkpoint) -> None:
-        """Bring a file beside its place; what arrives before a failure is kept and continued.
+        """Download to a temporary name; bytes that arrive before a failure are kept and continued.
 
-        gdown continues a part by a range request, and compares the bytes that arrive with those
-        that the server announced. As long as an attempt brings bytes, another one follows.
+        gdown continues a part by a range request, and checks that all announced bytes arrived. As
+        long as an attempt brings bytes, another one follows.
         """
         incoming, restarted = self._incoming(checkpoint), False
         while True:
@@ -173,10 +173,10 @@ class Zoo:
                     raise
 
     def _admit(self, found: Path, checkpoint: Checkpoint, source: str) -> str:
-        """Give a file its name once it is known to be what it should be; gives its hash.
+        """Check a file, give it its final name, record its hash if none is known; returns the hash.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: it is not the checkpoint.
         """
         path = self.path(checkpoint)
         _recognise_as(found, checkpoint.kind)
@@ -187,7 +187,7 @@ class Zoo:
             )
         known = self._check_hash(found, checkpoint)
         if known is None:
-            read_weights(found)  # to its end: a file that was cut or damaged is found here
+            read_weights(found)  # completely, so that truncation and damage are found
         if found != path:
             with found.open("rb") as file:
                 os.fsync(file.fileno())
@@ -207,11 +207,11 @@ class Zoo:
         return digest
 
     def _check_hash(self, found: Path, checkpoint: Checkpoint) -> str | None:
-        """The known hash, if any; a CheckpointError where the file has another one."""
+        """Return the known hash, if any; raise a CheckpointError if the file's differs."""
         recorded = weights.known_files(self.folder).get(checkpoint.file)
         known, where = checkpoint.sha256, "in the zoo's manifest"
         if known is None and recorded is not None:
-            known, where = recorded.sha256, f"recorded in {self.folder / LOCK_FILE}"
+            known, where = recorded["sha256"], f"recorded in {self.folder / LOCK_FILE}"
         if known is not None:
             weights.refuse_wrong_hash(found, known, where)
         return known
@@ -234,12 +234,12 @@ class Zoo:
 
 
 def _parts(incoming: Path) -> list[Path]:
-    """What gdown has left of interrupted downloads: it adds eight characters and an ending."""
+    """gdown's partial files: it adds eight characters and an ending to the name."""
     return list(incoming.parent.glob(f"{incoming.name}{'?' * 8}.part"))
 
 
 def _arrived(incoming: Path) -> int:
-    """Bytes that an interrupted download has left."""
+    """Bytes in the partial files."""
     return sum(part.stat().st_size for part in _parts(incoming))
 
 
@@ -249,7 +249,7 @@ def _discard(incoming: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The reason of a failure in a person's words, without what libraries wrap around it."""
+    """The reason of a failure, without what libraries wrap around it."""
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(inner)
@@ -264,7 +264,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _recognise_as(path: Path, kind: str) -> None:
-    """Raise a CheckpointError where a file's content is not of a kind."""
+    """Raise a CheckpointError if a file's content is of another kind."""
     found = recognise(path)
     if found != kind:
         raise CheckpointError(f"{path}: is of the kind {found}, expected {kind}")

@@ -10,6 +10,7 @@ import torch
 import tokenmixup
 from experiments.checkpoint import load_weights
 from experiments.errors import CheckpointError
+from tests.helpers.standins import vit_npz
 
 
 def vit(**kwargs):
@@ -17,38 +18,9 @@ def vit(**kwargs):
     return timm.create_model("vit_base_patch16_224", **{"img_size": 64, **settings, **kwargs})
 
 
-def google_arrays(classes=5, grid=4, depth=2, seed=0):
+def google_arrays(classes=5, depth=2):
     """Random arrays in the layout of ViT-B_16-224.npz, of a small model."""
-    rng = np.random.default_rng(seed)
-    width, heads, head, hidden = 24, 3, 8, 48
-
-    def array(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    arrays = {
-        "cls": array(1, 1, width),
-        "embedding/kernel": array(16, 16, 3, width),
-        "embedding/bias": array(width),
-        "Transformer/posembed_input/pos_embedding": array(1, grid * grid + 1, width),
-        "Transformer/encoder_norm/scale": array(width),
-        "Transformer/encoder_norm/bias": array(width),
-        "head/kernel": array(width, classes),
-        "head/bias": array(classes),
-    }
-    for layer in range(depth):
-        block = f"Transformer/encoderblock_{layer}/"
-        attention = block + "MultiHeadDotProductAttention_1/"
-        for norm in ("LayerNorm_0", "LayerNorm_2"):
-            arrays |= {f"{block}{norm}/scale": array(width), f"{block}{norm}/bias": array(width)}
-        for part in ("query", "key", "value"):
-            arrays[f"{attention}{part}/kernel"] = array(width, heads, head)
-            arrays[f"{attention}{part}/bias"] = array(heads, head)
-        arrays[f"{attention}out/kernel"] = array(heads, head, width)
-        arrays[f"{attention}out/bias"] = array(width)
-        for index, (before, after) in enumerate(((width, hidden), (hidden, width))):
-            arrays[f"{block}MlpBlock_3/Dense_{index}/kernel"] = array(before, after)
-            arrays[f"{block}MlpBlock_3/Dense_{index}/bias"] = array(after)
-    return arrays
+    return vit_npz(classes, width=24, layers=depth, heads=3, mlp=48, tokens=17)
 
 
 def write(folder, arrays):

@@ -21,7 +21,6 @@ from tests.helpers.http_server import (
     page,
     ranges,
     redirect,
-    stalled,
     status,
     whole,
 )
@@ -72,8 +71,8 @@ def test_the_first_download_records_the_hash_and_says_so(server, small_zoo, weig
     wanted = entry(server.offer("/first", ranges(CONTENT)))
     assert small_zoo.obtain(wanted).read_bytes() == CONTENT
     assert files_in(weights) == [wanted.file, LOCK_FILE]
-    assert known_files(weights)[wanted.file].sha256 == sha(CONTENT)
-    assert known_files(weights)[wanted.file].source == wanted.url
+    known = known_files(weights)[wanted.file]
+    assert known["sha256"] == sha(CONTENT) and known["source"] == wanted.url
     assert any("its hash was not known; recorded in" in line for line in said)
     assert small_zoo.state(wanted).verified
     small_zoo.obtain(wanted)  # again: nothing is requested
@@ -127,7 +126,7 @@ def test_many_hashes_recorded_at_once_are_all_kept(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    found = {name: known.sha256 for name, known in known_files(tmp_path).items()}
+    found = {name: known["sha256"] for name, known in known_files(tmp_path).items()}
     assert found == {path.name: sha(path.name.encode()) for path in paths}
 
 
@@ -242,7 +241,7 @@ def test_stray_parts_do_no_harm(server, small_zoo, weights):
 
 def test_a_stalled_connection_is_left_and_continued(server, small_zoo, weights):
     gate = threading.Event()
-    url = server.offer("/stall", stalled(LARGE, PIECE + 1000, gate), ranges(LARGE))
+    url = server.offer("/stall", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
     start = time.monotonic()
     assert small_zoo.obtain(entry(url)).read_bytes() == LARGE
     gate.set()
@@ -295,7 +294,7 @@ def test_a_folder_that_cannot_be_written(server, said, tmp_path):
 
 def test_a_kill_at_any_moment_leaves_no_file_under_the_name(server, tmp_path, weights):
     gate = threading.Event()
-    url = server.offer("/kill", stalled(LARGE, PIECE + 1000, gate), ranges(LARGE))
+    url = server.offer("/kill", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
     manifest = manifest_of(tmp_path, big={"url": url})
     words = ("download", "big", "--manifest", manifest, "--weights", weights)
     command = [sys.executable, "-m", "experiments.zoo", *map(str, words)]

@@ -147,7 +147,7 @@ def test_verify_takes_what_was_put_there_by_hand(tmp_path, weights, capsys):
     (weights / "hand.pth.tar").write_bytes(CONTENT)
     code, out, _ = run_zoo(capsys, "verify", "hand", *place)
     assert code == 0 and f"verified, SHA-256 {sha(CONTENT)}" in out and "recorded in" in out
-    assert known_files(weights)["hand.pth.tar"].source == "put there by hand"
+    assert known_files(weights)["hand.pth.tar"]["source"] == "put there by hand"
     (weights / "hand.pth.tar").write_bytes(saved(1))
     code, _, err = run_and_exit(capsys, "verify", *place)
     assert code == 2 and "is not the file that it should be" in err
