@@ -1,6 +1,7 @@
 """The released checkpoints: `python -m experiments.zoo list | download | verify | convert`."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def terminal() -> Console:
-    """Standard output: as wide as the terminal, or plain lines of any width in a pipe."""
-    width = None if sys.stdout.isatty() else 10_000
+    """Standard output; in a pipe, and in a terminal that is too narrow, lines keep their length."""
+    width = max(shutil.get_terminal_size().columns, 130) if sys.stdout.isatty() else 10_000
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
@@ -89,10 +90,10 @@ def list_zoo(manifest: Manifest, folder: Path) -> None:
     zoo = Zoo(folder)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("name", "file", "data set", "method"):
-        table.add_column(title)
-    table.add_column("published", justify="right")
-    table.add_column("MB", justify="right")
-    table.add_column("on disk")
+        table.add_column(title, no_wrap=True)
+    for title in ("published", "MB"):
+        table.add_column(title, justify="right")
+    table.add_column("on disk", overflow="fold")
     for entry in manifest.checkpoints.values():
         state = zoo.state(entry)
         published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
