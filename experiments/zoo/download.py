@@ -1,6 +1,7 @@
 """The zoo's files on disk: fetched by gdown, recognised by content and checked by hash."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from experiments.zoo.manifest import Checkpoint
 UNKNOWN = "no hash known yet"
 # requests' errors are OSErrors; gdown raises the last two on an answer that it cannot read
 _FAILURES = (OSError, DownloadError, KeyError, AssertionError)
+
+# what gdown and requests put around a reason
+_WRAPPING = (
+    r"Failed to retrieve file url:| (Client|Server) Error:| for url: .*|You may still be able.*"
+    r"|\.\nThe received bytes.*"
+)
 
 
 class MissingFileError(UserError):
@@ -256,8 +263,7 @@ def _cause(error: BaseException) -> str:
     for link in reversed(chain):
         if isinstance(link, OSError) and link.strerror:
             return link.strerror
-    said = str(error).partition(".\n")[0].partition("You may still be able")[0]
-    said = " ".join(said.removeprefix("Failed to retrieve file url:").split())
+    said = " ".join(re.sub(_WRAPPING, "", str(error), flags=re.DOTALL).split())
     if isinstance(error, KeyError | AssertionError):
         return f"an answer that gdown cannot read ({type(error).__name__}: {said})"
     return said[:300] or type(error).__name__

@@ -157,9 +157,9 @@ def test_a_folder_that_is_shared_and_read_only(small_zoo, weights, said, monkeyp
 FAULTS = {
     "page": ([page("<title>Quota exceeded</title>")], "not kept: it is a web page"),
     "page that hides": ([whole(b"\xef\xbb\xbf \n<html>")], "not kept: it is a web page"),
-    "refusal": ([status(403)], "403 Client Error: Forbidden"),
-    "gone": ([status(404)], "404 Client Error: Not Found"),
-    "busy": ([status(503)], "503 Server Error"),
+    "refusal": ([status(403)], "/fault-refusal: 403 Forbidden$"),
+    "gone": ([status(404)], "404 Not Found$"),
+    "busy": ([status(503)], "503 Service Unavailable$"),
     "cut": ([cut_whole(CONTENT, 1000)], "."),
     "no answer": ([cut_at_once()], "."),
     "half": ([whole(CONTENT[:1500])], "cut off"),
