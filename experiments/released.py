@@ -1,20 +1,22 @@
-"""The parameter names of the checkpoints that the paper's authors released.
+"""Names of weights from elsewhere: the released checkpoints' and Google's, and strict loading.
 
-Each released name is accounted for: it has a place in our models, or is named in an error.
+Each name of a file is accounted for: it has a place in the model, or an error names it.
 
-Dimensions: D width, C classes, L layer index.
+Dimensions: P patch size, D width, H heads, d width of a head, C classes, L layer index.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
 
-_CCT_RULES = (
+# Released name -> name in our models. A name with a colon is one of the three parts of qkv.
+_CCT = (
     (r"tokenizer\.conv_layers\.(\d+)\.0\.weight", r"tokenizer.convolutions.\1.weight"),
     (r"classifier\.positional_emb", "pos_embed"),
     (r"classifier\.attention_pool\.(weight|bias)", r"pool.\1"),
@@ -35,37 +37,56 @@ _CCT_RULES = (
     (r"classifier\.norm\.(weight|bias)", r"norm.\1"),
     (r"classifier\.fc\.(weight|bias)", r"head.\1"),
 )
-_VIT_LAYER = r"transformer\.encoder\.layer\.(\d+)\."
-_VIT_RULES = (
+_LAYER = r"transformer\.encoder\.layer\.(\d+)\."
+_VIT = (
     (r"transformer\.embeddings\.position_embeddings", "pos_embed"),
     (r"transformer\.embeddings\.cls_token", "cls_token"),
     (r"transformer\.embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
-    (_VIT_LAYER + r"attention_norm\.(weight|bias)", r"blocks.\1.norm1.\2"),
-    (_VIT_LAYER + r"ffn_norm\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (_VIT_LAYER + r"ffn\.fc([12])\.(weight|bias)", r"blocks.\1.mlp.fc\2.\3"),
-    (_VIT_LAYER + r"attn\.(query|key|value)\.(weight|bias)", r"blocks.\1.attn.qkv.\3:\2"),
-    (_VIT_LAYER + r"attn\.out\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (_VIT_LAYER + r"scorenet\.(weight|bias)", r"scorenets.\1.head.\2"),
+    (_LAYER + r"attention_norm\.(weight|bias)", r"blocks.\1.norm1.\2"),
+    (_LAYER + r"ffn_norm\.(weight|bias)", r"blocks.\1.norm2.\2"),
+    (_LAYER + r"ffn\.fc([12])\.(weight|bias)", r"blocks.\1.mlp.fc\2.\3"),
+    (_LAYER + r"attn\.(query|key|value)\.(weight|bias)", r"blocks.\1.attn.qkv.\3:\2"),
+    (_LAYER + r"attn\.out\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (_LAYER + r"scorenet\.(weight|bias)", r"scorenets.\1.head.\2"),
     (r"transformer\.encoder\.encoder_norm\.(weight|bias)", r"norm.\1"),
     (r"head\.(weight|bias)", r"head.\1"),
 )
-_FAMILIES = {"CCT": ("classifier.", _CCT_RULES), "ViT": ("transformer.", _VIT_RULES)}
+_BLOCK = r"Transformer/encoderblock_(\d+)/"
+_GOOGLE = (
+    (r"cls", "cls_token"),
+    (r"embedding/(kernel|bias)", r"patch_embed.proj.\1"),
+    (r"Transformer/posembed_input/pos_embedding", "pos_embed"),
+    (_BLOCK + r"LayerNorm_0/(scale|bias)", r"blocks.\1.norm1.\2"),
+    (_BLOCK + r"LayerNorm_2/(scale|bias)", r"blocks.\1.norm2.\2"),
+    (
+        _BLOCK + r"MultiHeadDotProductAttention_1/(query|key|value)/(kernel|bias)",
+        r"blocks.\1.attn.qkv.\3:\2",
+    ),
+    (_BLOCK + r"MultiHeadDotProductAttention_1/out/(kernel|bias)", r"blocks.\1.attn.proj.\2"),
+    (_BLOCK + r"MlpBlock_3/Dense_0/(kernel|bias)", r"blocks.\1.mlp.fc1.\2"),
+    (_BLOCK + r"MlpBlock_3/Dense_1/(kernel|bias)", r"blocks.\1.mlp.fc2.\2"),
+    (r"Transformer/encoder_norm/(scale|bias)", r"norm.\1"),
+    (r"head/(kernel|bias)", r"head.\1"),
+)
+_FAMILIES = {"CCT": ("classifier.", _CCT), "ViT": ("transformer.", _VIT)}
 _PARTS = ("query", "key", "value")
+_SHOWN = 8  # names per message
+
+HOST, SCORENETS = "backbone.", "scorenets."
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What became of the entries of a state dict.
+class Loaded:
+    """What became of the names of a file and of a model."""
 
-    Attributes:
-        loaded: names of the model's parameters that were filled.
-        unused: names in the file that the model has no use for: ScoreNets where it has none.
-        left_out: names of the model's parameters that stay as initialised: its new classifiers.
-    """
-
-    loaded: tuple[str, ...]
+    kind: str
+    """What the file was."""
+    left_out: tuple[str, ...]
+    """Names of the model that the file has nothing for, left as initialised."""
     unused: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    """Names in the file that the model has no use for: ScoreNets, where it has none."""
+    resized: bool = False
+    """Whether the position embedding was resized to another image size."""
 
 
 def is_released(state_dict: Mapping[str, Tensor]) -> bool:
@@ -74,23 +95,20 @@ def is_released(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def is_classifier(name: str) -> bool:
-    """Whether a parameter of a model belongs to what knows the classes: its head, its ScoreNets."""
-    return name.removeprefix("backbone.").startswith(("head.", "scorenets."))
+    """Whether a parameter of a model depends on the classes: its head and its ScoreNets."""
+    return name.removeprefix(HOST).startswith(("head.", SCORENETS))
 
 
 def load_released(
     model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bool = False
-) -> LoadReport:
+) -> Loaded:
     """Load a state dict with the released names, strictly.
 
     Args:
         model: a plain host (our CCT, timm's ViT) or a `TokenMixupModel` around one. A ScoreNet of
-            the file is left out, and named in the report, only where the model has none at all.
+            the file is left out, and named in the result, only where the model has none at all.
         state_dict: released name -> tensor.
         new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
-
-    Returns:
-        What was loaded and what was left out.
 
     Raises:
         ValueError: a name that cannot be accounted for, a parameter of the model without an
@@ -102,20 +120,101 @@ def load_released(
             "the state dict has none of the released names (classifier.* of CCT, transformer.* of "
             f"ViT); its first names are {', '.join(sorted(state_dict)[:3])}"
         )
-    renamed, sources = _rename(state_dict, family)
-    attached = isinstance(model, TokenMixupModel)
-    has_scorenet = isinstance(model, TokenMixupModel) and len(model.scorenets) > 0
-    unused = () if has_scorenet else tuple(n for n in renamed if n.startswith("scorenets."))
-    wanted = {
-        f"backbone.{name}" if attached and not name.startswith("scorenets.") else name: tensor
-        for name, tensor in renamed.items()
-        if name not in unused and not (new_head and is_classifier(name))
-    }
+    renamed, sources = _renamed(state_dict, _FAMILIES[family][1], family)
+    unused = []
+    if not any(name.startswith(SCORENETS) for name in model.state_dict()):
+        unused = [name for name in renamed if name.startswith(SCORENETS)]
+    weights = under_names_of(model, {n: t for n, t in renamed.items() if n not in unused})
+    if new_head:
+        weights = {name: tensor for name, tensor in weights.items() if not is_classifier(name)}
+    left_out = [name for name in model.state_dict() if new_head and is_classifier(name)]
+    told = {name: sources[name.removeprefix(HOST)] for name in weights}
+    load_strictly(model, weights, left_out, told)
+    return Loaded(
+        "released checkpoint", tuple(left_out), tuple(s for n in unused for s in sources[n])
+    )
+
+
+def under_names_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a plain host or of a `TokenMixupModel`, under the names that the model uses."""
+    if isinstance(model, TokenMixupModel):
+        attached = (HOST, SCORENETS)
+        return {n if n.startswith(attached) else HOST + n: t for n, t in weights.items()}
+    if any(name.startswith(HOST) for name in model.state_dict()):  # a host's own name
+        return dict(weights)
+    return {name.removeprefix(HOST): tensor for name, tensor in weights.items()}
+
+
+def load_strictly(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    left_out: Collection[str] = (),
+    sources: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Load weights under the model's names; the model is unchanged if they do not fit.
+
+    Args:
+        model: changed in place.
+        weights: name -> tensor.
+        left_out: names of the model that keep their values.
+        sources: name -> names in the file, for the messages.
+
+    Raises:
+        ValueError: names the weights without a place, those that are missing and wrong shapes.
+    """
+
+    def told(name: str) -> str:
+        found = " + ".join((sources or {}).get(name, (name,)))
+        return found if found == name else f"{found} (here {name})"
+
     own = model.state_dict()
-    left_out = tuple(name for name in own if new_head and is_classifier(name))
-    _check_fit({n: t for n, t in own.items() if n not in left_out}, wanted, sources, attached)
-    model.load_state_dict({**wanted, **{name: own[name] for name in left_out}})
-    return LoadReport(tuple(wanted), tuple(s for name in unused for s in sources[name]), left_out)
+    expected = {name: tensor for name, tensor in own.items() if name not in left_out}
+    problems = []
+    for title, names in (
+        ("without a place in the model", [told(name) for name in weights if name not in expected]),
+        ("missing in the file", [name for name in expected if name not in weights]),
+    ):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            problems.append(f"{title}: {', '.join(sorted(names)[:_SHOWN])}{more}")
+    problems += [
+        f"{told(name)} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in "
+        "the model"
+        for name, tensor in weights.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ][:3]
+    if problems:
+        raise ValueError(f"does not fit the model; {'; '.join(problems)}")
+    model.load_state_dict({**weights, **{name: own[name] for name in left_out}})
+
+
+def google_vit(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays of Google's npz of a ViT -> state dict under the names of timm's VisionTransformer.
+
+    timm's own reader fills a model and passes over names that it does not know, layers beyond the
+    model's depth and a head of other classes; here each of them is an error.
+
+    Raises:
+        ValueError: the arrays are no ViT's, or a name or a part of an attention is wrong.
+    """
+    if not {"embedding/kernel", "Transformer/encoder_norm/scale"} <= arrays.keys():
+        raise ValueError(f"is an npz of other arrays than a ViT's: {', '.join(sorted(arrays)[:4])}")
+    tensors = {name: _from_flax(name, array) for name, array in arrays.items()}
+    return _renamed(tensors, _GOOGLE, "ViT")[0]
+
+
+def _from_flax(name: str, array: np.ndarray) -> Tensor:
+    """flax puts input dimensions first and keeps the heads apart; torch does neither."""
+    tensor = torch.from_numpy(np.array(array, dtype=np.float32))
+    if re.search(r"/(query|key|value)/bias$", name):
+        return tensor.flatten()  # (H, d) -> (H * d,)
+    if not name.endswith("/kernel") or tensor.dim() < 2:
+        return tensor
+    if name == "embedding/kernel":
+        return tensor.permute(3, 2, 0, 1).contiguous()  # (P, P, 3, D) -> (D, 3, P, P)
+    if name.endswith("/out/kernel"):
+        tensor = tensor.flatten(0, 1)  # (H, d, D) -> (H * d, D)
+    return tensor.flatten(1).t().contiguous()  # (in, out) or (in, H, d) -> (out, in)
 
 
 def _family(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -125,16 +224,16 @@ def _family(state_dict: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _rename(
-    state_dict: Mapping[str, Tensor], family: str
+def _renamed(
+    state_dict: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...], family: str
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Our name -> tensor, and our name -> the released names that it comes from."""
+    """Our name -> tensor, and our name -> the names in the file that it comes from."""
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     sources: dict[str, list[str]] = {}
     unknown = []
     for name, tensor in state_dict.items():
-        target = _target(name, family)
+        target = _target(name, rules)
         if target is None:
             unknown.append(name)
             continue
@@ -145,46 +244,19 @@ def _rename(
         else:
             renamed[ours] = tensor
     if unknown:
-        raise ValueError(f"names that no released {family} has: {', '.join(unknown)}")
+        raise ValueError(f"names that no released {family} has: {', '.join(unknown[:_SHOWN])}")
     for ours, found in parts.items():
         missing = [part for part in _PARTS if part not in found]
         if missing or ours in renamed:
-            problem = f"without its {', '.join(missing)}" if missing else "beside a joint qkv"
-            raise ValueError(f"{', '.join(sources[ours])} stand {problem} in the state dict")
+            problem = f"without {', '.join(missing)}" if missing else "beside a joint qkv"
+            raise ValueError(f"{ours}: the file has {', '.join(sources[ours])} {problem}")
         renamed[ours] = torch.cat([found[part] for part in _PARTS])
     return renamed, sources
 
 
-def _target(name: str, family: str) -> str | None:
-    for pattern, replacement in _FAMILIES[family][1]:
+def _target(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+    for pattern, replacement in rules:
         match = re.fullmatch(pattern, name)
         if match:
-            return match.expand(replacement)
+            return re.sub(r"\.(kernel|scale)\b", ".weight", match.expand(replacement))
     return None
-
-
-def _check_fit(
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    sources: Mapping[str, list[str]],
-    attached: bool,
-) -> None:
-    def released(name: str) -> str:
-        return " + ".join(sources[name.removeprefix("backbone.") if attached else name])
-
-    problems = [
-        f"{released(name)} has no place in the model (it would be {name})"
-        for name in found
-        if name not in expected
-    ]
-    problems += [
-        f"nothing in the state dict fills {name}" for name in expected if name not in found
-    ]
-    problems += [
-        f"{released(name)} has shape {tuple(tensor.shape)}, but {name} has "
-        f"{tuple(expected[name].shape)}"
-        for name, tensor in found.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
-        raise ValueError("the released state dict does not fit the model: " + "; ".join(problems))

@@ -101,7 +101,7 @@ def evaluate(
 ) -> None:
     """Evaluate rows, and keep records and pages up to date after each."""
     from experiments.reproduce.evaluation import Reproduction
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.download import Zoo
 
     terminal = Terminal(sys.stdout)
     folder = Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")

@@ -18,7 +18,7 @@ from experiments.reproduce import records
 from experiments.reproduce.records import Result, TableRecord
 from experiments.training.distributed import choose_device, one_process
 from experiments.training.evaluation import Assessment
-from experiments.zoo.files import MissingFileError, Zoo
+from experiments.zoo.download import MissingFileError, Zoo
 from experiments.zoo.manifest import Checkpoint, Manifest, Row
 
 

@@ -1,42 +1,47 @@
 """The released checkpoints: `python -m experiments.zoo list | download | verify | convert`."""
 
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from experiments import cli
+from experiments.config import load_config
 from experiments.errors import ConfigError, UserError
-from experiments.reproduce.terminal import Terminal
 from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 
 USAGE = """usage: python -m experiments.zoo COMMAND [OPTION ...]
 
   list                    every checkpoint: on disk or not, verified or not, published top-1
   download NAME... | --all
-                          fetch what is missing, and check what is there; goes on with a part
-  verify [NAME...]        check the files that are there, by content and by hash
-  convert FILE            write any checkpoint as safetensors, with its config and where it came
-                          from in the metadata
+                          fetch missing files, check the others; continues interrupted downloads
+  verify [NAME...]        check the files on disk, by content and by hash
+  convert FILE            write any checkpoint as safetensors, with its config and provenance in
+                          the metadata
 
 NAME is a checkpoint's name, its file's or its config's; FILE is one of these or a path.
 
 options:
   --weights DIR      folder of the weights (default: $WEIGHTS, else weights)
-  --manifest FILE    what is in the zoo (default: weights/zoo.yaml of this project)
+  --manifest FILE    list of the zoo (default: weights/zoo.yaml of this project)
   --cookies FILE     download: cookies in Netscape's format, for files of Google Drive that need
                      somebody signed in
-  --config FILE      convert: the config whose model the file fits, where neither the file nor
-                     the zoo tells it
-  --output FILE      convert: what is written (default: FILE with the ending .safetensors)
+  --config FILE      convert: the config whose model the file fits, if neither the file nor the
+                     zoo tells it
+  --output FILE      convert: the file to write (default: FILE with the ending .safetensors)
 """
 _OPTIONS = {
     "weights": cli.Option("folder of the weights"),
-    "manifest": cli.Option("what is in the zoo"),
+    "manifest": cli.Option("list of the zoo"),
     "all": cli.Option("every checkpoint", takes_value=False),
     "cookies": cli.Option("cookies for Google Drive"),
     "config": cli.Option("config of the file"),
-    "output": cli.Option("file to be written"),
+    "output": cli.Option("file to write"),
 }
 _OPTIONS_OF = {
     "list": (),
@@ -47,7 +52,7 @@ _OPTIONS_OF = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line and do what it says."""
+    """Read the command line and run its command."""
     if not argv or any(word in ("-h", "--help") for word in argv):
         print(USAGE, end="")
         return
@@ -72,56 +77,54 @@ def main(argv: Sequence[str]) -> None:
         convert_file(manifest, folder, names, options)
 
 
+def terminal() -> Console:
+    """Standard output; in a pipe, and in a terminal that is too narrow, lines keep their length."""
+    width = max(shutil.get_terminal_size().columns, 130) if sys.stdout.isatty() else 10_000
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def list_zoo(manifest: Manifest, folder: Path) -> None:
     """Print the table of all checkpoints."""
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.download import UNKNOWN, Zoo
 
-    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
-    cells = [["name", "file", "data set", "method", "published", "MB", "on disk"]]
-    colours: list[str | None] = []
+    zoo = Zoo(folder)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("name", "file", "data set", "method"):
+        table.add_column(title, no_wrap=True)
+    for title in ("published", "MB"):
+        table.add_column(title, justify="right")
+    table.add_column("on disk", overflow="fold")
     for entry in manifest.checkpoints.values():
         state = zoo.state(entry)
         published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
         size = f"{state.size / 1e6:.1f}" if state.size else "-"
-        cells.append(
-            [entry.name, entry.file, entry.dataset, entry.method, published, size, state.words]
-        )
-        bad = state.present and not state.verified and state.words != Zoo.UNKNOWN
-        colours.append("green" if state.verified else "red" if bad else None)
-    terminal.table(cells, right=(4, 5), colours=colours)
-    terminal.line(f"folder: {folder}")
+        bad = state.present and not state.verified and state.words != UNKNOWN
+        words = Text(state.words, "green" if state.verified else "red" if bad else "")
+        table.add_row(entry.name, entry.file, entry.dataset, entry.method, published, size, words)
+    terminal().print(table)
+    terminal().print(f"folder: {folder}", soft_wrap=True)
 
 
 def download(
     manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
 ) -> None:
-    """Fetch checkpoints; one that fails does not keep the others from coming."""
-    from experiments.zoo.files import MissingFileError, Zoo
+    """Fetch checkpoints; go on with the others after a failure."""
+    from experiments.zoo.download import Zoo
 
     if everything == bool(names):
         raise ConfigError("command line: download: give names, or --all")
     if cookies is not None and not Path(cookies).is_file():
         raise ConfigError(f"command line: --cookies: {cookies} is not a file")
     wanted = _named(manifest, names) or list(manifest.checkpoints.values())
-    zoo = Zoo(folder, cookies=Path(cookies) if cookies else None)
-    failed = []
-    for entry in wanted:
-        try:
-            zoo.obtain(entry)
-        except MissingFileError as error:
-            tell(error, error.advice)
-            failed.append(entry.name)
-        except UserError as error:
-            tell(error, [])
-            failed.append(entry.name)
-    _end(failed, len(wanted), "could not be had")
+    zoo = Zoo(folder, Path(cookies) if cookies else None)
+    _each(wanted, zoo.obtain, "could not be had")
 
 
 def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
-    """Check files that are there: those named, or all that the folder holds."""
-    from experiments.zoo.files import Zoo
+    """Check the named files, or all that are on disk."""
+    from experiments.zoo.download import Zoo
 
-    zoo, terminal = Zoo(folder), Terminal(sys.stdout)
+    zoo = Zoo(folder)
     wanted = _named(manifest, names)
     if not names:
         wanted = [e for e in manifest.checkpoints.values() if zoo.path(e).exists()]
@@ -129,15 +132,12 @@ def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
             raise UserError(
                 f"{folder}: holds no checkpoint of the zoo; --help tells how to get one"
             )
-    failed = []
-    for entry in wanted:
-        try:
-            digest = zoo.verify(entry)
-            terminal.line(f"{entry.name}: verified, SHA-256 {digest}", "green")
-        except UserError as error:
-            tell(error, [])
-            failed.append(entry.name)
-    _end(failed, len(wanted), "did not pass")
+
+    def check(entry: Checkpoint) -> None:
+        said = f"{entry.name}: verified, SHA-256 {zoo.verify(entry)}"
+        terminal().print(said, style="green", soft_wrap=True)
+
+    _each(wanted, check, "did not pass")
 
 
 def convert_file(
@@ -152,34 +152,48 @@ def convert_file(
     else:
         entry = manifest.checkpoint(words[0])
         path = folder / entry.file
-    from experiments.zoo.convert import Source, convert, find_config
-    from experiments.zoo.files import Zoo
+    from experiments.zoo.convert import config_of, convert
+    from experiments.zoo.download import Zoo
 
     if entry is not None and path.parent.resolve() == folder.resolve():
         Zoo(folder).verify(entry)
-    given = Path(options["config"]) if "config" in options else None
-    if given is None and entry is not None:
-        given = manifest.config_path(entry.config)
+    if "config" in options:
+        config = load_config(options["config"])
+    elif entry is not None:
+        config = load_config(manifest.config_path(entry.config))
+    elif (own := config_of(path)) is not None:
+        config = own
+    else:
+        raise ConfigError(
+            f"{path}: carries no config, and the zoo does not know a file of this name; name one: "
+            "--config configs/NAME.yaml"
+        )
     output = Path(options.get("output", path.with_name(f"{path.name.split('.')[0]}.safetensors")))
-    convert(Source(path, find_config(path, entry, given), entry), output)
+    convert(path, config, output, entry)
     print(f"{output}: the weights of {path}, with their config and provenance")
 
 
-def tell(error: UserError, advice: list[str]) -> None:
-    """An error, and what can be done about it, each on a line of its own."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    for line in advice:
-        print(f"  {line}", file=sys.stderr)
-
-
 def _named(manifest: Manifest, names: list[str]) -> list[Checkpoint]:
-    found = [manifest.checkpoint(name) for name in names]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(manifest.checkpoint(name) for name in names))
 
 
-def _end(failed: list[str], number: int, what: str) -> None:
+def _each(entries: list[Checkpoint], act: Callable[[Checkpoint], object], failure: str) -> None:
+    """Call `act` on each checkpoint; print each failure with its advice, and go on.
+
+    Raises:
+        SystemExit: with status 2, if any failed.
+    """
+    failed = []
+    for entry in entries:
+        try:
+            act(entry)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            for line in getattr(error, "advice", ()):
+                print(f"  {line}", file=sys.stderr)
+            failed.append(entry.name)
     if failed:
-        print(f"{len(failed)} of {number} {what}: {', '.join(failed)}", file=sys.stderr)
+        print(f"{len(failed)} of {len(entries)} {failure}: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(UserError.exit_code)
 
 

@@ -1,12 +1,9 @@
-"""Any recognised checkpoint as safetensors, with its config and where it came from inside."""
+"""Any checkpoint as safetensors, with its config and its provenance in the metadata."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -18,9 +15,8 @@ from experiments.checkpoint import (
     load_weights,
     read_weights,
     recognise,
-    refuse_changed,
 )
-from experiments.config import RunConfig, as_plain, build_config, load_config, settings_of
+from experiments.config import RunConfig, as_plain, build_config, settings_of
 from experiments.data.datasets import known_num_classes
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
@@ -29,16 +25,7 @@ from experiments.zoo.manifest import Checkpoint
 
 CONFIG, PROVENANCE = "config", "provenance"
 _HEADS = ("classifier.fc.bias", "head.bias", "backbone.head.bias")
-_PLACES = ("output", "device")  # of one machine, and without meaning on another
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file to be converted, the config whose model it fits, and what the zoo knows of it."""
-
-    path: Path
-    config: RunConfig
-    checkpoint: Checkpoint | None = None
+_OF_THE_MACHINE = ("output", "device")
 
 
 def config_of(path: Path) -> RunConfig | None:
@@ -60,7 +47,9 @@ def config_of(path: Path) -> RunConfig | None:
         content = load_plain(path)
         if isinstance(content, dict) and content.get("format") == RUN_FORMAT:
             plain = content.get("config")
-    return _from_plain(plain, str(path)) if isinstance(plain, dict) else None
+    if not isinstance(plain, dict):
+        return None
+    return build_config(settings_of(plain, str(path)), str(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -72,18 +61,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: cannot read the metadata: {error}") from None
 
 
-def convert(source: Source, output: Path) -> None:
-    """Write a checkpoint's weights as safetensors, under the names of this project's models.
+def convert(path: Path, config: RunConfig, output: Path, entry: Checkpoint | None = None) -> None:
+    """Write a file's weights as safetensors, under the names of this project's models.
 
-    What is written is read back and compared. The same source gives the same bytes.
+    Equal files give equal bytes.
+
+    Args:
+        path: of the file.
+        config: of the model that the weights fit.
+        output: written atomically.
+        entry: what the zoo knows of the file.
 
     Raises:
         UserError: the file is not the one of the zoo, or does not fit the config's model.
     """
-    path, config = source.path, source.config
     if output.resolve() == path.resolve():
         raise ConfigError(f"command line: --output: {output} is the file to be converted")
-    refuse_changed(path)
     num_classes = known_num_classes(config) or config.model.num_classes or _classes_in(path)
     model = build_model(config, num_classes)
     loaded = load_weights(model, path)
@@ -96,14 +89,13 @@ def convert(source: Source, output: Path) -> None:
         "left_as_initialised": list(loaded.left_out),
         "converted_by": f"tokenmixup {tokenmixup.__version__}",
     }
-    if source.checkpoint is not None:
-        entry = source.checkpoint
+    if entry is not None:
         provenance |= {
             "zoo": entry.name,
             "link": entry.link,
             "published_top1": entry.published_top1,
         }
-    plain = {key: value for key, value in as_plain(config).items() if key not in _PLACES}
+    plain = {key: value for key, value in as_plain(config).items() if key not in _OF_THE_MACHINE}
     plain["data"] = {key: value for key, value in plain["data"].items() if key != "root"}
     metadata = {
         "format": "pt",
@@ -115,47 +107,15 @@ def convert(source: Source, output: Path) -> None:
         write_atomically(output, _in_one_order(save(state, metadata=metadata)))
     except OSError as error:
         raise ConfigError(f"{output}: cannot write: {error.strerror}") from None
-    with safe_open(output, framework="pt") as file:
-        same = set(file.keys()) == state.keys() and all(
-            torch.equal(file.get_tensor(name), value) for name, value in state.items()
-        )
-    assert same, "what was written is what was read"
-
-
-def find_config(path: Path, checkpoint: Checkpoint | None, given: Path | None) -> RunConfig:
-    """The config of a file's model: the given one, the file's own, or the zoo's.
-
-    Args:
-        path: the file.
-        checkpoint: what the zoo knows of it.
-        given: a config file that goes before all.
-
-    Raises:
-        ConfigError: none of them is there.
-    """
-    if given is not None:
-        return load_config(given)
-    own = config_of(path)
-    if own is not None:
-        return own
-    raise ConfigError(
-        f"{path}: carries no config"
-        + ("" if checkpoint else ", and the zoo does not know a file of this name")
-        + "; name one: --config configs/NAME.yaml"
-    )
 
 
 def _classes_in(path: Path) -> int:
-    """The number of classes of a file's classifier, where only the data set could tell it, too."""
+    """The number of classes of a file's classifier, for a config that does not tell it."""
     state = read_weights(path).state_dict
     for name in _HEADS:
         if name in state:
             return len(state[name])
     raise ConfigError(f"{path}: tells no number of classes; set model.num_classes in the config")
-
-
-def _from_plain(plain: Mapping[str, Any], origin: str) -> RunConfig:
-    return build_config(settings_of(plain, origin), origin)
 
 
 def _in_one_order(content: bytes) -> bytes:

@@ -1,237 +1,276 @@
-"""One file over HTTP into a partial file, which is resumed where the server allows it.
+"""The zoo's files on disk: fetched by gdown, recognised by content and checked by hash."""
 
-What is in the partial file is always the beginning of the file at the address: what cannot be
-continued is thrown away.
-"""
-
-import json
+import os
 import re
-import shutil
-import time
-from dataclasses import asdict, dataclass
-from http import HTTPStatus
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import requests
+import gdown
+from gdown.exceptions import DownloadError
 
-import tokenmixup
-from experiments.zoo.transfer import (
-    Again,
-    DiskError,
-    Patience,
-    Progress,
-    TransferError,
-    disk_errors,
-    network_errors,
-    refuse_answer,
-    retried,
+from experiments import checkpoint as weights
+from experiments.checkpoint import LOCK_FILE, read_weights, recognise
+from experiments.errors import CheckpointError, UserError
+from experiments.files import exclusive
+from experiments.zoo.manifest import Checkpoint
+
+UNKNOWN = "no hash known yet"
+# requests' errors are OSErrors; gdown raises the last two on an answer that it cannot read
+_FAILURES = (OSError, DownloadError, KeyError, AssertionError)
+
+# what gdown and requests put around a reason
+_WRAPPING = (
+    r"Failed to retrieve file url:| (Client|Server) Error:| for url: .*|You may still be able.*"
+    r"|\.\nThe received bytes.*"
 )
-from experiments.zoo.web_pages import describe_page, looks_like_page
-
-USER_AGENT = f"tokenmixup/{tokenmixup.__version__}"
-_PAGE = 64 * 1024  # as much of an answer as is looked at to see whether it is a page
-_CHUNK = 256 * 1024
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the bytes of a partial file came from, and what tells whether the source changed."""
+class MissingFileError(UserError):
+    """A checkpoint could not be fetched.
 
-    url: str
-    validator: str | None
-    """A strong ETag, or else Last-Modified."""
-    total: int | None
-    """Bytes of the whole file."""
-
-
-def fetch(
-    url: str,
-    partial: Path,
-    progress: Progress,
-    patience: Patience,
-    expected_size: int | None = None,
-) -> None:
-    """Bring the file at an address into `partial`, going on with what is there of the same file.
-
-    It returns when the server has given all of it. Where it raises, `partial` holds what can be
-    continued, or does not exist.
-
-    Raises:
-        UnreachableError: there is no way to the server.
-        DiskError: the file cannot be written.
-        TransferError: anything else that another attempt would not change.
+    Attributes:
+        checkpoint: which one.
+        advice: lines for a person who wants to fetch it by hand.
     """
-    with requests.Session() as session:
-        session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
-        attempt = _Attempt(session, url, partial, progress, patience, expected_size)
-        retried(attempt, lambda: size_of(partial), progress, patience)
 
-
-def discard(partial: Path) -> None:
-    """Forget a partial file and where it came from."""
-    partial.unlink(missing_ok=True)
-    _origin_file(partial).unlink(missing_ok=True)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+    def __init__(self, checkpoint: Checkpoint, reasons: list[str], advice: list[str]) -> None:
+        super().__init__(f"{checkpoint.name}: {'; '.join(reasons)}")
+        self.checkpoint = checkpoint
+        self.advice = advice
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    """One request, for the whole file or for the rest of it."""
+class State:
+    """What is known of a checkpoint's file.
 
-    session: requests.Session
-    url: str
-    partial: Path
-    progress: Progress
-    patience: Patience
-    expected_size: int | None
+    Attributes:
+        present: whether the file is there.
+        verified: whether its hash is known and correct.
+        words: the same for a person.
+        size: bytes of the file, or of the part that has arrived.
+    """
 
-    def __call__(self) -> None:
-        origin = _read_origin(self.partial, self.url)
-        start = size_of(self.partial) if origin else 0
-        headers = {}
-        if start and origin:
-            headers["Range"] = f"bytes={start}-"
-            if origin.validator:
-                # a file that has changed since must not be joined to the old one's beginning
-                headers["If-Range"] = origin.validator
-        timeout = (self.patience.connect_seconds, self.patience.stall_seconds)
-        with (
-            network_errors(self.url, self.patience),
-            self.session.get(self.url, headers=headers, stream=True, timeout=timeout) as response,
-        ):
-            self._take(response, start, origin)
+    present: bool
+    verified: bool
+    words: str
+    size: int
 
-    def _take(self, response: requests.Response, start: int, origin: Origin | None) -> None:
-        host = urlsplit(response.url).hostname or ""
-        status = response.status_code
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-            if response.headers.get("Content-Range") == f"bytes */{start}":
-                return  # all of it was there already
-            discard(self.partial)
-            raise Again(f"{host} has no such part of the file, it starts anew", wait=0)
-        if status != HTTPStatus.OK and status != HTTPStatus.PARTIAL_CONTENT:
-            refuse_answer(status, response.headers, _beginning(response), host)
-            raise TransferError(f"{host} answers {status}, which is not a file")
-        if status == HTTPStatus.PARTIAL_CONTENT:
-            found = re.fullmatch(
-                r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")
+
+@dataclass
+class Zoo:
+    """A folder of weights, and how it is filled.
+
+    Attributes:
+        folder: of the weights.
+        cookies: in Netscape's format, for files of Google Drive that need somebody signed in.
+        say: told about progress.
+        timeout: seconds to wait for a connection, and for the next bytes.
+    """
+
+    folder: Path
+    cookies: Path | None = None
+    say: Callable[[str], object] = print
+    timeout: tuple[float, float] = (10, 30)
+
+    def path(self, checkpoint: Checkpoint) -> Path:
+        """Where a checkpoint's file belongs."""
+        return self.folder / checkpoint.file
+
+    def state(self, checkpoint: Checkpoint) -> State:
+        """Look at a checkpoint's file without changing or recording anything."""
+        path = self.path(checkpoint)
+        if not path.exists():
+            part = _arrived(self._incoming(checkpoint))
+            return State(False, False, "a part" if part else "-", part)
+        size = path.stat().st_size
+        try:
+            _recognise_as(path, checkpoint.kind)
+            known = self._check_hash(path, checkpoint)
+        except CheckpointError as error:
+            return State(True, False, str(error).removeprefix(f"{path}: "), size)
+        return State(True, known is not None, "verified" if known else UNKNOWN, size)
+
+    def verify(self, checkpoint: Checkpoint) -> str:
+        """Check a file on disk, record its hash if none is known, and return the hash.
+
+        Raises:
+            CheckpointError: it is missing, not a checkpoint, damaged, or not the one it should be.
+        """
+        path = self.path(checkpoint)
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing; {self.command('download', checkpoint)}")
+        return self._admit(path, checkpoint, "put there by hand")
+
+    def obtain(self, checkpoint: Checkpoint) -> Path:
+        """Fetch a checkpoint's file unless it is on disk, and return its path.
+
+        Raises:
+            MissingFileError: no source gave it; with advice for a person.
+            CheckpointError: the file on disk is another one.
+        """
+        path = self.path(checkpoint)
+        waiting = f"{checkpoint.name}: another process is fetching it, waiting"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(path, lambda: self.say(waiting)):
+                if path.exists():
+                    self._admit(path, checkpoint, "put there by hand")
+                    self.say(f"{checkpoint.name}: {path} is there")
+                else:
+                    self._fetch(checkpoint)
+        except OSError as error:
+            raise MissingFileError(
+                checkpoint, [f"{self.folder}: cannot write: {error.strerror}"], []
+            ) from None
+        return path
+
+    def command(self, verb: str, checkpoint: Checkpoint) -> str:
+        """The command line that does something with a checkpoint of this folder."""
+        folder = "" if self.folder == Path("weights") else f" --weights {self.folder}"
+        return f"python -m experiments.zoo {verb} {checkpoint.name}{folder}"
+
+    def _fetch(self, checkpoint: Checkpoint) -> None:
+        incoming, reasons = self._incoming(checkpoint), []
+        for source in (checkpoint.link, *checkpoint.mirrors):
+            self.say(f"{checkpoint.name}: from {source}")
+            try:
+                self._download(source, checkpoint)
+                self._admit(incoming, checkpoint, source)
+            except CheckpointError as error:
+                _discard(incoming)
+                said = str(error).partition(": ")[2]
+                reasons.append(f"what {source} gave is not kept: it {said}")
+            except _FAILURES as error:
+                reasons.append(f"{source}: {_cause(error)}")
+            else:
+                self.say(f"{checkpoint.name}: {self.path(checkpoint)}")
+                return
+        raise MissingFileError(checkpoint, reasons, self._advice(checkpoint))
+
+    def _download(self, source: str, checkpoint: Checkpoint) -> None:
+        """Download to a temporary name; bytes that arrive before a failure are kept and continued.
+
+        gdown continues a part by a range request, and checks that all announced bytes arrived. As
+        long as an attempt brings bytes, another one follows.
+        """
+        incoming, restarted = self._incoming(checkpoint), False
+        while True:
+            before = _arrived(incoming)
+            try:
+                gdown.download(
+                    url=source,
+                    output=str(incoming),
+                    quiet=not sys.stderr.isatty(),
+                    resume=True,
+                    use_cookies=self.cookies is not None,
+                    cookies_file=str(self.cookies) if self.cookies else None,
+                    timeout=self.timeout,
+                )
+                return
+            except _FAILURES as error:
+                if _arrived(incoming) > before:
+                    self.say(f"{checkpoint.name}: {_cause(error)}; continuing")
+                elif before and type(error) is DownloadError and not restarted:
+                    self.say(f"{checkpoint.name}: {_cause(error)}; starting again")
+                    _discard(incoming)
+                    restarted = True
+                else:
+                    raise
+
+    def _admit(self, found: Path, checkpoint: Checkpoint, source: str) -> str:
+        """Check a file, give it its final name, record its hash if none is known; returns the hash.
+
+        Raises:
+            CheckpointError: it is not the checkpoint.
+        """
+        path = self.path(checkpoint)
+        _recognise_as(found, checkpoint.kind)
+        if checkpoint.size is not None and found.stat().st_size != checkpoint.size:
+            raise CheckpointError(
+                f"{found}: has {found.stat().st_size:,} bytes, and the zoo knows "
+                f"{checkpoint.size:,}"
             )
-            total = int(found[2]) if found else None
-            known = origin.total if origin else None
-            if not found or int(found[1]) != start or (known is not None and total != known):
-                discard(self.partial)
-                raise Again(f"{host} sent another part of the file, it starts anew", wait=0)
-        else:
-            start, total = 0, _length(response)
-        first = _chunk(response)
-        if start == 0:
-            discard(self.partial)
-            if looks_like_page(first, response.headers.get("Content-Type", "")):
-                page = describe_page(first + _beginning(response))
-                raise TransferError(f"{host} sent {page} in place of the file; it is not kept")
-            self._check_room(host, total)
-            _write_origin(self.partial, Origin(self.url, _validator(response), total))
-        self._write(response, host, first, start, total)
+        known = self._check_hash(found, checkpoint)
+        if known is None:
+            read_weights(found)  # completely, so that truncation and damage are found
+        if found != path:
+            with found.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(found, path)
+        if known is not None:
+            return known
+        lock = self.folder / LOCK_FILE
+        try:
+            digest = weights.record_hash(path, source)
+        except OSError as error:  # a shared folder that is read-only
+            self.say(f"{checkpoint.name}: {lock}: cannot record its hash: {error.strerror}")
+            return weights.file_hash(path)
+        self.say(
+            f"{checkpoint.name}: its hash was not known; recorded in {lock}, and checked from now "
+            f"on: {digest}"
+        )
+        return digest
 
-    def _check_room(self, host: str, total: int | None) -> None:
-        if total is not None and self.expected_size not in (None, total):
-            raise TransferError(
-                f"{host} has a file of {total:,} bytes, and the zoo knows {self.expected_size:,}"
+    def _check_hash(self, found: Path, checkpoint: Checkpoint) -> str | None:
+        """Return the known hash, if any; raise a CheckpointError if the file's differs."""
+        recorded = weights.known_files(self.folder).get(checkpoint.file)
+        known, where = checkpoint.sha256, "in the zoo's manifest"
+        if known is None and recorded is not None:
+            known, where = recorded["sha256"], f"recorded in {self.folder / LOCK_FILE}"
+        if known is not None:
+            weights.refuse_wrong_hash(found, known, where)
+        return known
+
+    def _incoming(self, checkpoint: Checkpoint) -> Path:
+        return self.folder / f"{checkpoint.file}.new"
+
+    def _advice(self, checkpoint: Checkpoint) -> list[str]:
+        lines = [
+            f"fetch it by hand from  {checkpoint.link}",
+            f"put it at              {self.path(checkpoint).resolve()}",
+            f"and go on with         {self.command('verify', checkpoint)}",
+        ]
+        if checkpoint.drive is not None and self.cookies is None:
+            lines.append(
+                "or, signed in:         the same command with --cookies FILE, cookies of your "
+                "browser for google.com in Netscape's format"
             )
-        free = shutil.disk_usage(self.partial.parent).free
-        if total is not None and free < total:
-            raise DiskError(
-                f"{self.partial.parent}: {total:,} bytes are needed, {free:,} are free there"
-            )
-
-    def _write(
-        self, response: requests.Response, host: str, chunk: bytes, start: int, total: int | None
-    ) -> None:
-        done = start
-        window_start, window_bytes = time.monotonic(), 0
-        with (
-            disk_errors(self.partial, lambda: size_of(self.partial)),
-            self.partial.open("ab" if start else "wb", buffering=0) as file,
-        ):
-            while chunk:
-                written = file.write(chunk)
-                while written < len(chunk):  # unbuffered, a write may be a short one
-                    written += file.write(chunk[written:])
-                done += len(chunk)
-                window_bytes += len(chunk)
-                self.progress.at(done, total)
-                now = time.monotonic()
-                if now - window_start > self.patience.stall_seconds:
-                    if window_bytes < self.patience.slowest:
-                        raise Again(
-                            f"the connection to {host} stalled: {window_bytes} bytes in "
-                            f"{now - window_start:.0f} seconds"
-                        )
-                    window_start, window_bytes = now, 0
-                chunk = _chunk(response)
-        if total is not None and done != total:
-            raise Again(f"the connection to {host} ended after {done:,} of {total:,} bytes")
+        return lines
 
 
-def _chunk(response: requests.Response) -> bytes:
-    """What has arrived, without waiting for more; b"" at the end."""
-    # unlike iter_content, which waits until a chunk is full, however slowly it comes
-    return response.raw.read1(_CHUNK, decode_content=True) or b""
+def _parts(incoming: Path) -> list[Path]:
+    """gdown's partial files: it adds eight characters and an ending to the name."""
+    return list(incoming.parent.glob(f"{incoming.name}{'?' * 8}.part"))
 
 
-def _beginning(response: requests.Response) -> bytes:
-    parts: list[bytes] = []
-    while sum(map(len, parts)) < _PAGE:
-        part = _chunk(response)
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts)[:_PAGE]
+def _arrived(incoming: Path) -> int:
+    """Bytes in the partial files."""
+    return sum(part.stat().st_size for part in _parts(incoming))
 
 
-def _is_packed(response: requests.Response) -> bool:
-    """Whether what travels is not the file itself, so that its bytes are counted otherwise."""
-    return bool(response.headers.get("Content-Encoding", "identity") != "identity")
+def _discard(incoming: Path) -> None:
+    for path in (incoming, *_parts(incoming)):
+        path.unlink(missing_ok=True)
 
 
-def _length(response: requests.Response) -> int | None:
-    """Bytes that will arrive, where the answer says so."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() and not _is_packed(response) else None
+def _cause(error: BaseException) -> str:
+    """The reason of a failure, without what libraries wrap around it."""
+    chain = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    for link in reversed(chain):
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+    said = " ".join(re.sub(_WRAPPING, "", str(error), flags=re.DOTALL).split())
+    if isinstance(error, KeyError | AssertionError):
+        return f"an answer that gdown cannot read ({type(error).__name__}: {said})"
+    return said[:300] or type(error).__name__
 
 
-def _validator(response: requests.Response) -> str | None:
-    if _is_packed(response):
-        return None
-    tag = response.headers.get("ETag")
-    if tag and not tag.startswith("W/"):
-        return tag
-    return response.headers.get("Last-Modified")
-
-
-def _origin_file(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.origin")
-
-
-def _write_origin(partial: Path, origin: Origin) -> None:
-    with disk_errors(partial, lambda: 0):
-        _origin_file(partial).write_text(json.dumps(asdict(origin)), encoding="utf-8")
-
-
-def _read_origin(partial: Path, url: str) -> Origin | None:
-    """Where a partial file came from, or None where it cannot be continued from this address."""
-    if not partial.exists():
-        return None
-    try:
-        content: Any = json.loads(_origin_file(partial).read_text(encoding="utf-8"))
-        origin = Origin(**content)
-    except (OSError, ValueError, TypeError):
-        return None
-    same = origin.url == url and (origin.validator is not None or origin.total is not None)
-    return origin if same else None
+def _recognise_as(path: Path, kind: str) -> None:
+    """Raise a CheckpointError if a file's content is of another kind."""
+    found = recognise(path)
+    if found != kind:
+        raise CheckpointError(f"{path}: is of the kind {found}, expected {kind}")

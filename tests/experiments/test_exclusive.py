@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.files import Occupied, held
+from experiments.files import Occupied, exclusive, held
 
 ROOT = Path(__file__).parent.parent.parent
 HOLDER = """
@@ -47,3 +47,15 @@ def test_a_lock_is_held_once_and_free_afterwards(tmp_path):
         pass
     with held(lock):
         pass
+
+
+def test_a_crash_releases_the_lock_of_a_path_and_leaves_no_file(tmp_path):
+    path = tmp_path / "file"
+    if not (child := os.fork()):
+        with exclusive(path):
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path / ".file.lock").exists()
+    with exclusive(path, lambda: pytest.fail("nobody holds it")):
+        pass
+    assert list(tmp_path.iterdir()) == []

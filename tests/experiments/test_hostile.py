@@ -1,106 +1,75 @@
-"""Files made to harm: through every door one clear error, nothing run, no memory filled."""
+"""Untrusted files: nothing in them runs, and each gives one clear error."""
 
 import itertools
-import json
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import cli, evaluate, train
-from experiments.checkpoint import load_checkpoint, read_weights, save_sealed
+from experiments.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from experiments.data.shards import ShardImages
 from experiments.errors import CheckpointError, DataError
 from experiments.zoo import __main__ as zoo
-from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets, seal, with_gadget
+from experiments.zoo.convert import config_of
+from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets, with_gadget
 from tests.helpers.runs_helper import write_config
 from tests.helpers.zoo_helper import entry, quick_zoo
 
-ROOT = Path(__file__).parent.parent.parent
-READER = Path(__file__).parent / "hostile_reader.py"
-DOORS = ("weights", "checkpoint", "resume", "zoo", "config")
-MEMORY, SECONDS = 64 << 20, 5.0
+
+def weights(path):
+    load_weights(torch.nn.Linear(2, 2), path)
 
 
-def read_all(jobs):
-    """Let another process read the files, and give what it found of each."""
-    done = subprocess.run(
-        [sys.executable, str(READER)],
-        input=json.dumps([[door, str(path)] for door, path in jobs]),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, f"ended within {lines[-1:]}: {done.stderr[-2000:]}"
-    found = [line for line in lines if "begun" not in line]
-    assert len(found) == len(jobs)
-    return found
+def verify(path):
+    """What `zoo verify` does with a file whose hash is not known."""
+    kind = "npz" if "npz" in path.parent.name else "torch"
+    quick_zoo(path.parent, print).verify(entry(file=path.name, kind=kind))
 
 
-def refused(found):
-    """Whether one file came to one clear error, at little cost."""
-    return (
-        found["kind"] == "CheckpointError"
-        and found["path"] in found["message"]
-        and "\n" not in found["message"]
-        and len(found["message"]) < len(found["path"]) * 3 + 700
-        and found["bytes"] < MEMORY
-        and found["seconds"] < SECONDS
-    )
+DOORS = {"weights": weights, "checkpoint": load_checkpoint, "zoo": verify, "config": config_of}
 
 
-def placed(folder, name, door):
-    """Where a file lies, so that a door takes it."""
-    target = folder / f"{door}-{name.replace(' ', '-').replace('..', 'dots')}"
+def refusal(door, path):
+    """The one line with which a file is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        DOORS[door](path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    assert len(message) < 3 * len(str(path)) + 700
+    return message
+
+
+def placed(folder, name):
+    target = folder / name.replace(" ", "-")
     target.mkdir()
-    ending = ".npz" if "npz" in name else ""
-    return target / f"step-00000001{ending}.pt" if door != "resume" else target / "step-00000001.pt"
+    return target / "step-00000001.pt"
 
 
-def test_hostile_files_are_refused_through_every_door(tmp_path):
-    jobs = []
-    for (name, write), door in itertools.product(HOSTILE.items(), DOORS):
-        path = placed(tmp_path, name, door)
-        write(path)
-        if door in ("checkpoint", "resume") and path.is_file():
-            seal(path)
-        jobs.append((door, path))
-    # to look for a config in a file need not read its weights
-    harmless = {("config", "npz"), ("config", "safetensors"), ("config", "nested-lists")}
-    wrong = [
-        found
-        for found in read_all(jobs)
-        if not refused(found)
-        and not any(found["door"] == d and n in found["path"] for d, n in harmless)
-    ]
-    assert not wrong, "\n".join(map(str, wrong))
+@pytest.mark.parametrize("case", HOSTILE)
+def test_harmful_files_are_refused_in_one_line(case, tmp_path):
+    path = placed(tmp_path, case)
+    HOSTILE[case](path)
+    for door in ("weights", "checkpoint"):
+        refusal(door, path)
     assert not list(tmp_path.rglob("*escaped*"))
-    assert not Path("/tmp/escaped").exists()
 
 
-def test_gadgets_do_not_run_wherever_they_stand(tmp_path):
+@pytest.mark.parametrize(("door", "place"), [*itertools.product(DOORS, PLACES)])
+def test_nothing_in_a_file_runs(door, place, tmp_path):
     trap = tmp_path / "trap"
-    jobs = []
-    for door, (name, gadget), place in itertools.product(DOORS, gadgets(trap).items(), PLACES):
-        path = placed(tmp_path, f"{name} {place}", door)
+    for name, gadget in gadgets(trap).items():
+        path = placed(tmp_path, f"{place} {name}")
         with_gadget(place)(path, trap, gadget)
-        if door in ("checkpoint", "resume") and place != "sealed":
-            seal(path)
-        jobs.append((door, path))
-    wrong = [
-        found
-        for found in read_all(jobs)
-        if not refused(found) and not (found["door"] == "config" and "npz" in found["path"])
-    ]
-    assert not trap.exists()
-    assert not wrong, "\n".join(map(str, wrong))
+        if (door, place) == ("config", "npz"):
+            assert config_of(path) is None
+        elif place == "npz":
+            assert "Object arrays cannot be loaded" in refusal(door, path) or door == "checkpoint"
+        else:
+            assert "is refused" in refusal(door, path)
+        assert not trap.exists()
 
 
 def test_the_gadgets_would_run(tmp_path):
@@ -121,11 +90,8 @@ def fails(capsys, module, *words):
     return error
 
 
-SOME = ("keys nested a million times", "stride of zero", "npz bomb", "pipe")
-
-
-@pytest.mark.parametrize("case", SOME)
-def test_entry_points_tell_a_hostile_file_in_one_line(case, tmp_path, capsys):
+@pytest.mark.parametrize("case", ["tar", "stride of zero", "npz of objects", "pipe"])
+def test_entry_points_tell_a_harmful_file_in_one_line(case, tmp_path, capsys):
     path, config = tmp_path / "weights.pt", write_config(tmp_path)
     HOSTILE[case](path)
     assert str(path) in fails(capsys, evaluate, "--config", config, "--checkpoint", path)
@@ -134,11 +100,6 @@ def test_entry_points_tell_a_hostile_file_in_one_line(case, tmp_path, capsys):
     words = ("convert", path, "--config", config, "--output", tmp_path / "out.safetensors")
     assert str(path) in fails(capsys, zoo, *words)
     assert not (tmp_path / "out.safetensors").exists()
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    HOSTILE[case](weights / "small.pth.tar")
-    with pytest.raises(CheckpointError, match=r"small\.pth\.tar"):
-        quick_zoo(weights, print).verify(entry(kind="npz" if "npz" in case else "torch"))
 
 
 @pytest.mark.parametrize(
@@ -151,29 +112,12 @@ def test_entry_points_tell_a_hostile_file_in_one_line(case, tmp_path, capsys):
     ],
     ids=str,
 )
-def test_a_sealed_checkpoint_that_holds_no_run(content, tmp_path, capsys):
+def test_a_checkpoint_that_holds_no_run(content, tmp_path, capsys):
     config, run = write_config(tmp_path), tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     path = run / "checkpoints" / "step-00000001.pt"
-    save_sealed(path, {"format": "tokenmixup.run", "version": 2, **content})
+    save_checkpoint(path, content)
     assert str(path) in fails(capsys, train, "--config", config, "--output", run)
-
-
-def test_what_checkpoints_hold_is_still_read(tmp_path):
-    """The limits are far from what a model needs: names by the thousand, and tied weights."""
-    path = tmp_path / "large.pt"
-    tied = torch.ones(100, 100)
-    state = {f"blocks.{n}.weight": torch.full((3,), float(n)) for n in range(5000)}
-    torch.save({**state, "head": tied, "embedding": tied, "view": tied.t()}, path)
-    found = read_weights(path).state_dict
-    assert len(found) == 5003
-    assert found["blocks.4999.weight"].tolist() == [4999.0] * 3
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2)) for _ in range(1000)])
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.ones(2)
-    optimizer.step()
-    save_sealed(path, {"format": "tokenmixup.run", "version": 2, "o": optimizer.state_dict()})
-    assert len(load_checkpoint(path)["o"]["state"]) == 1000
 
 
 def shard(path, *members):

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -113,7 +112,7 @@ def tag_of(content):
     return f'"{hashlib.md5(content).hexdigest()}"'
 
 
-def ranges(content, cut_after=None, tag=True, **headers):
+def ranges(content, cut_after=None, **headers):
     """The file, or the part of it that is asked for.
 
     cut_after: bytes after which the connection ends.
@@ -132,8 +131,7 @@ def ranges(content, cut_after=None, tag=True, **headers):
         handler.send_response(206 if asked else 200)
         handler.send_header("Content-Length", str(len(body)))
         handler.send_header("Accept-Ranges", "bytes")
-        if tag:
-            handler.send_header("ETag", tag_of(content))
+        handler.send_header("ETag", tag_of(content))
         if asked:
             handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         for name, value in headers.items():
@@ -146,14 +144,19 @@ def ranges(content, cut_after=None, tag=True, **headers):
     return behave
 
 
-def cut_whole(content, after):
-    """The beginning of the file from a server without ranges, then the end of the connection."""
+def cut_whole(content, after, gate=None):
+    """The beginning of the file from a server without ranges, then the end of the connection.
+
+    gate: an event that the server waits for before it ends the connection.
+    """
 
     def behave(handler):
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         handler.wfile.write(content[:after])
+        if gate is not None:
+            gate.wait(20)
         handler.cut()
 
     return behave
@@ -162,38 +165,6 @@ def cut_whole(content, after):
 def cut_at_once():
     """The end of the connection in place of an answer."""
     return lambda handler: handler.cut()
-
-
-def stalled(content, after, gate):
-    """The beginning of the file, then nothing until the gate (an event) is opened."""
-
-    def behave(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.send_header("ETag", tag_of(content))
-        handler.end_headers()
-        handler.wfile.write(content[:after])
-        gate.wait(20)
-        handler.cut()
-
-    return behave
-
-
-def dripping(content, gate, seconds=0.05):
-    """One byte after the other, slowly."""
-
-    def behave(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.send_header("ETag", tag_of(content))
-        handler.end_headers()
-        for byte in content:
-            if gate.wait(seconds):
-                break
-            handler.wfile.write(bytes([byte]))
-        handler.cut()
-
-    return behave
 
 
 def slow(content, pieces=10, seconds=0.05):
@@ -217,14 +188,6 @@ def redirect(target, code=302):
 
 def status(code, body=b"", **headers):
     return lambda handler: handler.reply(code, body, **headers)
-
-
-def busy(code, after=None):
-    """An error that passes; `after` is what Retry-After says, "date" a date that is now."""
-    headers = {}
-    if after is not None:
-        headers["Retry_After"] = formatdate(usegmt=True) if after == "date" else str(after)
-    return status(code, b"busy", **headers)
 
 
 def page(text, code=200, **headers):

@@ -5,9 +5,8 @@ import io
 
 import torch
 
-from experiments.zoo.files import Zoo
+from experiments.zoo.download import Zoo
 from experiments.zoo.manifest import Checkpoint
-from experiments.zoo.transfer import Patience
 from tests.helpers.standins import write_yaml
 
 
@@ -18,15 +17,11 @@ def entry(url=None, name="small", **fields):
     return Checkpoint(name=name, **fields)
 
 
-def saved(seed=0):
-    """The bytes of a small file that torch.save wrote."""
-    file = io.BytesIO()
-    torch.save({"state_dict": {"w": torch.randn(500, generator=gen(seed))}}, file)
+def saved(seed=0, numbers=500):
+    """The bytes of a file that torch.save wrote."""
+    file, generator = io.BytesIO(), torch.Generator().manual_seed(seed)
+    torch.save({"state_dict": {"w": torch.randn(numbers, generator=generator)}}, file)
     return file.getvalue()
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def sha(content):
@@ -37,9 +32,8 @@ CONTENT = saved()
 
 
 def quick_zoo(weights, say):
-    """A zoo that waits for nothing."""
-    patience = Patience(connect_seconds=2, stall_seconds=0.4, attempts=3, sleep=lambda s: None)
-    return Zoo(weights, patience, say=say)
+    """A zoo without patience."""
+    return Zoo(weights, say=say, timeout=(2, 0.5))
 
 
 def files_in(folder):

@@ -1,43 +1,42 @@
 """Downloads against a real server on the loopback address: the right file, or none and a reason."""
 
+import contextlib
 import os
-import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from experiments.zoo.download import discard, fetch, size_of
-from experiments.zoo.transfer import DiskError, Patience, TransferError, UnreachableError, retried
+from experiments.checkpoint import LOCK_FILE, known_files, record_hash
+from experiments.errors import CheckpointError
+from experiments.zoo.download import MissingFileError, Zoo
 from tests.helpers.http_server import (
     Server,
-    busy,
     cut_at_once,
     cut_whole,
-    dripping,
     page,
     ranges,
     redirect,
-    stalled,
     status,
     whole,
 )
+from tests.helpers.zoo_helper import (
+    CONTENT,
+    entry,
+    files_in,
+    manifest_of,
+    quick_zoo,
+    saved,
+    sha,
+)
 
-CONTENT = os.urandom(300_000)
-
-
-class Told:
-    """A Progress that remembers."""
-
-    def __init__(self):
-        self.notes = []
-        self.last = None
-
-    def at(self, done, total):
-        self.last = (done, total)
-
-    def note(self, text):
-        self.notes.append(text)
+ROOT = Path(__file__).parent.parent.parent.parent
+LARGE = saved(1, numbers=300_000)  # gdown writes pieces of half a megabyte
+PIECE = 512 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -47,320 +46,268 @@ def server():
 
 
 @pytest.fixture
-def waits():
+def said():
     return []
 
 
 @pytest.fixture
-def patience(waits):
-    return Patience(connect_seconds=2, stall_seconds=0.3, attempts=4, sleep=waits.append)
+def weights(tmp_path):
+    return tmp_path / "weights"
 
 
 @pytest.fixture
-def partial(tmp_path):
-    return tmp_path / "weights.bin.part"
+def small_zoo(weights, said):
+    return quick_zoo(weights, said.append)
 
 
-@pytest.fixture
-def get(partial, patience):
-    """Fetch an address and give what arrived and what was told."""
-
-    def call(url, **kwargs):
-        told = Told()
-        fetch(url, partial, told, patience, **kwargs)
-        assert told.last in (None, (len(CONTENT), len(CONTENT)))
-        return partial.read_bytes(), told
-
-    return call
+def asked(server, path):
+    return [request.get("range") for request in server.requests[path]]
 
 
-def path_of(request):
-    return "/" + re.sub(r"\W", "-", request.node.name)
+# Hashes
 
 
-def address(server, request, *behaviours):
-    return server.offer(path_of(request), *behaviours)
+def test_the_first_download_records_the_hash_and_says_so(server, small_zoo, weights, said):
+    wanted = entry(server.offer("/first", ranges(CONTENT)))
+    assert small_zoo.obtain(wanted).read_bytes() == CONTENT
+    assert files_in(weights) == [wanted.file, LOCK_FILE]
+    known = known_files(weights)[wanted.file]
+    assert known["sha256"] == sha(CONTENT) and known["source"] == wanted.url
+    assert any("its hash was not known; recorded in" in line for line in said)
+    assert small_zoo.state(wanted).verified
+    small_zoo.obtain(wanted)  # again: nothing is requested
+    assert len(server.requests["/first"]) == 1
 
 
-def asked(server, request):
-    return server.requests[path_of(request)]
+def test_a_known_hash_is_checked_and_not_recorded(server, small_zoo, weights):
+    wanted = entry(server.offer("/known", ranges(CONTENT)), sha256=sha(CONTENT))
+    small_zoo.obtain(wanted)
+    assert files_in(weights) == [wanted.file]
+    assert small_zoo.state(wanted).verified
 
 
-def test_whole_file(server, request, get):
-    content, told = get(address(server, request, whole(CONTENT)))
-    assert content == CONTENT and told.notes == []
-    assert "range" not in asked(server, request)[0]
-    assert asked(server, request)[0]["user-agent"].startswith("tokenmixup/")
+@pytest.mark.parametrize("where", ["manifest", "lock"])
+def test_a_file_with_another_hash_is_not_kept(server, small_zoo, weights, where):
+    url = server.offer(f"/wrong-{where}", ranges(CONTENT))
+    if where == "lock":
+        small_zoo.obtain(entry(url))
+        (weights / "small.pth.tar").unlink()
+        server.offer(f"/wrong-{where}", ranges(saved(1)))
+    wanted = entry(url, sha256="0" * 64 if where == "manifest" else None)
+    with pytest.raises(MissingFileError, match=r"its SHA-256 is .*, expected .*" + where):
+        small_zoo.obtain(wanted)
+    assert files_in(weights) == ([LOCK_FILE] if where == "lock" else [])
 
 
-def test_empty_file(server, request, partial, patience):
-    fetch(address(server, request, whole(b"")), partial, Told(), patience)
-    assert partial.read_bytes() == b""
+def test_a_file_of_another_size_is_not_kept(server, small_zoo, weights):
+    wanted = entry(server.offer("/size", whole(CONTENT)), size=len(CONTENT) - 1)
+    with pytest.raises(MissingFileError, match=r"bytes, and the zoo knows"):
+        small_zoo.obtain(wanted)
+    assert files_in(weights) == []
 
 
-def test_unknown_length_and_compressed_transfer(server, request, partial, patience):
-    import gzip
-
-    def chunked(handler):
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        for start in range(0, len(CONTENT), 70_000):
-            piece = CONTENT[start : start + 70_000]
-            handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-        handler.wfile.write(b"0\r\n\r\n")
-
-    fetch(address(server, request, chunked), partial, Told(), patience)
-    assert partial.read_bytes() == CONTENT
-    discard(partial)
-    packed = whole(gzip.compress(CONTENT), Content_Encoding="gzip")
-    fetch(address(server, request, packed), partial, Told(), patience)
-    assert partial.read_bytes() == CONTENT
+def test_a_hash_file_of_an_earlier_version_is_read(small_zoo, weights):
+    weights.mkdir()
+    (weights / "small.pth.tar").write_bytes(CONTENT)
+    (weights / LOCK_FILE).write_text(
+        f"# Hashes\nsmall.pth.tar:\n  sha256: {sha(CONTENT)}\n  size: {len(CONTENT)}\n"
+        "  source: put there by hand\n  recorded: '2026-01-02T03:04:05+00:00'\n"
+    )
+    assert small_zoo.state(entry()).verified
+    assert small_zoo.verify(entry()) == sha(CONTENT)
 
 
-@pytest.mark.parametrize("tag", [True, False])
-def test_a_cut_is_resumed_by_a_range(server, request, get, waits, tag):
-    cut = ranges(CONTENT, cut_after=100_000, tag=tag)
-    content, told = get(address(server, request, cut, cut, ranges(CONTENT, tag=tag)))
-    assert content == CONTENT
-    sent = [seen.get("range") for seen in asked(server, request)]
-    assert sent == [None, "bytes=100000-", "bytes=200000-"]
-    assert ("if-range" in asked(server, request)[1]) == tag
-    assert len(told.notes) == 2 and "was cut" in told.notes[0]
-    assert all(0.5 <= wait <= 1.5 for wait in waits)  # each brought bytes: the count began anew
+def test_many_hashes_recorded_at_once_are_all_kept(tmp_path):
+    paths = [tmp_path / f"{number}.bin" for number in range(20)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    threads = [threading.Thread(target=record_hash, args=(path, "here")) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {name: known["sha256"] for name, known in known_files(tmp_path).items()}
+    assert found == {path.name: sha(path.name.encode()) for path in paths}
 
 
-def test_a_later_call_goes_on_with_the_part(server, request, get, partial):
-    url = address(server, request, ranges(CONTENT, cut_after=100_000), status(404))
-    with pytest.raises(TransferError, match="404 Not Found"):
-        get(url)
-    assert partial.read_bytes() == CONTENT[:100_000]
-    address(server, request, ranges(CONTENT))
-    content, _ = get(url)
-    assert content == CONTENT
-    assert asked(server, request)[-1]["range"] == "bytes=100000-"
+def test_a_damaged_hash_file_is_not_repaired(weights, small_zoo):
+    weights.mkdir()
+    (weights / "small.pth.tar").write_bytes(CONTENT)
+    for text in ("[", "a: b", "a: {sha256: 1}", "- 1", "a: 1\na: 2"):
+        (weights / LOCK_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=LOCK_FILE):
+            small_zoo.verify(entry())
+        assert (weights / LOCK_FILE).read_text() == text
 
 
-def test_a_part_that_is_whole_already(server, request, get, partial):
-    url = address(server, request, ranges(CONTENT))
-    get(url)
-    content, _ = get(url)
-    assert content == CONTENT
-    assert asked(server, request)[-1]["range"] == f"bytes={len(CONTENT)}-"
+def test_a_folder_that_is_shared_and_read_only(small_zoo, weights, said, monkeypatch):
+    def refuse(path, source):
+        raise PermissionError(13, "Permission denied")
+
+    weights.mkdir()
+    (weights / "small.pth.tar").write_bytes(CONTENT)
+    monkeypatch.setattr("experiments.checkpoint.record_hash", refuse)
+    assert small_zoo.verify(entry()) == sha(CONTENT)
+    assert "cannot record its hash: Permission denied" in said[0]
 
 
-def test_a_part_of_another_version_is_not_continued(server, request, get, partial):
-    other = os.urandom(len(CONTENT))
-    url = address(server, request, ranges(other, cut_after=100_000), status(404))
-    with pytest.raises(TransferError):
-        get(url)
-    address(server, request, ranges(CONTENT))
-    content, _ = get(url)
-    assert content == CONTENT
+# What servers do
 
 
-def test_a_part_of_another_length_is_not_continued(server, request, get, partial):
-    # without an ETag, the length is all that tells
-    url = address(server, request, ranges(CONTENT + b"more", 100_000, tag=False), status(404))
-    with pytest.raises(TransferError):
-        get(url)
-    address(server, request, ranges(CONTENT, tag=False))
-    content, told = get(url)
-    assert content == CONTENT
-    assert "another part" in told.notes[0]
+FAULTS = {
+    "page": ([page("<title>Quota exceeded</title>")], "not kept: it is a web page"),
+    "page that hides": ([whole(b"\xef\xbb\xbf \n<html>")], "not kept: it is a web page"),
+    "refusal": ([status(403)], "/fault-refusal: 403 Forbidden$"),
+    "gone": ([status(404)], "404 Not Found$"),
+    "busy": ([status(503)], "503 Service Unavailable$"),
+    "cut": ([cut_whole(CONTENT, 1000)], "."),
+    "no answer": ([cut_at_once()], "."),
+    "half": ([whole(CONTENT[:1500])], "cut off"),
+    "nothing": ([whole(b"")], "is empty"),
+    "no checkpoint": ([whole(b"hello")], "no checkpoint"),
+    "another kind": ([whole(b"PK\5\6" + b"\0" * 18)], "without weights"),
+}
 
 
-def test_a_part_longer_than_the_file_is_not_continued(server, request, get, partial):
-    url = address(server, request, ranges(CONTENT * 2, 400_000, tag=False), status(404))
-    with pytest.raises(TransferError):
-        get(url)
-    address(server, request, ranges(CONTENT, tag=False))
-    content, told = get(url)
-    assert content == CONTENT
-    assert "no such part" in told.notes[0]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_leaves_a_file_under_the_name(server, small_zoo, weights, fault):
+    path = f"/fault-{fault.replace(' ', '-')}"
+    behaviours, message = FAULTS[fault]
+    with pytest.raises(MissingFileError, match=message) as caught:
+        small_zoo.obtain(entry(server.offer(path, *behaviours)))
+    assert "\n" not in str(caught.value)
+    assert [name for name in files_in(weights) if not name.endswith(".part")] == []
+    # and the right file comes when the fault is gone
+    wanted = entry(server.offer(path, ranges(CONTENT)))
+    assert small_zoo.obtain(wanted).read_bytes() == CONTENT
+    assert files_in(weights) == [wanted.file, LOCK_FILE]
 
 
-@pytest.mark.parametrize("trace", [b"", b"{", b'{"url": "http://x/", "validator": "a"}', b"[1]"])
-def test_a_part_of_unknown_origin_is_not_continued(server, request, get, partial, trace):
-    partial.write_bytes(b"stray")
-    if trace:
-        partial.with_name(partial.name + ".origin").write_bytes(trace)
-    content, _ = get(address(server, request, ranges(CONTENT)))
-    assert content == CONTENT
-    assert "range" not in asked(server, request)[0]
+def test_a_cut_connection_is_continued(server, small_zoo, said):
+    # gdown asks first whether the file has changed, then for the rest of it
+    cut = ranges(LARGE, cut_after=PIECE + 1000)
+    wanted = entry(server.offer("/cut", cut, ranges(LARGE)))
+    assert small_zoo.obtain(wanted).read_bytes() == LARGE
+    assert asked(server, "/cut") == [None, None, f"bytes={PIECE}-"]
+    assert any("continuing" in line for line in said)
 
 
-def test_a_server_without_ranges_starts_anew(server, request, get):
-    content, _ = get(address(server, request, cut_whole(CONTENT, 100_000), whole(CONTENT)))
-    assert content == CONTENT
-    assert asked(server, request)[1]["range"] == "bytes=100000-"
+def test_a_later_command_continues_the_part(server, small_zoo, weights):
+    cut = ranges(LARGE, cut_after=PIECE + 1000)
+    url = server.offer("/later", cut, status(404))
+    with pytest.raises(MissingFileError, match="404"):
+        small_zoo.obtain(entry(url))
+    state = small_zoo.state(entry(url))
+    assert state.words == "a part" and 0 < state.size <= PIECE + 1000 and not state.present
+    server.offer("/later", ranges(LARGE))
+    assert small_zoo.obtain(entry(url)).read_bytes() == LARGE
+    assert asked(server, "/later")[-1] == f"bytes={state.size}-"
+    assert files_in(weights) == ["small.pth.tar", LOCK_FILE]
 
 
-def test_a_server_without_ranges_that_always_cuts_is_given_up(server, request, get, waits):
-    with pytest.raises(TransferError, match=r"was cut.*\(4 times in a row\)"):
-        get(address(server, request, cut_whole(CONTENT, 100_000)))
-    # the first one brought bytes, the following ones the same bytes again
-    assert len(asked(server, request)) == 4
-    assert len(waits) == 3 and waits[2] > waits[0]
+def test_a_server_without_ranges_starts_again(server, small_zoo, said):
+    behaviours = (cut_whole(LARGE, PIECE + 1000), whole(LARGE))
+    assert small_zoo.obtain(entry(server.offer("/plain", *behaviours))).read_bytes() == LARGE
+    assert any("starting again" in line for line in said)
 
 
-def test_a_server_that_never_answers_whole_is_given_up(server, request, get, partial):
-    with pytest.raises(TransferError, match="was cut"):
-        get(address(server, request, cut_at_once()))
-    assert not partial.exists()
+def test_a_server_without_ranges_that_always_cuts_is_given_up(server, small_zoo, weights):
+    with pytest.raises(MissingFileError):
+        small_zoo.obtain(entry(server.offer("/always", cut_whole(LARGE, PIECE + 1000))))
+    assert not (weights / "small.pth.tar").exists()
+    assert len(server.requests["/always"]) < 10
 
 
-def test_redirects_are_followed(server, request, get):
+@pytest.mark.parametrize("other", [saved(2, numbers=300_000), saved(2, numbers=500_000)])
+def test_a_part_of_another_version_is_not_joined(server, small_zoo, other):
+    url = server.offer("/version", ranges(other, cut_after=PIECE + 1000), status(404))
+    with pytest.raises(MissingFileError):
+        small_zoo.obtain(entry(url))
+    server.offer("/version", ranges(LARGE))
+    with contextlib.suppress(MissingFileError):
+        small_zoo.obtain(entry(url))  # joined to the other's part, its checksums do not fit
+    small_zoo.obtain(entry(url))
+    assert small_zoo.path(entry(url)).read_bytes() == LARGE
+
+
+def test_stray_parts_do_no_harm(server, small_zoo, weights):
+    weights.mkdir()
+    for name, content in (("abcd1234", b"x" * len(LARGE) * 2), ("abcd5678", b"two")):
+        (weights / f"small.pth.tar.new{name}.part").write_bytes(content)
+    wanted = entry(server.offer("/stray", ranges(LARGE)))
+    assert small_zoo.obtain(wanted).read_bytes() == LARGE
+    assert files_in(weights) == [wanted.file, LOCK_FILE]
+
+
+def test_a_stalled_connection_is_left_and_continued(server, small_zoo, weights):
+    gate = threading.Event()
+    url = server.offer("/stall", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
+    start = time.monotonic()
+    assert small_zoo.obtain(entry(url)).read_bytes() == LARGE
+    gate.set()
+    assert time.monotonic() - start < 10
+
+
+def test_redirects_are_followed_and_end(server, small_zoo):
     final = server.offer("/final", ranges(CONTENT))
-    content, _ = get(address(server, request, redirect(final)))
-    assert content == CONTENT
+    assert small_zoo.obtain(entry(server.offer("/redirect", redirect(final)))).exists()
+    endless = server.offer("/endless")
+    server.offer("/endless", redirect(endless))
+    with pytest.raises(MissingFileError, match="redirects"):
+        small_zoo.obtain(entry(endless, name="other"))
 
 
-def test_endless_redirects_end(server, request, get):
-    url = address(server, request)
-    address(server, request, redirect(url))
-    with pytest.raises(TransferError, match="redirects"):
-        get(url)
+def test_mirrors_are_asked_in_turn(server, small_zoo, said):
+    wanted = entry(
+        server.offer("/m0", status(404)),
+        mirrors=(
+            server.offer("/m1", page("no")),
+            server.offer("/m2", ranges(saved(1))),  # a checkpoint, and not this one
+            server.offer("/m3", ranges(CONTENT)),
+        ),
+        sha256=sha(CONTENT),
+    )
+    assert small_zoo.obtain(wanted).read_bytes() == CONTENT
+    assert sum("from http" in line for line in said) == 4
 
 
-@pytest.mark.parametrize("code", [401, 403, 404, 410, 451])
-def test_refusals_are_final(server, request, get, partial, code):
-    with pytest.raises(TransferError, match=f"127.0.0.1 answers {code}"):
-        get(address(server, request, status(code)))
-    assert len(asked(server, request)) == 1
-    assert not partial.exists()
-
-
-def test_a_refusal_tells_what_its_page_says(server, request, get):
-    with pytest.raises(TransferError, match=r"403 Forbidden.*'Drive - Quota exceeded': the owner"):
-        get(address(server, request, page("<title>Drive - Quota exceeded</title>", 403)))
-
-
-@pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
-def test_busy_servers_recover(server, request, get, waits, code):
-    content, told = get(address(server, request, busy(code), busy(code), whole(CONTENT)))
-    assert content == CONTENT
-    assert str(code) in told.notes[0] and "attempt 2 of 4" in told.notes[0]
-    assert 0.5 <= waits[0] <= 1.5 and 1 <= waits[1] <= 3  # backs off
-
-
-@pytest.mark.parametrize(("after", "low", "high"), [(7, 7, 7), ("date", 0, 0), ("?", 0.5, 1.5)])
-def test_the_wait_that_a_server_asks_for_is_kept(server, request, get, waits, after, low, high):
-    content, _ = get(address(server, request, busy(429, after), whole(CONTENT)))
-    assert content == CONTENT
-    assert low <= waits[0] <= high
-
-
-def test_too_long_a_wait_is_told_instead(server, request, get, waits):
-    with pytest.raises(TransferError, match=r"503 .*wants to be asked again in 86400 s"):
-        get(address(server, request, busy(503, 86400)))
-    assert waits == []
-
-
-def test_servers_that_stay_busy_are_given_up(server, request, get):
-    with pytest.raises(TransferError, match=r"429 Too Many Requests \(4 times in a row\)"):
-        get(address(server, request, busy(429)))
-
-
-def test_a_stalled_connection_is_left_and_resumed(server, request, get):
-    gate = threading.Event()
-    start = time.monotonic()
-    content, told = get(address(server, request, stalled(CONTENT, 100_000, gate), ranges(CONTENT)))
-    gate.set()
-    assert content == CONTENT
-    assert "stalled" in told.notes[0]
-    assert asked(server, request)[1]["range"] == "bytes=100000-"
-    assert time.monotonic() - start < 5
-
-
-def test_a_connection_that_only_drips_counts_as_stalled(server, request, get):
-    gate = threading.Event()
-    content, told = get(address(server, request, dripping(CONTENT, gate), ranges(CONTENT)))
-    gate.set()
-    assert content == CONTENT
-    assert "stalled" in told.notes[0] and "bytes in" in told.notes[0]
-
-
-def test_a_server_that_does_not_answer_is_given_up(server, request, get, partial):
-    gate = threading.Event()
-    with pytest.raises(TransferError, match=r"stalled.*4 times"):
-        get(address(server, request, lambda handler: gate.wait(20)))
-    gate.set()
-    assert not partial.exists()
-
-
-def test_a_file_of_another_size_is_not_fetched(server, request, get, partial):
-    with pytest.raises(TransferError, match="a file of 300,000 bytes, and the zoo knows 299,999"):
-        get(address(server, request, whole(CONTENT)), expected_size=299_999)
-    assert not partial.exists()
-
-
-def test_no_room_is_seen_before(server, request, get, partial, monkeypatch):
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")(10, 10, 1000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DiskError, match="300,000 bytes are needed, 1,000 are free"):
-        get(address(server, request, whole(CONTENT)))
-    assert not partial.exists()
-
-
-def test_no_way_to_the_server_is_told_at_once(get, waits):
+def test_the_failure_names_link_path_and_command_at_once(small_zoo, weights):
     with Server() as gone:
-        url = gone.offer("/x", whole(CONTENT))
+        wanted = entry(gone.offer("/x"))
     start = time.monotonic()
-    with pytest.raises(UnreachableError, match=r"no way to 127.0.0.1: Connection refused"):
-        get(url)
-    assert waits == [] and time.monotonic() - start < 1
+    with pytest.raises(MissingFileError, match=r"/x: Connection refused$") as caught:
+        small_zoo.obtain(wanted)
+    assert time.monotonic() - start < 2
+    advice = "\n".join(caught.value.advice)
+    assert wanted.url in advice
+    assert str(weights.resolve() / wanted.file) in advice
+    assert f"python -m experiments.zoo verify small --weights {weights}" in advice
+    assert files_in(weights) == []
 
 
-def test_no_such_host_is_told_at_once(get, waits):
-    with pytest.raises(UnreachableError, match=r"no way to nowhere.invalid: "):
-        get("http://nowhere.invalid/x")
-    assert waits == []
+def test_a_folder_that_cannot_be_written(server, said, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    zoo_there = Zoo(tmp_path / "file" / "weights", say=said.append)
+    with pytest.raises(MissingFileError, match="cannot write: Not a directory"):
+        zoo_there.obtain(entry(server.offer("/unwritten", ranges(CONTENT))))
 
 
-def test_an_impossible_address_is_told(get):
-    with pytest.raises(TransferError, match="http"):
-        get("http://")
-
-
-def test_a_way_that_is_lost_on_the_way_is_looked_for_again(partial):
-    first = Server()
-    url = first.offer("/x", ranges(CONTENT, cut_after=100_000))
-    second: list[Server] = []
-
-    def sleep(seconds):
-        """The server goes away during the first wait, and comes back during the second."""
-        if first.fileno() != -1:
-            first.__exit__()
-        else:
-            second.append(Server(first.server_port).__enter__())
-            second[0].offer("/x", ranges(CONTENT))
-
-    told = Told()
-    first.__enter__()
-    fetch(url, partial, told, Patience(connect_seconds=2, attempts=3, sleep=sleep))
-    second[0].__exit__()
-    assert partial.read_bytes() == CONTENT
-    assert "was cut" in told.notes[0] and "no way to 127.0.0.1" in told.notes[1]
-
-
-def test_attempts_that_bring_bytes_are_not_counted():
-    arrived, calls = [0], []
-
-    def attempt():
-        from experiments.zoo.transfer import Again
-
-        calls.append(1)
-        if len(calls) < 20:
-            arrived[0] += 1
-            raise Again("cut")
-
-    patience = Patience(attempts=2, sleep=lambda seconds: None)
-    retried(attempt, lambda: arrived[0], Told(), patience)
-    assert len(calls) == 20
-
-
-def test_size_of_nothing(tmp_path):
-    assert size_of(tmp_path / "nothing") == 0
+def test_a_kill_at_any_moment_leaves_no_file_under_the_name(server, tmp_path, weights):
+    gate = threading.Event()
+    url = server.offer("/kill", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
+    manifest = manifest_of(tmp_path, big={"url": url})
+    words = ("download", "big", "--manifest", manifest, "--weights", weights)
+    command = [sys.executable, "-m", "experiments.zoo", *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and "from http" in process.stdout.readline()
+        deadline = time.monotonic() + 30
+        while not any(p.stat().st_size for p in weights.glob("*.part")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    gate.set()
+    assert not (weights / "big.pth.tar").exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (weights / "big.pth.tar").read_bytes() == LARGE
+    assert files_in(weights) == ["big.pth.tar", LOCK_FILE]

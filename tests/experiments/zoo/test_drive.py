@@ -5,24 +5,25 @@ own server: it answers for every host, over TLS, with certificates of an authori
 made and that the environment names, too.
 """
 
-import os
+import socket
 import ssl
-import threading
 
 import pytest
 import trustme
 
-from experiments.zoo.drive import arrived, discard_drive, fetch_from_drive
-from experiments.zoo.transfer import DiskError, Patience, TransferError, UnreachableError
-from tests.experiments.zoo.test_download import Told
+from experiments.checkpoint import LOCK_FILE
+from experiments.zoo.download import MissingFileError
 from tests.helpers.http_server import Server, page, ranges, redirect, status
+from tests.helpers.zoo_helper import entry, files_in, quick_zoo, saved
 
-CONTENT = os.urandom(1_200_000)
+CONTENT = saved(1, numbers=300_000)
 DRIVE, FILES = "drive.google.com", "drive.usercontent.google.com"
 HOSTS = (DRIVE, "docs.google.com", FILES, "accounts.google.com")
-ATTACHMENT = {"Content_Disposition": 'attachment; filename="cct.pth.tar"'}
-FILE = {**ATTACHMENT, "Content_Type": "application/octet-stream"}
-TO_FILES = redirect(f"https://{FILES}/download?id=ID&export=download", 303)
+FILE = {
+    "Content_Disposition": 'attachment; filename="cct.pth.tar"',
+    "Content_Type": "application/octet-stream",
+}
+WANTED = entry(drive="ID")
 
 WARNING = f"""<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head>
 <body><form id="download-form" action="https://{FILES}/big" method="get">
@@ -51,183 +52,90 @@ def drive(authority, tmp_path, monkeypatch):
         monkeypatch.setenv("HTTPS_PROXY", server.address)
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
         server.hosts = {host: {} for host in HOSTS}
-        server.hosts[DRIVE]["/uc"] = [TO_FILES]
+        target = f"https://{FILES}/download?id=ID&export=download"
+        server.hosts[DRIVE]["/uc"] = [redirect(target, 303)]
         yield server
 
 
 @pytest.fixture
-def target(tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    return folder / "cct.pth.tar.drive"
+def said():
+    return []
 
 
 @pytest.fixture
-def get(target):
-    def call(**kwargs):
-        told = Told()
-        patience = Patience(connect_seconds=2, stall_seconds=0.4, attempts=3, sleep=lambda s: None)
-        fetch_from_drive("ID", target, told, patience, **kwargs)
-        return told
-
-    return call
+def zoo(tmp_path, said):
+    return quick_zoo(tmp_path / "weights", said.append)
 
 
-def nothing_left(target):
-    return list(target.parent.iterdir()) == []
-
-
-def test_a_small_file(drive, get, target):
+def test_a_file_and_one_behind_the_warning_of_no_virus_scan(drive, zoo):
     drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
-    told = get()
-    assert target.read_bytes() == CONTENT
-    assert told.last == (len(CONTENT), len(CONTENT))
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_a_large_file_behind_the_warning_of_no_virus_scan(drive, get, target):
+    assert zoo.obtain(WANTED).read_bytes() == CONTENT
     drive.hosts[FILES]["/download"] = [page(WARNING)]
     drive.hosts[FILES]["/big"] = [ranges(CONTENT, **FILE)]
-    get()
-    assert target.read_bytes() == CONTENT
+    assert zoo.obtain(entry(name="big", drive="ID")).read_bytes() == CONTENT
 
 
-def test_a_cut_is_resumed(drive, get, target):
-    cut = ranges(CONTENT, cut_after=700_000, **FILE)
-    drive.hosts[FILES]["/download"] = [cut, ranges(CONTENT, **FILE)]
-    told = get()
-    assert target.read_bytes() == CONTENT
-    assert "Google Drive" in told.notes[0] or "cut" in told.notes[0]
-    assert drive.requests["/download"][-1]["range"].startswith("bytes=")
-
-
-def test_a_later_call_goes_on_with_the_part(drive, get, target):
+def test_a_cut_is_continued_and_so_is_a_part_by_a_later_command(drive, zoo, said):
     cut = ranges(CONTENT, cut_after=700_000, **FILE)
     drive.hosts[FILES]["/download"] = [cut, status(404, **FILE)]
-    with pytest.raises(TransferError, match="404"):
-        get()
-    assert 0 < arrived(target) <= 700_000 and not target.exists()
+    with pytest.raises(MissingFileError, match="404"):
+        zoo.obtain(WANTED)
+    assert 0 < zoo.state(WANTED).size <= 700_000
+    assert any("continuing" in line for line in said)
     drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
-    get()
-    assert target.read_bytes() == CONTENT
+    assert zoo.obtain(WANTED).read_bytes() == CONTENT
     assert drive.requests["/download"][-1]["range"].startswith("bytes=")
-
-
-def test_a_part_that_cannot_be_continued_is_fetched_anew(drive, get, target):
-    target.with_name(target.name + "abcd1234.part").write_bytes(b"x" * 2_000_000)
-    target.with_name(target.name + "abcd5678.part").write_bytes(b"two")
-    drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
-    told = get()
-    assert target.read_bytes() == CONTENT
-    assert "starts anew" in told.notes[0]
-    assert list(target.parent.iterdir()) == [target]
+    assert files_in(zoo.folder) == [WANTED.file, LOCK_FILE]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("answer", "message"),
     [
-        (QUOTA, "Google Drive does not give the file: Too many users have viewed"),
-        (SIGN_IN, "Google Drive does not give the file: Cannot retrieve the public link"),
+        (page(QUOTA), "/view: Too many users have viewed"),
+        (page(SIGN_IN), "/view: Cannot retrieve the public link"),
+        (page("<title>Error 404 (Not Found)!!1</title>", 404), "Cannot retrieve the public link"),
+        (lambda handler: handler.reply(200, b"?"), "an answer that gdown cannot read"),
+        (
+            page("<html>", Content_Disposition=FILE["Content_Disposition"]),
+            "is not kept: it is a web page",
+        ),
     ],
+    ids=["quota", "sign in", "gone", "not understood", "page called a file"],
 )
-def test_pages_in_place_of_the_file(drive, get, target, text, message):
-    drive.hosts[DRIVE]["/uc"] = [redirect("https://accounts.google.com/page")]
-    drive.hosts["accounts.google.com"]["/page"] = [page(text)]
-    with pytest.raises(TransferError, match=message):
-        get()
-    assert nothing_left(target)
+def test_what_comes_in_place_of_the_file_is_told_and_not_kept(drive, zoo, answer, message):
+    drive.hosts[DRIVE]["/uc"] = [answer]
+    with pytest.raises(MissingFileError, match=message) as caught:
+        zoo.obtain(WANTED)
+    advice = "\n".join(caught.value.advice)
+    assert "https://drive.google.com/file/d/ID/view" in advice and "--cookies" in advice
+    assert files_in(zoo.folder) == []
 
 
-def test_a_file_that_is_gone(drive, get, target):
-    drive.hosts[DRIVE]["/uc"] = [page("<title>Error 404 (Not Found)!!1</title>", 404)]
-    with pytest.raises(TransferError, match="Google Drive does not give the file"):
-        get()
-    assert nothing_left(target)
+def test_no_network_is_told_at_once(drive, zoo, monkeypatch):
+    def no_names(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
-
-def test_a_busy_drive_recovers(drive, get, target):
-    drive.hosts[FILES]["/download"] = [status(503, **FILE), ranges(CONTENT, **FILE)]
-    told = get()
-    assert target.read_bytes() == CONTENT
-    assert "503" in told.notes[0]
-
-
-def test_a_stalled_drive_is_left_and_resumed(drive, get, target):
-    gate = threading.Event()
-
-    def stall(handler):
-        handler.send_response(200)
-        for name, value in {**FILE, "Content-Length": str(len(CONTENT))}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(CONTENT[:700_000])
-        gate.wait(20)
-        handler.cut()
-
-    drive.hosts[FILES]["/download"] = [stall, ranges(CONTENT, tag=False, **FILE)]
-    told = get()
-    gate.set()
-    assert target.read_bytes() == CONTENT
-    assert "stalled" in told.notes[0]
-
-
-def test_an_answer_that_gdown_cannot_read(drive, get, target):
-    drive.hosts[DRIVE]["/uc"] = [lambda handler: handler.reply(200, b"?")]
-    with pytest.raises(TransferError, match="an answer that gdown cannot read"):
-        get()
-    assert nothing_left(target)
-
-
-def test_no_network_is_told_at_once(drive, get, target, monkeypatch):
     monkeypatch.delenv("HTTPS_PROXY")
     monkeypatch.setattr("socket.getaddrinfo", no_names)
-    with pytest.raises(UnreachableError, match=r"no way to drive.google.com: no name"):
-        get()
-    assert nothing_left(target)
+    with pytest.raises(MissingFileError, match=r"/view: no such name"):
+        zoo.obtain(WANTED)
+    assert files_in(zoo.folder) == []
 
 
-def no_names(*args, **kwargs):
-    import socket
-
-    raise socket.gaierror(socket.EAI_NONAME, "no name")
-
-
-def test_a_proxy_that_is_gone_is_told_at_once(drive, get, target, monkeypatch):
-    with Server() as gone:
-        monkeypatch.setenv("HTTPS_PROXY", gone.address)
-    with pytest.raises(UnreachableError, match="the proxy failed: Connection refused"):
-        get()
+def test_an_impostor_is_not_asked(drive, zoo):
+    trustme.CA().issue_cert(*HOSTS).configure_cert(drive.tls)
+    with pytest.raises(MissingFileError, match="certificate"):
+        zoo.obtain(WANTED)
+    assert drive.requests == {}
 
 
-def test_an_impostor_is_not_asked(drive, get, monkeypatch):
-    other = trustme.CA()
-    other.issue_cert(*HOSTS).configure_cert(drive.tls)
-    with pytest.raises(TransferError, match=r"no safe connection to drive.google.com"):
-        get()
-
-
-def test_cookies_are_sent_and_only_when_given(drive, get, target, tmp_path):
-    cookies = tmp_path / "cookies.txt"
-    line = ".google.com\tTRUE\t/\tTRUE\t4102444800\tSID\tsecret"
-    cookies.write_text(f"# Netscape HTTP Cookie File\n{line}\n")
+def test_cookies_are_sent_only_when_given(drive, zoo, tmp_path):
     drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
-    get()
+    zoo.obtain(WANTED)
     assert "cookie" not in drive.requests["/uc"][0]
-    get(cookies=cookies)
+    zoo.path(WANTED).unlink()
+    zoo.cookies = tmp_path / "cookies.txt"
+    line = ".google.com\tTRUE\t/\tTRUE\t4102444800\tSID\tsecret"
+    zoo.cookies.write_text(f"# Netscape HTTP Cookie File\n{line}\n")
+    zoo.obtain(WANTED)
     assert "SID=secret" in drive.requests["/uc"][-1]["cookie"]
-
-
-def test_a_folder_that_cannot_be_written(drive, get, target):
-    drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
-    target.parent.rmdir()
-    with pytest.raises(DiskError, match="cannot write: No such file"):
-        get()
-
-
-def test_discarding(target):
-    target.write_bytes(b"1")
-    target.with_name(target.name + "abcd1234.part").write_bytes(b"2")
-    other = target.with_name("cct.pth.tar.drives")
-    other.write_bytes(b"3")
-    discard_drive(target)
-    assert list(target.parent.iterdir()) == [other]

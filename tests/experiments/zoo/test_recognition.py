@@ -1,4 +1,4 @@
-"""A file is recognised by its content before it is read; what is harmful does not run."""
+"""`zoo verify`: a file is recognised by its content, whatever its name, and read to its end."""
 
 import io
 import pickle
@@ -10,17 +10,8 @@ import torch
 
 from experiments.checkpoint import LOCK_FILE, read_weights
 from experiments.errors import CheckpointError
-from experiments.zoo import files as zoo_files
-from experiments.zoo.files import MissingFileError
-from tests.helpers.http_server import Server, ranges, whole
 from tests.helpers.standins import cct_state, save_cct, vit_npz, vit_state
 from tests.helpers.zoo_helper import CONTENT, entry, files_in, quick_zoo, saved, sha
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as running:
-        yield running
 
 
 @pytest.fixture
@@ -31,14 +22,6 @@ def weights(tmp_path):
 @pytest.fixture
 def small_zoo(weights):
     return quick_zoo(weights, lambda text: None)
-
-
-class Gadget:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def npz(compressed=False, **arrays):
@@ -106,7 +89,7 @@ UNUSABLE = {
     "cut legacy pickle": (legacy()[:-500], "torch", "cut off"),
     "cut npz": (npz(**VIT)[:-10], "npz", "cut off"),
     "cut safetensors": (tensors()[:-10], "safetensors", "cut off"),
-    "flipped bit": (flipped(CONTENT), "torch", "the checksum of .* is wrong"),
+    "flipped bit": (flipped(CONTENT), "torch", "does not match its checksum"),
     "npz of other arrays": (npz(a=np.ones(3)), "npz", "other arrays than a ViT's"),
     "npz with objects": (npz(a=np.array([{}, None], dtype=object)), "npz", "Object arrays"),
     "zip of other things": (archive(readme="hello"), "torch", "without weights"),
@@ -126,26 +109,11 @@ def test_unusable_files_are_told_apart(small_zoo, weights, case):
     assert files_in(weights) == ["small.pth.tar"]
 
 
-@pytest.mark.parametrize("form", ["pickle", "zip of torch", "legacy", "npz"])
-def test_malicious_files_do_not_run_and_are_not_kept(server, small_zoo, weights, tmp_path, form):
-    trace = tmp_path / "it ran"
-    gadget, file = Gadget(trace), io.BytesIO()
-    if form == "pickle":
-        pickle.dump(gadget, file)
-    elif form == "npz":
-        np.savez(file, a=np.array([gadget], dtype=object))
-    else:
-        torch.save({"w": gadget}, file, _use_new_zipfile_serialization=form != "legacy")
-    url = server.offer(f"/malicious-{form.replace(' ', '-')}", whole(file.getvalue()))
-    wanted = entry(url, kind="npz" if form == "npz" else "torch")
-    with pytest.raises(MissingFileError, match=r"refused|Object arrays cannot be loaded"):
-        small_zoo.obtain(wanted)
-    assert not trace.exists()
-    assert files_in(weights) == []
-
-
-def test_the_lock_is_checked_wherever_weights_are_read(small_zoo, weights, server):
-    path = small_zoo.obtain(entry(server.offer("/read", ranges(CONTENT))))
+def test_the_hash_is_checked_wherever_weights_are_read(small_zoo, weights):
+    weights.mkdir()
+    path = weights / "small.pth.tar"
+    path.write_bytes(CONTENT)
+    small_zoo.verify(entry())
     assert read_weights(path).kind == "checkpoint of timm"
     path.write_bytes(saved(1))
     with pytest.raises(CheckpointError, match="is not the file that it should be"):
@@ -157,4 +125,4 @@ def test_stand_ins_have_the_released_layout(tmp_path):
     state = cct_state(10, htm=2)
     assert sum(value.numel() for value in state.values()) == 3_762_966
     assert len(vit_state(10, htm=1, width=48, layers=2, mlp=96)) == 4 + 2 * 16 + 2 + 2 + 2
-    assert zoo_files.read_whole(save_cct(tmp_path / "cct.pth.tar", state)) is None
+    assert len(read_weights(save_cct(tmp_path / "cct.pth.tar", state)).state_dict) == len(state)
