@@ -1,5 +1,7 @@
 """Evaluation on the whole validation split: of a model in training, or of weights from a file.
 
+Also where models and batches go: device, memory format, precision.
+
 Dimensions: B batch, C classes.
 """
 
@@ -50,23 +52,22 @@ def evaluate(
     config: RunConfig,
     on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on every image once, over all processes; the model's mode is left as it came.
+    """Evaluate on every image once, over all processes; restores the model's mode.
 
     Args:
         model: on the device of the world.
         batches: this process's share of the images.
         world: all processes.
         config: of the run.
-        on_batch: called after each batch, as often in every process.
+        on_batch: called before each batch.
     """
     was_training, device = model.training, world.device
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for images, labels in batches:
+        for batch in batches:
             on_batch()
-            images = images.to(device, non_blocking=True, memory_format=memory_format(config))
-            labels = labels.to(device, non_blocking=True)
+            images, labels = to_device(batch, device, config)
             with autocast(device, config.eval_precision):
                 logits = model(images)
             logits = logits.float()  # (B, C)
@@ -85,6 +86,13 @@ def evaluate(
 def memory_format(config: RunConfig) -> torch.memory_format:
     """The layout of images and convolutions in memory."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def to_device(batch: Batch, device: torch.device, config: RunConfig) -> Batch:
+    """Copy a batch to the device without waiting for it, in the configured memory format."""
+    images, labels = batch
+    images = images.to(device, non_blocking=True, memory_format=memory_format(config))
+    return images, labels.to(device, non_blocking=True)
 
 
 def place(model: TokenMixupModel, device: torch.device, config: RunConfig) -> TokenMixupModel:
@@ -107,7 +115,7 @@ class Assessment:
     """Weights from a file in the model of a config, ready to be evaluated.
 
     Raises:
-        UserError: whatever of the config or of the file cannot work.
+        UserError: any setting or file that cannot work.
     """
 
     def __init__(self, config: RunConfig, checkpoint: str, world: World) -> None:
@@ -117,7 +125,7 @@ class Assessment:
         parts = None
         if num_classes is not None:  # mistakes in the file need no data to be found
             parts = assemble(config, checkpoint, num_classes, world.device)
-        with world.main_first():  # which may have to fetch it
+        with world.main_first():  # downloads
             self.images = open_images(config.data, config.data.val_split)
         if num_classes is None:
             num_classes = stated_num_classes(config, self.images)
@@ -131,7 +139,7 @@ class Assessment:
         """Top-1, top-5 and loss over the whole validation split; once.
 
         Args:
-            batches: `self.batches` as someone watches them go by.
+            batches: `self.batches`, wrapped for example in a progress bar.
         """
         watched = self.batches if batches is None else batches
         try:

@@ -60,7 +60,7 @@ def build_optimizer(
     On CUDA, torch's fused implementation where there is one.
 
     Raises:
-        ConfigError: it cannot be made, for example for want of a package.
+        ConfigError: it cannot be built, for example since a package is missing.
     """
     from timm.optim import create_optimizer_v2
 
@@ -83,7 +83,7 @@ def build_optimizer(
 class Schedule:
     """The learning rate of each optimiser step, by timm's scheduler factory.
 
-    It has no state: the same step always gives the same rate, so a resumed run asks it again.
+    It has no state: the same step always gives the same rate, also in a resumed run.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import cli, train
+from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.run_folder import RunFolder
 from tests.helpers.runs_helper import HTM, VTM, write_config
 
 ROOT = Path(__file__).parent.parent.parent.parent

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.training.faults import explain, further_deaths_unheard
 from PIL import Image
 
 from experiments import cli, train
@@ -16,8 +17,7 @@ from experiments.data.loading import Division
 from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
-from experiments.training.faults import explain, further_deaths_unheard
-from experiments.training.run_folder import RunFolder
+from experiments.training.folder import RunFolder
 from experiments.training.stopping import StopRequests
 from tests.helpers.runs_helper import HTM, small_config
 

@@ -13,8 +13,8 @@ from experiments.checkpoint import load_checkpoint
 from experiments.errors import CheckpointError, ConfigError, SavedAndStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.run_folder import RunFolder
 from experiments.training.stopping import StopRequests
 from tests.helpers.runs_helper import HTM, VTM, small_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, train
-from experiments.training.run_folder import RunFolder
+from experiments.training.folder import RunFolder
 from experiments.training.stopping import StopRequests
 from tests.helpers.runs_helper import HTM, VTM, write_config
 

@@ -9,20 +9,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.config import MixupConfig
-from experiments.data.loading import BatchMixer, divide_batch
+from experiments.data.augment import BatchMixer
+from experiments.data.loading import Division, divide_batch
 from experiments.errors import TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS, World
 from experiments.training.evaluation import evaluate
+from experiments.training.metrics import RunningStatistics, read_metrics
 from experiments.training.optim import Schedule, build_optimizer
-from experiments.training.step import Learner, Tally, train_epoch
+from experiments.training.run import Run, train_step
+from experiments.training.step import Learner, Progress
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
 
 
 def learner_of(config, steps_per_epoch=5):
-    model = build_model(config, 10)
+    model = build_model(config, 10).train()
     optimizer = build_optimizer(config.optimizer, config.schedule, model)
     schedule = Schedule(config.schedule, optimizer, steps_per_epoch)
     division = divide_batch(config.data, 0, 1)
@@ -36,30 +39,69 @@ def batch(size=8, seed=0):
     return images, torch.randint(0, 10, (size,), generator=generator)
 
 
+def with_nan(images, labels):
+    bad = images.clone()
+    bad[0] = torch.nan
+    return bad, labels
+
+
+def step_of(learner, images, labels, step=0):
+    """One step; gives what it measured."""
+    statistics = RunningStatistics(learner.device)
+    learner.schedule.set_step(step)
+    train_step(learner, images, labels, Progress(step=step), statistics)
+    statistics.refuse_not_finite(ONE_PROCESS, step + 1, 0)
+    return statistics.read(ONE_PROCESS)
+
+
 def weights(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 class Batches:
-    """TrainBatches' interface over given batches."""
+    """TrainBatches' interface over one batch, with not-a-number in it at some steps of the run."""
 
-    def __init__(self, *given):
-        self.given = given
-        self.steps_per_epoch = len(given)
+    def __init__(self, steps_per_epoch, bad_steps=(), size=8):
+        self.steps_per_epoch, self.bad_steps, self.size = steps_per_epoch, bad_steps, size
+        self.num_images, self.bad_images = steps_per_epoch * size, {}
+        self.division = Division(size, 0, 1)
 
     def epoch(self, epoch, first_step=0):
-        return iter(self.given[first_step:])
+        good = batch(self.size)
+        for step in range(first_step, self.steps_per_epoch):
+            bad = epoch * self.steps_per_epoch + step in self.bad_steps
+            yield with_nan(*good) if bad else good
+
+    def close(self):
+        pass
 
 
-def reports_of(learner, batches, epoch=0, first_step=0):
-    tally = Tally(learner.device)
-    steps = list(train_epoch(learner, batches, epoch, tally, first_step))
-    assert len(steps) == batches.steps_per_epoch - first_step
-    return [report for report in steps if report is not None]
+def fit(folder, batches, prepare=lambda learner: None, **sections):
+    """Train on given batches; gives the learner and the rows of metrics of the training."""
+    folder.mkdir(exist_ok=True)
+    sections = {"schedule": {"epochs": 1}, "data": {"val_split": "validation[:20]"}} | sections
+    config = small_config(folder, **sections)
+    run = Run(config, ONE_PROCESS)
+    run.batches = batches
+    prepare(run.learner)
+    run.fit()
+    rows = read_metrics(folder / "output" / "small")
+    return run.learner, [row for row in rows if row["split"] == "train"]
+
+
+def spoil_gradient(*steps):
+    """Makes the gradient infinite at these steps of the run (from 1)."""
+
+    def prepare(learner):
+        calls = itertools.count(1)
+        weight = learner.model.backbone.head.weight
+        weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) in steps else 1.0))
+
+    return prepare
 
 
 class Fixed(nn.Module):
-    """Answers with given logits, one row a image."""
+    """Answers with given logits, one row per image."""
 
     def __init__(self, logits):
         super().__init__()
@@ -102,19 +144,16 @@ def test_a_step_is_the_naive_one(tmp_path):
     images, labels = batch()
     momentum = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
     reference.train()
-    learner.model.train()
     for step in range(3):
-        learner.schedule.set_step(step)
+        measured = step_of(learner, images, labels, step)
         rate = learner.optimizer.param_groups[0]["lr"]
-        result = learner.step(images, labels, 0, step)
         loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1)
         reference.zero_grad()
         loss.backward()
         gradients = {name: p.grad for name, p in reference.named_parameters()}
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-        assert result.statistics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert result.statistics[0]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        assert result.finite.all()
+        assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert measured["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
         with torch.no_grad():
             for name, parameter in reference.named_parameters():
                 clipped = gradients[name] * min(1.0, 0.5 / norm)
@@ -135,13 +174,11 @@ def test_a_step_depends_on_its_number_alone(tmp_path):
         torch.manual_seed(drawn)
         torch.rand(drawn)
         learner = learner_of(config)
-        learner.model.train()
-        learner.step(*batch(), epoch=0, step=4)
+        step_of(learner, *batch(), step=4)
         results.append(weights(learner.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     learner = learner_of(config)
-    learner.model.train()
-    learner.step(*batch(), epoch=0, step=5)
+    step_of(learner, *batch(), step=5)
     other = weights(learner.model)
     assert any(not torch.equal(results[0][name], other[name]) for name in other)
 
@@ -152,10 +189,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         config, data=dataclasses.replace(config.data, batch_size=8, micro_batch=2)
     )
     whole, divided = learner_of(config), learner_of(parts)
-    for learner in (whole, divided):
-        learner.model.train()
-        result = learner.step(*batch(), 0, 0)
-        assert len(result.statistics) == learner.division.count
+    losses = [step_of(learner, *batch())["loss"] for learner in (whole, divided)]
+    assert losses[0] == pytest.approx(losses[1])
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(divided.model.state_dict()[name], value)
 
@@ -170,37 +205,27 @@ def test_parts_of_a_batch_are_mixed_like_batches_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_reports_come_at_the_interval_and_at_the_end(tmp_path, precision):
-    config = small_config(tmp_path, logging={"interval": 2}, horizontal=HTM, precision=precision)
-    learner = learner_of(config)
-    batches = Batches(*(batch(128, seed) for seed in range(5)))
-    reports = reports_of(learner, batches, epoch=2)
-    assert [report.step for report in reports] == [12, 14, 15]
-    assert [report.values["steps"] for report in reports] == [2, 2, 1]
-    for report in reports:
-        assert {"loss", "scorenet_loss", "lr", "step_seconds", "data_seconds"} <= set(report.values)
-        assert "htm/layer1/easy_share" in report.values
-        assert not any("good_steps" in name for name in report.values)
+def test_rows_come_at_the_interval_and_at_the_end(tmp_path, precision):
+    sections = {"logging": {"interval": 2}, "horizontal": HTM, "precision": precision}
+    sections["schedule"] = {"epochs": 2}
+    _, rows = fit(tmp_path, Batches(5, size=64), **sections)
+    assert [row["step"] for row in rows] == [2, 4, 5, 7, 9, 10]
+    assert [row["steps"] for row in rows] == [2, 2, 1] * 2
+    for row in rows:
+        assert {"loss", "scorenet_loss", "lr", "step_seconds", "data_seconds"} <= set(row)
+        assert "htm/layer1/easy_share" in row
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
-    config = small_config(tmp_path, logging={"interval": 3})
-    learner = learner_of(config)
-    images, labels = batch()
-    bad = images.clone()
-    bad[0] = torch.nan
-    batches = Batches(*[(images, labels)] * 4, (bad, labels), (images, labels))
+    sections = {"logging": {"interval": 3}, "schedule": {"epochs": 2}}
     with pytest.raises(TrainingStopped, match=r"^step 11 \(epoch 2\): the training loss is not"):
-        reports_of(learner, batches, epoch=1)
+        fit(tmp_path, Batches(6, bad_steps=(10,)), **sections)
 
 
 def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
-    learner = learner_of(small_config(tmp_path, logging={"interval": 3}))
-    calls = itertools.count(1)
-    weight = learner.model.backbone.head.weight
-    weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) == 2 else 1.0))
-    with pytest.raises(TrainingStopped, match=r"^step 2 \(epoch 1\): the norm of the gradient is"):
-        reports_of(learner, Batches(*[batch()] * 4))
+    message = r"^step 2 \(epoch 1\): the norm of the gradient is not finite; there is no checkpoint"
+    with pytest.raises(TrainingStopped, match=message):
+        fit(tmp_path, Batches(4), spoil_gradient(2), logging={"interval": 3})
 
 
 def test_fp16_may_overflow(tmp_path):
@@ -208,89 +233,64 @@ def test_fp16_may_overflow(tmp_path):
     learner = learner_of(small_config(tmp_path, precision="fp16"))
     before = weights(learner.model)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    (report,) = reports_of(learner, Batches(batch()))
-    assert report.values["loss"] > 0
+    measured = step_of(learner, *batch())
+    assert measured["loss"] > 0
     assert learner.scaler.get_scale() == 2.0**119
     assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
-    assert (report.values["finite_share"], report.values["gradient_norm"]) == (0, 0)
+    assert (measured["finite_share"], measured["gradient_norm"]) == (0, 0)
 
 
 def test_the_norm_of_the_gradient_is_that_of_the_steps_that_did_not_overflow(tmp_path):
-    config = small_config(tmp_path, precision="fp16", logging={"interval": 4})
-    sections = {"schedule": {"name": "constant", "lr": 1e-12}}
-    learner, expected = learner_of(config), learner_of(small_config(tmp_path, **sections))
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    learner.schedule = expected.schedule  # its weights stay as they are
-    calls = itertools.count(1)
-    weight = learner.model.backbone.head.weight
-    weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) in (1, 3) else 1.0))
-    for group in learner.optimizer.param_groups:
-        group["lr"] = 0.0
-    (report,) = reports_of(learner, Batches(*[batch()] * 4))
-    (wanted,) = reports_of(expected, Batches(batch()))
-    assert report.values["finite_share"] == 0.5
-    assert report.values["gradient_norm"] == pytest.approx(wanted.values["gradient_norm"], rel=0.05)
+    still = {"name": "constant", "lr": 1e-12, "epochs": 1, "warmup_lr": 1e-12}
+
+    def prepare(learner):
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        spoil_gradient(1, 3)(learner)
+
+    sections = {"precision": "fp16", "logging": {"interval": 4}, "schedule": still}
+    _, (row,) = fit(tmp_path, Batches(4), prepare, **sections)
+    wanted = step_of(learner_of(small_config(tmp_path)), *batch())["gradient_norm"]
+    assert row["finite_share"] == 0.5
+    assert row["gradient_norm"] == pytest.approx(wanted, rel=0.05)
 
 
 def test_a_gradient_of_fp16_that_is_never_finite_stops(tmp_path):
-    learner = learner_of(small_config(tmp_path, precision="fp16", logging={"interval": 50}))
-    calls = itertools.count(1)
-    weight = learner.model.backbone.head.weight
-    # two overflows, a good step, and then none
-    weight.register_hook(lambda gradient: gradient / (1.0 if next(calls) == 3 else 0.0))
+    prepare = spoil_gradient(1, 2, *range(4, 41))  # two overflows, a good step, and then none
+    sections = {"precision": "fp16", "logging": {"interval": 50}}
     with pytest.raises(TrainingStopped, match=r"^step 35 \(epoch 1\): the norm of the gradient is"):
-        reports_of(learner, Batches(*[batch(2)] * 40))
+        fit(tmp_path, Batches(40, size=2), prepare, **sections)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision):
-    sections = {"on_nonfinite": "skip", "skip_limit": 2, "schedule": {"name": "constant"}}
-    config = small_config(tmp_path, precision=precision, logging={"interval": 4}, **sections)
-    images, labels = batch()
-    bad = images.clone()
-    bad[0] = torch.nan
-    with_bad, without = learner_of(config, 5), learner_of(config, 3)
-    good = (images, labels)
-    with_bad_batches = Batches(good, (bad, labels), good, (bad, labels), good)
-    reports = reports_of(with_bad, with_bad_batches)
-    assert [report.values["skipped_steps"] for report in reports] == [2, 2]
-    expected = reports_of(without, Batches(good, good, good))
+    schedule = {"name": "constant", "epochs": 1, "warmup_epochs": 0}
+    sections = {"on_nonfinite": "skip", "skip_limit": 2, "schedule": schedule}
+    sections |= {"precision": precision, "logging": {"interval": 4}}
+    with_bad, rows = fit(tmp_path / "bad", Batches(5, bad_steps=(1, 3)), **sections)
+    assert [row["skipped_steps"] for row in rows] == [2, 2]
+    without, expected = fit(tmp_path / "good", Batches(3), **sections)
     if precision == "fp32":  # in fp16 the scale falls, which rounds otherwise
         for name, value in weights(without.model).items():
             assert torch.equal(weights(with_bad.model)[name], value), name
-    assert reports[-1].values["loss"] == pytest.approx(expected[-1].values["loss"], rel=0.1)
-    with pytest.raises(TrainingStopped, match=r"^step 7 .*2 steps were left out for that already"):
-        reports_of(with_bad, with_bad_batches, epoch=1)
-
-
-def test_an_epoch_can_be_begun_in_its_middle(tmp_path):
-    config = small_config(tmp_path, model=DROPOUT, horizontal=HTM, vertical=VTM)
-    batches = Batches(*(batch(16, seed) for seed in range(4)))
-    whole, cut = learner_of(config, 4), learner_of(config, 4)
-    reports_of(whole, batches)
-    for position in range(2):
-        cut.model.train()
-        cut.schedule.set_step(position)
-        cut.step(*batches.given[position], 0, position)
-    reports_of(cut, batches, first_step=2)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(cut.model.state_dict()[name], value), name
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.1)
+    with pytest.raises(TrainingStopped, match=r"^step 5 .*2 steps were skipped for that already"):
+        fit(tmp_path / "worse", Batches(5, bad_steps=(1, 3, 4)), **sections)
 
 
 @pytest.mark.gpu
-def test_training_waits_for_the_gpu_at_reports_alone(tmp_path):
-    """HTM's one exchange a step is the library's; a plain model and VTM have none."""
+def test_training_waits_for_the_gpu_at_rows_alone(tmp_path):
+    """HTM's one exchange per step is the library's; a plain model and VTM have none."""
     device = torch.device("cuda")
     config = small_config(tmp_path, vertical=VTM, logging={"interval": 100}, device="cuda")
     learner = learner_of(config)
     learner.model.to(device)  # the optimiser's parameters are the same objects
     learner = dataclasses.replace(learner, world=World(0, 1, device))
-    learner.model.train()
     images, labels = (tensor.to(device) for tensor in batch())
-    learner.step(images, labels, 0, 0)  # optimisers allocate their state
+    progress, statistics = Progress(), RunningStatistics(device)
+    train_step(learner, images, labels, progress, statistics)  # optimisers allocate their state
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(1, 4):
-            learner.step(images, labels, 0, step)
+        for _ in range(3):
+            train_step(learner, images, labels, progress, statistics)
     finally:
         torch.cuda.set_sync_debug_mode("default")
