@@ -19,10 +19,10 @@ from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
 from experiments.training.evaluation import memory_format, place
-from experiments.training.metrics import RunningStatistics
+from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import train_step
-from experiments.training.step import Learner, Progress
+from experiments.training.step import Learner
 
 CONFIGS = {
     "CCT-7/3×1": {

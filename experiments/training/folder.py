@@ -22,10 +22,9 @@ from experiments.config import RunConfig, as_plain
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
-from experiments.seeding import random_state, restore_random_state
 from experiments.training.distributed import World
-from experiments.training.metrics import RunningStatistics
-from experiments.training.step import Learner, Progress
+from experiments.training.metrics import Progress, RunningStatistics
+from experiments.training.step import Learner
 
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -191,11 +190,8 @@ def captured(
     learner: Learner, batches: TrainBatches, progress: Progress, statistics: RunningStatistics
 ) -> dict[str, Any] | None:
     """The state of all processes for a checkpoint, in the main one; every process calls it."""
-    own = {
-        "random": random_state(),
-        "statistics": statistics.state_dict(),
-        "bad_images": list(batches.bad_images),
-    }
+    # no state of random generators: each step and each sample seeds its own
+    own = {"statistics": statistics.state_dict(), "bad_images": list(batches.bad_images)}
     processes = learner.world.gather(own)
     if not learner.world.is_main:
         return None
@@ -244,41 +240,36 @@ def restore(
                 f"{path}: that run had {before}, and now there are {after}: the order of the "
                 "images would be another, so it cannot be resumed"
             )
-        _restore_learner(path, content, learner, allow_changed)
+        learner.model.load_state_dict(content["model"])
+        _restore_optimizer(learner.optimizer, content["optimizer"], allow_changed)
+        if content["scaler"]:  # empty without fp16: a run that changes to it begins a new scale
+            learner.scaler.load_state_dict(content["scaler"])
         _restore_process(content["processes"], learner, batches, statistics, warn)
         return Progress(**content["progress"])
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as err:
-        # what a checkpoint of another program lacks shows wherever it is used first
+        # whatever is wrong in a checkpoint that another program or model wrote
         reason = " ".join(f"{type(err).__name__} {err}".split())
-        raise CheckpointError(f"{path}: does not hold the state of a run: {reason[:200]}") from None
-
-
-def _restore_learner(
-    path: Path, content: dict[str, Any], learner: Learner, allow_changed: Collection[str]
-) -> None:
-    optimizer = learner.optimizer
-    groups = [dict(group) for group in optimizer.param_groups]
-    try:
-        learner.model.load_state_dict(content["model"])
-        # compute as this device does (fused on CUDA), which also decides where torch puts the state
-        for saved, here in zip(content["optimizer"]["param_groups"], groups, strict=False):
-            saved.update({name: here[name] for name in ("fused", "foreach") if name in here})
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path}: does not fit the model or the optimiser: {reason[:300]}"
+            f"{path}: does not hold the state of this run's model and optimiser: {reason[:300]}"
         ) from None
-    # settings of the optimiser came with its state; those that the config changes overrule them
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], allow_changed: Collection[str]
+) -> None:
+    """Load the state; this device's implementation and settings that may change stay."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    for saved, here in zip(state["param_groups"], groups, strict=False):
+        # before it is loaded, since fused decides where torch puts the state
+        saved.update({name: here[name] for name in ("fused", "foreach") if name in here})
+    optimizer.load_state_dict(state)
     for key in allow_changed:
         section, _, name = key.partition(".")
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             if section == "optimizer" and name in wanted:
                 group[name] = wanted[name]
-    if content["scaler"]:  # empty without fp16: a run that changes to it begins with a new scale
-        learner.scaler.load_state_dict(content["scaler"])
 
 
 def _restore_process(
@@ -292,7 +283,6 @@ def _restore_process(
     world = learner.world
     if len(processes) == world.size:
         own = processes[world.rank]
-        restore_random_state(own["random"])
         statistics.load_state_dicts([own["statistics"]])
         batches.bad_images = dict.fromkeys(own["bad_images"])
         return
@@ -308,7 +298,6 @@ def _restore_process(
             "batch are taken in another order, so weights agree up to rounding"
         )
     warn(f"the run so far had {len(processes)} processes, now {world.size}: {kept}")
-    # no random states: their processes are gone, and every step seeds its own anyway
     statistics.load_state_dicts([each["statistics"] for each in processes], mine=world.is_main)
     batches.bad_images = dict.fromkeys(
         problem for each in processes for problem in each["bad_images"]

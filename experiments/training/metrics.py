@@ -1,4 +1,4 @@
-"""What a run measures: running statistics that never wait for the device, and where they go."""
+"""How far a run has come, what it measures without waiting for the device, and where that goes."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,21 @@ _PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
 _PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")  # means over a batch's easy samples
 _PER_FINITE_STEP = "gradient_norm"  # steps that overflow in fp16 have none
 _Batch = TypeVar("_Batch")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epochs_done: int = 0
+    """Epochs that are trained and, where it is due, evaluated."""
+    step: int = 0
+    """Optimiser steps done; beyond `epochs_done` they belong to the current epoch."""
+    skipped_steps: int = 0
+    """Those of them that were left out, since something was not finite."""
+    top1: float = -1.0
+    best_top1: float = -1.0
+    best_epoch: int = 0
 
 
 class RunningStatistics:
@@ -86,20 +102,14 @@ class RunningStatistics:
             self._high = torch.maximum(self._high, stacked)
         self._added += 1
 
-    def refuse_not_finite(self, world: World, step: int, epoch: int) -> None:
-        """Raise TrainingStopped where a value of these steps was not finite.
-
-        Args:
-            world: all processes, each of which calls this.
-            step: optimiser steps of the whole run so far.
-            epoch: counted from 0.
-        """
+    def refuse_not_finite(self, world: World, progress: Progress) -> None:
+        """Raise TrainingStopped where a value of these steps was not finite; in all processes."""
         good = [round(value) for value in world.minimum(self._good_steps.clone()).tolist()]
         first = min(good)
         if first < self.steps:
             name = CHECKED[good.index(first)]
-            number = step - self.steps + first + 1
-            raise TrainingStopped(f"step {number} (epoch {epoch + 1}): the {name} is not finite")
+            step, epoch = progress.step - self.steps + first + 1, progress.epochs_done + 1
+            raise TrainingStopped(f"step {step} (epoch {epoch}): the {name} is not finite")
 
     def read(self, world: World) -> dict[str, float]:
         """The values so far, over all processes, in one exchange with the device; then restart."""
@@ -238,8 +248,9 @@ class MetricsWriter:
             for row in kept:
                 self._show(row)
 
-    def write(self, split: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Add one row: after `step` optimiser steps, within `epoch` (counted from 1)."""
+    def write(self, split: str, progress: Progress, values: dict[str, float]) -> None:
+        """Add one row, of the current epoch (counted from 1)."""
+        epoch, step = progress.epochs_done + 1, progress.step
         row = {"split": split, "epoch": epoch, "step": step, "time": time.time(), **values}
         self._file.write(_json_line(row))
         self._file.flush()
@@ -250,7 +261,7 @@ class MetricsWriter:
         self._show(row)
 
     def training_rows(self, epoch: int) -> list[dict[str, Any]]:
-        """The rows of the training of the last epoch that was written (counted from 1)."""
+        """The rows of the training in the current epoch (counted from 1)."""
         return [row for row in self._kept if (row["split"], row["epoch"]) == ("train", epoch)]
 
     def flush_to_disk(self) -> None:

@@ -8,7 +8,7 @@ Dimensions: B batch, C classes.
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,23 +17,29 @@ from torch import Tensor
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config import RunConfig, as_plain
 from experiments.data.augment import BatchMixer
-from experiments.data.datasets import known_num_classes, open_images, stated_num_classes
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import Agreement, World
-from experiments.training.evaluation import autocast, evaluate, place, to_device
+from experiments.training.evaluation import (
+    autocast,
+    evaluate,
+    model_and_images,
+    place,
+    to_device,
+)
 from experiments.training.folder import CHECKPOINT_FOLDER, RunFolder, captured, restore
 from experiments.training.metrics import (
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     MetricsWriter,
+    Progress,
     RunningStatistics,
     StepTimer,
     mean_of_rows,
 )
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
-from experiments.training.step import Learner, Progress
+from experiments.training.step import Learner
 from experiments.training.stopping import StopRequests, explain_fault, loader_deaths_ignored
 from tokenmixup import TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
@@ -89,21 +95,17 @@ class Run:
         self.world = world
         self.folder = RunFolder(Path(config.output))
 
-        # Model and data: mistakes that need no data to be found come before it is fetched.
+        # Data and model.
         check_optimizer(config.optimizer)
-        num_classes = known_num_classes(config)
-        model = None if num_classes is None else build_model(config, num_classes)
-        with world.main_first():  # downloads
-            images = open_images(config.data, config.data.train_split)
-            val_images = open_images(config.data, config.data.val_split)
-        if num_classes is None or model is None:
-            num_classes = stated_num_classes(config, images)
-            model = build_model(config, num_classes)
+        splits = (config.data.train_split, config.data.val_split)
+        model, num_classes, (images, val_images) = model_and_images(
+            config, world, splits, lambda num_classes: build_model(config, num_classes)
+        )
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
 
-        # Optimiser and schedule, over the parameters on the device.
+        # Optimiser and schedule, of the parameters on the device.
         place(model, world.device, config)
         optimizer = build_optimizer(config.optimizer, config.schedule, model)
         schedule = Schedule(config.schedule, optimizer, self.batches.steps_per_epoch)
@@ -136,22 +138,24 @@ class Run:
             DataError: images cannot be read.
         """
         self._requests = requests or StopRequests()
-        held = self.folder.held() if self.world.is_main else nullcontext()
-        with held, closing(self.batches), closing(self.val_batches):
+        with ExitStack() as stack:
+            if self.world.is_main:
+                stack.enter_context(self.folder.held())
+            stack.callback(self.batches.close)
+            stack.callback(self.val_batches.close)
             rows = self._resume(allow_changed)
-            if (
-                self.progress.epochs_done == self.total_epochs
-                and self.folder.final_weights.exists()
-            ):
+            done = self.progress.epochs_done == self.total_epochs
+            if done and self.folder.final_weights.exists():
                 self._say(f"{self.folder.path}: all {self.total_epochs} epochs are done already")
                 return
             if self.world.is_main:
                 self.folder.begin(self.config)
+                self._metrics = stack.enter_context(closing(self._opened_metrics(rows)))
             self._say_headline()
-            with self._faults_explained(), self._metrics_written(rows):
-                for epoch in range(self.progress.epochs_done, self.total_epochs):
-                    self._train_epoch(epoch)
-                    self._end_epoch(epoch)
+            with self._faults_explained():
+                while self.progress.epochs_done < self.total_epochs:
+                    self._train_epoch()
+                    self._end_epoch()
                 self._agreement.finish()
                 if self.world.is_main:
                     save_final_weights(self.folder.final_weights, self.learner.model)
@@ -173,15 +177,17 @@ class Run:
             self._start_from(self.config.model.weights)
         return 0
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self) -> None:
+        """Train the rest of an epoch, step by step: batch, step, log, stop, save."""
         config, learner, progress = self.config, self.learner, self.progress
-        steps, save_every = self.batches.steps_per_epoch, config.checkpoint.every_steps
+        epoch, steps = progress.epochs_done, self.batches.steps_per_epoch
+        save_every = config.checkpoint.every_steps
         first = progress.step - epoch * steps
         if first == steps:
-            return  # stopped within the evaluation
+            return  # the run stopped within the evaluation
         learner.model.train()
         timer = StepTimer(learner.device)
-        with self._progress_bar(f"epoch {epoch + 1}/{self.total_epochs}", steps, first) as advance:
+        with self._progress_bar(steps, first) as advance:
             for batch in timer.batches(self.batches.epoch(epoch, first)):
                 images, labels = to_device(batch, learner.device, config)
                 rate = learner.schedule.set_step(progress.step)
@@ -190,71 +196,73 @@ class Run:
                 advance()
                 step = progress.step - epoch * steps  # within the epoch, this one included
                 if step % config.logging.interval == 0 or step == steps:
-                    self._log_step(epoch, rate, timer)
+                    self._log_step(rate, timer)
                 self._beat("training")
-                self._stop_if_asked(epoch)
+                self._stop_if_asked()
                 if save_every is not None and progress.step % save_every == 0:
-                    self._save(epoch)
+                    self._save()
 
-    def _log_step(self, epoch: int, rate: float, timer: StepTimer) -> None:
-        self.statistics.refuse_not_finite(self.world, self.progress.step, epoch)
+    def _log_step(self, rate: float, timer: StepTimer) -> None:
+        """Write what was measured since the last row; here alone the training waits for it."""
+        self.statistics.refuse_not_finite(self.world, self.progress)
         values = {**self.statistics.read(self.world), "lr": rate}
         if self.config.on_nonfinite == "skip":
             values["skipped_steps"] = self.progress.skipped_steps
-        self._write("train", epoch, values | timer.read(self.config.data.batch_size))
+        self._write("train", values | timer.read(self.config.data.batch_size))
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self) -> None:
         """Evaluate and save, as often as the config says, and always after the last epoch."""
-        last = epoch + 1 == self.total_epochs
-        evaluated = last or (epoch + 1) % self.config.logging.evaluate_every == 0
-        saved = last or (epoch + 1) % self.config.checkpoint.every == 0
-        line = self._epoch_line(epoch)
+        number = self.progress.epochs_done + 1
+        last = number == self.total_epochs
+        evaluated = last or number % self.config.logging.evaluate_every == 0
+        saved = last or number % self.config.checkpoint.every == 0
+        line = self._epoch_line(number)
         if evaluated:
             if saved:
-                self._save(epoch)  # a crash within the evaluation repeats that alone
-            self._evaluate(epoch)
+                self._save()  # a crash within the evaluation repeats the evaluation alone
+            self._evaluate()
             line += f"  top-1 {self.progress.top1:.2f}%"
         self._say(line)
-        self.progress.epochs_done = epoch + 1
+        self.progress.epochs_done = number
         if last or (saved and not evaluated):
-            self._save(epoch)
+            self._save()
 
-    def _evaluate(self, epoch: int) -> None:
+    def _evaluate(self) -> None:
         """Evaluate on the whole validation split, and keep the best weights."""
         asks = iter(range(self.val_batches.common_batches))  # as often in each process
 
         def on_batch() -> None:
             self._beat("evaluating")
             if next(asks, None) is not None:
-                self._stop_if_asked(epoch)
+                self._stop_if_asked()
 
         progress, model = self.progress, self.learner.model
         result = evaluate(model, self.val_batches, self.world, self.config, on_batch)
         values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
-        self._write("validation", epoch, values)
+        self._write("validation", values)
         progress.top1 = result.top1
         if result.top1 > progress.best_top1:
-            progress.best_top1, progress.best_epoch = result.top1, epoch + 1
+            progress.best_top1, progress.best_epoch = result.top1, progress.epochs_done + 1
             if self.world.is_main:
                 content = {"model": model.state_dict(), "progress": asdict(progress)}
                 self.folder.save_best({**content, "config": as_plain(self.config)})
 
-    def _stop_if_asked(self, epoch: int) -> None:
+    def _stop_if_asked(self) -> None:
         if not self._agreement.ask(self._requests.reason is not None):
             return
         self._agreement.finish()
-        self._save(epoch)
+        self._save()
         self._beat("stopped", at_once=True)
         reason = self._requests.reason or "another process was asked to stop"
+        where = self.folder.saved()[0] if self.world.is_main else self.folder.path
         raise SavedAndStopped(
-            f"{reason}: saved after step {self.progress.step} (epoch {epoch + 1}) in "
-            f"{self.folder.saved()[0] if self.world.is_main else self.folder.path}; the same "
-            "command resumes"
+            f"{reason}: saved after step {self.progress.step} (epoch "
+            f"{self.progress.epochs_done + 1}) in {where}; the same command resumes"
         )
 
-    def _save(self, epoch: int) -> None:
-        """Write the state of all processes; nothing that is not finite comes into a checkpoint."""
-        self.statistics.refuse_not_finite(self.world, self.progress.step, epoch)
+    def _save(self) -> None:
+        """Write the state of all processes; no checkpoint holds what is not finite."""
+        self.statistics.refuse_not_finite(self.world, self.progress)
         state = captured(self.learner, self.batches, self.progress, self.statistics)
         if state is None or self._metrics is None:
             return  # not the main process
@@ -265,9 +273,9 @@ class Run:
 
     # The main process alone writes and prints.
 
-    def _write(self, split: str, epoch: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, values: dict[str, float]) -> None:
         if self._metrics is not None:
-            self._metrics.write(split, epoch + 1, self.progress.step, values)
+            self._metrics.write(split, self.progress, values)
 
     def _beat(self, state: str, at_once: bool = False) -> None:
         if self.world.is_main:
@@ -281,11 +289,7 @@ class Run:
         if self.world.is_main:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    @contextmanager
-    def _metrics_written(self, rows: int) -> Iterator[None]:
-        if not self.world.is_main:
-            yield
-            return
+    def _opened_metrics(self, rows: int) -> MetricsWriter:
         with self.folder.refuse_unwritable():
             metrics = MetricsWriter(self.folder.path, rows, self.config.logging.tensorboard)
         if metrics.missing:
@@ -293,9 +297,7 @@ class Run:
                 f"{metrics.path}: {metrics.missing} of the {rows} rows that the checkpoint counted "
                 "are missing; later ones follow"
             )
-        self._metrics = metrics
-        with closing(metrics):
-            yield
+        return metrics
 
     @contextmanager
     def _faults_explained(self) -> Iterator[None]:
@@ -312,7 +314,7 @@ class Run:
                 raise TrainingStopped(f"{told}; {self.folder.last_good()}") from error
 
     @contextmanager
-    def _progress_bar(self, title: str, total: int, done: int) -> Iterator[Callable[[], object]]:
+    def _progress_bar(self, total: int, done: int) -> Iterator[Callable[[], object]]:
         """A bar with the time left, on a terminal alone; gives what advances it by a step."""
         if not (self.world.is_main and sys.stderr.isatty()):
             yield lambda: None
@@ -324,6 +326,7 @@ class Run:
         console = Console(stderr=True)
         bar = Bar(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
         with bar:
+            title = f"epoch {self.progress.epochs_done + 1}/{self.total_epochs}"
             task = bar.add_task(title, total=total, completed=done)
             yield lambda: bar.advance(task)
 
@@ -354,11 +357,11 @@ class Run:
             f"images, {processes}{self.world.device.type}, {self.config.precision}{resumed}"
         )
 
-    def _epoch_line(self, epoch: int) -> str:
-        rows = [] if self._metrics is None else self._metrics.training_rows(epoch + 1)
+    def _epoch_line(self, number: int) -> str:
+        rows = [] if self._metrics is None else self._metrics.training_rows(number)
         means = mean_of_rows(rows)
         line = (
-            f"epoch {epoch + 1:>3}/{self.total_epochs}  loss {means.get('loss', math.nan):.4f}"
+            f"epoch {number:>3}/{self.total_epochs}  loss {means.get('loss', math.nan):.4f}"
             f"  lr {rows[-1]['lr'] if rows else math.nan:.2e}"
             f"  {means.get('images_per_second', math.nan):.0f} images/s"
         )

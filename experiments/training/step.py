@@ -18,28 +18,13 @@ from experiments.data.loading import Division
 from experiments.errors import TrainingStopped
 from experiments.seeding import derive_seed
 from experiments.training.distributed import World
-from experiments.training.metrics import CHECKED
+from experiments.training.metrics import CHECKED, Progress
 from experiments.training.optim import Schedule
 from tokenmixup import TokenMixupModel, TokenMixupOutput
 
 _MOST_OVERFLOWS = 32
 """Steps in a row that fp16's scaler may leave out: from any scale that it starts with, so many
 halvings lead to one at which a finite gradient cannot overflow."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    epochs_done: int = 0
-    """Epochs that are trained and, where it is due, evaluated."""
-    step: int = 0
-    """Optimiser steps done; beyond `epochs_done` they belong to the current epoch."""
-    skipped_steps: int = 0
-    """Those of them that were left out, since something was not finite."""
-    top1: float = -1.0
-    best_top1: float = -1.0
-    best_epoch: int = 0
 
 
 @dataclass

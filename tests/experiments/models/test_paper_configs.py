@@ -12,10 +12,10 @@ from experiments.data.loading import divide_batch
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.evaluation import evaluate
-from experiments.training.metrics import RunningStatistics
+from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import train_step
-from experiments.training.step import Learner, Progress
+from experiments.training.step import Learner
 
 ROOT = Path(__file__).parent.parent.parent.parent
 VARIANTS = ("baseline", "HTM", "VTM", "HVTM")
@@ -146,8 +146,9 @@ def take_a_step(name, batch, size, **overrides):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     learner.schedule.set_step(20)
     statistics = RunningStatistics(learner.device)
-    train_step(learner, images, labels, Progress(epochs_done=2, step=20), statistics)
-    statistics.refuse_not_finite(ONE_PROCESS, 21, 2)
+    progress = Progress(epochs_done=2, step=20)
+    train_step(learner, images, labels, progress, statistics)
+    statistics.refuse_not_finite(ONE_PROCESS, progress)
     still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
     assert still == []
     found = evaluate(model, [(images, labels)], ONE_PROCESS, config)

@@ -97,7 +97,7 @@ def test_a_process_that_dies_is_started_again_with_all_others(tmp_path, config, 
     os.kill(job.training_process(rank), signal.SIGKILL)
     code, out, err = job.finish()
     assert code == 0, out + err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert outcome(job.output) == undisturbed
 
 

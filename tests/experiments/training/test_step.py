@@ -1,4 +1,4 @@
-"""The training step and the evaluation against plain ones written here."""
+"""The training step against a plain one written here, and steps that are not finite."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from experiments.config import MixupConfig
 from experiments.data.augment import BatchMixer
@@ -14,11 +13,10 @@ from experiments.data.loading import Division, divide_batch
 from experiments.errors import TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS, World
-from experiments.training.evaluation import evaluate
-from experiments.training.metrics import RunningStatistics, read_metrics
+from experiments.training.metrics import Progress, RunningStatistics, read_metrics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import Run, train_step
-from experiments.training.step import Learner, Progress
+from experiments.training.step import Learner
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
@@ -49,8 +47,9 @@ def step_of(learner, images, labels, step=0):
     """One step; gives what it measured."""
     statistics = RunningStatistics(learner.device)
     learner.schedule.set_step(step)
-    train_step(learner, images, labels, Progress(step=step), statistics)
-    statistics.refuse_not_finite(ONE_PROCESS, step + 1, 0)
+    progress = Progress(step=step)
+    train_step(learner, images, labels, progress, statistics)
+    statistics.refuse_not_finite(ONE_PROCESS, progress)
     return statistics.read(ONE_PROCESS)
 
 
@@ -98,38 +97,6 @@ def spoil_gradient(*steps):
         weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) in steps else 1.0))
 
     return prepare
-
-
-class Fixed(nn.Module):
-    """Answers with given logits, one row per image."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits, self.seen = logits, 0
-
-    def forward(self, images):
-        start, self.seen = self.seen, self.seen + len(images)
-        return self.logits[start : self.seen]
-
-
-@pytest.mark.parametrize("classes", [3, 10])
-def test_evaluation_counts_each_image_once(tmp_path, classes):
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(23, classes, generator=generator)
-    labels = torch.randint(0, classes, (23,), generator=generator)
-    batches = [(torch.zeros(len(part), 3, 2, 2), part) for part in labels.split(5)]
-    model = Fixed(logits).train()
-    result = evaluate(model, batches, ONE_PROCESS, small_config(tmp_path))
-    order = logits.sort(1, descending=True).indices.tolist()
-    truth = labels.tolist()
-    top1 = sum(order[i][0] == truth[i] for i in range(23))
-    top5 = sum(truth[i] in order[i][:5] for i in range(23))
-    loss = sum(-logits[i].log_softmax(0)[truth[i]].item() for i in range(23)) / 23
-    assert result.top1 == pytest.approx(100 * top1 / 23)
-    assert result.top5 == pytest.approx(100 * top5 / 23)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
-    assert result.images == 23
-    assert model.training
 
 
 def test_a_step_is_the_naive_one(tmp_path):
