@@ -157,15 +157,14 @@ class Steps:
 
     def __call__(self) -> None:
         self.learner.schedule.set_step(self.progress.step)
-        self.statistics = RunningStatistics(self.learner.device)
         train_step(self.learner, self.images, self.labels, self.progress, self.statistics)
 
     def measured(self) -> dict[str, float]:
-        """The statistics of the last step; waits for the device. Empty when read before."""
+        """The statistics of the steps since the last call; waits for the device."""
         return self.statistics.read(self.learner.world)
 
     def mixing(self) -> dict[str, float]:
-        """How much the last step mixed: the statistics of HTM, by the last part of their name."""
+        """How much these steps mixed: the statistics of HTM, by the last part of their name."""
         return {
             name.rpartition("/")[2]: value
             for name, value in self.measured().items()
