@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.provenance import ROOT
+from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.run_folder import RunFolder
 
 CONFIG = ROOT / "configs" / "digits_HVTM.yaml"
 STEPS, EPOCHS = 22, 3

@@ -16,8 +16,8 @@ from benchmarks.faults_processes import CONFIG, SETTINGS, Job, outcome, undistur
 from experiments.config import load_config
 from experiments.errors import SavedAndStopped
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.folder import RunFolder
 from experiments.training.run import Run
-from experiments.training.run_folder import RunFolder
 from experiments.training.stopping import StopRequests
 
 
@@ -55,7 +55,7 @@ def measure_damages(folder: Path, count: int, seed: int) -> Damages:
         told: list[str] = []
         saved = RunFolder(whole).newest_valid(told.append)
         result.detected += any(str(newest) in text and "damaged" in text for text in told)
-        result.recovered += saved is not None and saved.path == before
+        result.recovered += saved is not None and saved[0] == before
         newest.with_name(newest.name + ".damaged").unlink(missing_ok=True)
         assert before.read_bytes() == expected
         if number < 2:  # one of each kind is resumed

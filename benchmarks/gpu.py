@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from experiments.data.loading import Batch, TrainBatches
 from experiments.errors import ConfigError
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
-from experiments.training.step import Learner, Tally, train_epoch
+from experiments.training.evaluation import to_device
+from experiments.training.step import Learner
 
 WORKLOADS = (
     Workload("CCT-7/3×1", 128, "bf16", compile=True),
@@ -148,9 +149,11 @@ def _data(
         for epoch in (0, 1):  # the first starts the loader's processes
             batches.waits.clear()
             start = time.perf_counter()
-            reports = train_epoch(learner, cast(TrainBatches, batches), epoch, Tally(world.device))
-            for _ in reports:
-                pass  # the report at the epoch's end waits for the device
+            for batch in batches.epoch(epoch):
+                step = steps["HVTM"]
+                step.images, step.labels = to_device(batch, world.device, config)
+                step()
+            step.mixing()  # waits for the device
             seconds = time.perf_counter() - start
     finally:
         batches.inner.close()
@@ -224,7 +227,7 @@ def _checkpointing(
             backbone: Any = step.learner.model.backbone
             backbone.set_grad_checkpointing()
         step()
-        norm = step.statistics["gradient_norm"].item()
+        norm = step.measured()["gradient_norm"]
         step()
         found[name] = {"gradient_norm": norm, "peak_bytes": _peak_bytes(step)}
         del step

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Timing, interleaved
 from experiments.config import RunConfig, load_config
-from experiments.data.loading import BatchMixer, Division
+from experiments.data.augment import BatchMixer
+from experiments.data.loading import Division
 from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
 from experiments.training.evaluation import memory_format, place
+from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
+from experiments.training.run import train_step
 from experiments.training.step import Learner
 
 CONFIGS = {
@@ -149,20 +152,22 @@ class Steps:
     def __init__(self, workload: Workload, learner: Learner) -> None:
         self.learner = learner
         self.images, self.labels = make_batch(workload, learner.config, learner.device)
-        self.done = 0
-        self.statistics: dict[str, Tensor] = {}
+        self.progress = Progress()
+        self.statistics = RunningStatistics(learner.device)
 
     def __call__(self) -> None:
-        self.learner.schedule.set_step(self.done)
-        result = self.learner.step(self.images, self.labels, 0, self.done)
-        self.statistics = result.statistics[0]
-        self.done += 1
+        self.learner.schedule.set_step(self.progress.step)
+        train_step(self.learner, self.images, self.labels, self.progress, self.statistics)
+
+    def measured(self) -> dict[str, float]:
+        """The statistics of the steps since the last call; waits for the device."""
+        return self.statistics.read(self.learner.world)
 
     def mixing(self) -> dict[str, float]:
-        """How much the last step mixed: the statistics of HTM, by the last part of their name."""
+        """How much these steps mixed: the statistics of HTM, by the last part of their name."""
         return {
-            name.rpartition("/")[2]: value.item()
-            for name, value in self.statistics.items()
+            name.rpartition("/")[2]: value
+            for name, value in self.measured().items()
             if name.startswith("htm/")
         }
 

@@ -39,10 +39,6 @@ class ProcessLost(RuntimeError):
     exit_code = 4
 
 
-class LoaderProcessLost(RuntimeError):
-    """A data-loader process died while it passed a batch to the main process."""
-
-
 class SavedAndStopped(Exception):
     """A run was asked to stop and has saved; the same command resumes it. Exit code 75."""
 

@@ -1,10 +1,9 @@
-"""A run that is cut anywhere goes on to the same bytes, from the newest whole checkpoint."""
+"""A run that is interrupted anywhere resumes to the same bytes, from the newest good checkpoint."""
 
 import itertools
 import json
 import pkgutil
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,17 @@ from experiments.checkpoint import load_checkpoint
 from experiments.errors import CheckpointError, ConfigError, SavedAndStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
-from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.run_folder import RunFolder
-from experiments.training.stopping import StopRequests
-from tests.helpers.runs_helper import HTM, VTM, small_config
+from experiments.training.folder import RunFolder
+from experiments.training.metrics import read_metrics
+from tests.helpers import runs_helper
+from tests.helpers.runs_helper import (
+    HTM,
+    VTM,
+    AtLook,
+    final_bytes,
+    rows_without_clock,
+    small_config,
+)
 
 SECTIONS = {
     "horizontal": HTM,
@@ -28,30 +34,14 @@ SECTIONS = {
 }
 
 
-class StopAt(StopRequests):
-    """Asks a run to stop when it looks for the n-th time: 11 steps, 4 batches of evaluation."""
-
-    def __init__(self, look):
-        super().__init__()
-        self.looks = look
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        return "the test" if self.looks <= 0 else None
-
-
 def fit(folder, stop=None, allow_changed=(), **sections):
-    config = small_config(folder, "run", **{**SECTIONS, **sections})
-    runs.Run(config, ONE_PROCESS).fit(stop, allow_changed)
-    return Path(config.output)
+    return runs_helper.fit(folder, "run", stop, allow_changed, **{**SECTIONS, **sections})
 
 
 def outcome(folder):
-    """All that must not depend on where a run was cut."""
-    rows = [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(folder)]
+    """All that must not depend on where a run was interrupted."""
     newest = load_checkpoint(RunFolder(folder).saved()[0])
-    return (folder / "final.safetensors").read_bytes(), rows, newest["progress"]
+    return final_bytes(folder), rows_without_clock(folder), newest["progress"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("look", [1, 11, 13, 17, 30])
 def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undisturbed, look):
     with pytest.raises(SavedAndStopped, match="the test: saved after step"):
-        fit(tmp_path, StopAt(look))
+        fit(tmp_path, AtLook(look))
     assert not (tmp_path / "output" / "run" / "final.safetensors").exists()
     assert json.loads((tmp_path / "output" / "run" / "heartbeat.json").read_text())["state"] == (
         "stopped"
@@ -74,7 +64,7 @@ def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undistu
 def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed):
     for _ in range(10):
         try:
-            folder = fit(tmp_path, StopAt(7))
+            folder = fit(tmp_path, AtLook(7))
             break
         except SavedAndStopped:
             continue
@@ -92,7 +82,7 @@ class Crash(Exception):
         ("experiments.files:os.replace", 3),  # within the writing of a checkpoint
         ("experiments.files:os.fsync", 6),
         ("experiments.training.run:save_final_weights", 1),
-        ("experiments.training.metrics:Recorder.write", 7),
+        ("experiments.training.metrics:MetricsWriter.write", 7),
     ],
 )
 def test_a_crash_costs_no_more_than_the_steps_since_the_checkpoint(
@@ -116,7 +106,7 @@ def test_a_crash_costs_no_more_than_the_steps_since_the_checkpoint(
 def cut(tmp_path):
     """A run that was stopped in its second epoch; it has two checkpoints."""
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(19))
+        fit(tmp_path, AtLook(19))
     return tmp_path
 
 
@@ -130,7 +120,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_set_aside(
     folder = fit(cut)
     told = capsys.readouterr().err
     assert f"{newest}: is damaged or cut off: its content does not match its checksum" in told
-    assert f"going on from the one before: {before}" in told
+    assert f"resuming from the one before: {before}" in told
     assert newest.with_name(newest.name + ".damaged").read_bytes() == content
     assert outcome(folder) == undisturbed
 
@@ -139,7 +129,7 @@ def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(cut):
     saved = RunFolder(cut / "output" / "run").saved()
     for path in saved:
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is whole: to begin anew"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints of .* are damaged: to begin anew"):
         fit(cut)
     assert RunFolder(cut / "output" / "run").saved() == saved
 
@@ -149,7 +139,7 @@ def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):
     with pytest.raises(ConfigError, match=r"optimizer\.weight_decay: 0\.05 there, 0\.1 now"):
         fit(cut, **changed)
     folder = fit(cut, allow_changed=["optimizer.weight_decay"], **changed)
-    assert "goes on with another config: optimizer.weight_decay" in capsys.readouterr().err
+    assert "resuming with another config: optimizer.weight_decay" in capsys.readouterr().err
     newest = load_checkpoint(RunFolder(folder).saved()[0])
     decays = {group["weight_decay"] for group in newest["optimizer"]["param_groups"]}
     assert decays == {0.0, 0.1}
@@ -185,7 +175,7 @@ def test_the_optimiser_computes_as_this_device_wants_it(cut, implementation):
 def test_another_precision_may_go_on(tmp_path, precisions):
     before, after = precisions
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(13), precision=before)
+        fit(tmp_path, AtLook(13), precision=before)
     folder = fit(tmp_path, allow_changed=["precision"], precision=after)
     scaler = load_checkpoint(RunFolder(folder).saved()[0])["scaler"]
     assert bool(scaler) == (after == "fp16")
@@ -199,19 +189,19 @@ def test_weights_of_fewer_epochs_do_not_tell_that_a_longer_run_is_done(tmp_path)
         fit(tmp_path, schedule={"epochs": 3})
     assert (folder / "final.safetensors").read_bytes() == before, "a refusal changes nothing"
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(2), **longer)
+        fit(tmp_path, AtLook(2), **longer)
     assert not (folder / "final.safetensors").exists()
 
 
 def test_an_epoch_of_another_length_cannot_be_continued(cut):
     with pytest.raises(
-        ConfigError, match=r"had 285 images and 11 steps an epoch, and .* 285 images and 5"
+        ConfigError, match=r"had 285 images and 11 steps per epoch, and .* 285 images and 5"
     ):
         fit(cut, allow_changed=["data.batch_size"], data={**SECTIONS["data"], "batch_size": 50})
 
 
 def test_there_must_be_a_run_whose_config_is_said_to_change(tmp_path):
-    with pytest.raises(ConfigError, match=r"--allow-changed: .* holds no run to go on with"):
+    with pytest.raises(ConfigError, match=r"--allow-changed: .* holds no run to resume"):
         fit(tmp_path, allow_changed=["seed"])
 
 
@@ -229,38 +219,25 @@ def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
 
     logging = {"interval": 3, "tensorboard": True}
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(8), logging=logging)
+        fit(tmp_path, AtLook(8), logging=logging)
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(12), logging=logging)
+        fit(tmp_path, AtLook(12), logging=logging)
     folder = fit(tmp_path, logging=logging)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if row["split"] == "train"] == [3, 6, 9, 11, 14, 17, 20, 22]
-    for split, value in (("train", "loss"), ("validation", "top1")):
-        shown = [(event.step, event.value) for event in events.Scalars(f"{split}/{value}")]
-        wanted = [(row["step"], pytest.approx(row[value])) for row in rows if row["split"] == split]
-        assert shown == wanted
+    wanted = {}
+    for row in rows:
+        for name in row.keys() - {"split", "epoch", "step", "time"}:
+            wanted.setdefault(f"{row['split']}/{name}", []).append((row["step"], row[name]))
+    assert set(events.Tags()["scalars"]) == wanted.keys()
+    for name, values in wanted.items():
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(step, pytest.approx(value)) for step, value in values], name
 
 
 def test_rows_that_someone_removed_are_told(cut, capsys):
     (cut / "output" / "run" / "metrics.jsonl").unlink()
     fit(cut)
     assert "5 of the 5 rows that the checkpoint counted are missing" in capsys.readouterr().err
-
-
-def test_what_a_crash_left_half_written_is_removed(tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    left = [folder.path / ".heartbeat.json.x.tmp", folder.checkpoints / ".step-00000011.pt.y.tmp"]
-    folder.checkpoints.mkdir(parents=True)
-    for path in left:
-        path.write_bytes(b"half")
-    with folder.held():
-        assert not any(path.exists() for path in left)
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    folder = RunFolder(tmp_path / "output" / "run")
-    with folder.held(), pytest.raises(ConfigError, match=r"in use by process \d+ on"):
-        fit(tmp_path)
-    fit(tmp_path)
