@@ -178,7 +178,7 @@ def test_help_needs_neither_timm_nor_torchvision():
     """They take seconds to import, and whoever asks for help should not wait for them."""
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
-        "import experiments.train as module, experiments.evaluate, experiments.compare\n"
+        "import experiments.train as module, experiments.evaluate, experiments.visualize.__main__\n"
         "from experiments import cli\n"
         "assert cli.run(module.main) == 0\n"
         "assert not {'timm', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
