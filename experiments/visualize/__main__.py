@@ -1,4 +1,4 @@
-"""Draw what TokenMixup does: `python -m experiments.visualize --config C --checkpoint F`."""
+"""Draw what TokenMixup does: `python -m experiments.visualize --config FILE --checkpoint FILE`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
             "vertical; take a config with one of them, or --compare RUN... for training curves"
         )
-    # torch, timm and matplotlib only once the config is read
+    # slow to import, so only after the config is checked
     from experiments.training.distributed import joined_world
     from experiments.visualize.animation import write_animation
     from experiments.visualize.pages import write_scene
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     with _written_to(out):
         written = write_scene(scene, out)
     print("figures:")
-    _list(written)  # at once: there may be nothing to animate
+    _list(written)  # before the animation, which may fail
     if "animate" in command.options:
         try:
             with _written_to(out):
@@ -100,7 +100,7 @@ def _compare(argv: Sequence[str]) -> None:
     with _written_to(out):
         written = [*curves.write_table(table, out), *curves.write_curves(groups, out)]
     print("comparison:")
-    _list(written)  # at once: the data set of the runs may not be here
+    _list(written)  # before the pictures, which need the data set of the runs
     try:
         with _written_to(out):
             pictures = write_overview_of_runs(folders, out)

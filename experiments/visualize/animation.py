@@ -1,4 +1,4 @@
-"""The method's steps on the image of a batch that takes most tokens, frame by frame, as a GIF.
+"""A GIF of the method's steps on the image of a batch that takes most tokens.
 
 Dimensions: T patch tokens, S side of the image in pixels, L layers below the VTM layer.
 """
@@ -36,8 +36,8 @@ from experiments.visualize.vertical import remembered_share
 NAME = "tokenmixup.gif"
 _MOVES = 9  # frames in which tokens travel
 _INCHES, _DPI = (7.2, 4.3), 100
-_STRIP = 12  # images of the batch that fit above
-_LEFT, _RIGHT = 0.0, 1.65  # where the two large images begin, in sides of one
+_STRIP = 12  # images of the batch in the upper row
+_LEFT, _RIGHT = 0.0, 1.65  # left edges of the two large images, in units of their side
 _BARS, _BAR_LENGTH = 1.25, 1.2
 
 
@@ -66,7 +66,7 @@ class Step:
     """(S, S, 3)."""
     right_name: str = ""
     moving: tuple[np.ndarray, float] | None = None
-    """Patches (S, S, 4), and how much of the way from right to left they have gone."""
+    """Patches (S, S, 4), and the fraction of the way from right to left that they have moved."""
     bars: tuple[Bar, ...] = ()
     limit: float | None = None
     """Where a line crosses the bars, in the unit of their shares."""
@@ -82,7 +82,7 @@ def write_animation(scene: Scene, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with style.house_style():
         frames = [_frame(scene, step) for step in steps]
-    # one palette for all frames, so that what stays is the same in each and is stored once
+    # one palette for all frames, so that unchanged parts are equal and stored once
     width, height = frames[0].size
     whole = Image.new("RGB", (width, height * len(frames)), GROUND)
     for number, frame in enumerate(frames):

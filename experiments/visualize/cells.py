@@ -1,4 +1,4 @@
-"""Tokens as the squares of an image that they stand at, and cells of a figure that show them.
+"""Tokens as squares of an image, and cells of a figure that show them.
 
 Dimensions: B batch, T patch tokens, S side of the image in pixels, C classes.
 """
@@ -17,7 +17,7 @@ from experiments.documents.figures import GROUND, INK, MAP, OWN, PARTNER, REST, 
 from experiments.errors import ConfigError
 from experiments.visualize.scenes import Scene
 
-# Arrays in, arrays out
+# Functions of arrays
 
 
 def token_grid(values: np.ndarray, size: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def heat(image: np.ndarray, values: np.ndarray, high: float, strength: float = 0
 
 
 def spotlight(image: np.ndarray, chosen: np.ndarray, colour: str) -> np.ndarray:
-    """The chosen tokens (T,) of an image (S, S, 3) tinted, all others faded."""
+    """An image (S, S, 3) with the chosen tokens (T,) tinted and all others faded."""
     where = token_grid(chosen, len(image))[..., None]
     faded = 0.45 * _grey(image) + 0.55 * 0.5
     return np.where(where, 0.55 * image + 0.45 * np.array(to_rgb(colour)), faded)
@@ -105,7 +105,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 def show(cell: Axes, image: np.ndarray, below: str = "") -> None:
     """An image (S, S, 3) in a thin frame, with a line of text below."""
-    # its own pixels, which an SVG keeps as they are
+    # no interpolation, so that an SVG keeps the pixels as they are
     cell.imshow(image, interpolation="none", vmin=0, vmax=1)
     cell.set(xticks=[], yticks=[])
     for spine in cell.spines.values():
@@ -147,7 +147,7 @@ def show_shares(cell: Axes, scene: Scene, target: np.ndarray, own: int, other: i
 
 
 def empty(cell: Axes, text: str) -> None:
-    """A cell that has nothing to show, and says why."""
+    """A cell with a text in place of an image."""
     cell.axis("off")
     cell.text(0.5, 0.5, text, ha="center", va="center", fontsize=7.5, color=SOFT)
     cell.set_box_aspect(1)

@@ -1,4 +1,4 @@
-"""What run folders recorded, side by side: a table, and training curves with bands over seeds.
+"""Run folders side by side: a table, and training curves with bands over seeds.
 
 Dimensions: P points of a curve, R runs.
 """
@@ -32,7 +32,7 @@ from experiments.training.metrics import (
 from experiments.training.run_folder import CHECKPOINT_FOLDER, CONFIG_FILE, FINAL_WEIGHTS
 
 CURVES, TABLE = "training_curves", "comparison"
-_PLACE_OF_A_RUN = ("seed", "device", "output")  # what may differ between runs of one band
+_FREE_KEYS = ("seed", "device", "output")  # may differ between runs of one band
 _COLUMNS, _ROW_INCHES = 3, 2.35
 _POINTS_TO_MAGNIFY = 3
 _LEGEND = (
@@ -43,14 +43,14 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class History:
-    """What one run recorded, at least one evaluated epoch."""
+    """What one run has recorded in at least one evaluated epoch."""
 
     folder: Path
     seed: int
     experiment: str
     """Equal for runs that differ by their seed alone."""
     rows: list[dict[str, Any]]
-    """Of `metrics.jsonl`."""
+    """The content of `metrics.jsonl`."""
 
     def split(self, name: str) -> list[dict[str, Any]]:
         """The rows of `train` or `validation`."""
@@ -69,7 +69,7 @@ def read_history(folder: Path) -> History:
             "experiments.train has written"
         )
     config = as_plain(load_config(folder / CONFIG_FILE))
-    keys = {k: v for k, v in deciding_keys(config).items() if k not in _PLACE_OF_A_RUN}
+    keys = {k: v for k, v in deciding_keys(config).items() if k not in _FREE_KEYS}
     history = History(folder, config["seed"], repr(sorted(keys.items())), read_metrics(folder))
     if not history.split("train") or not history.split("validation"):
         raise DataError(
@@ -92,15 +92,16 @@ def mean_over_layers(row: Mapping[str, Any], leaf: str) -> float | None:
 def compare(histories: list[History]) -> list[dict[str, Any]]:
     """The rows of `comparison.json`, one per run.
 
-    `top1` is the per cent of the validation images after the last epoch, `step_seconds` the median
-    over the training without the first row of metrics, where there are others, and
-    `relative_step_time` the same over that of the first run. `mixed_share`, `tokens_mixed` and
-    `tokens_remembered` are means over steps and layers, None where the run has no HTM or no VTM.
+    `top1` is in per cent, after the last epoch. `step_seconds` is the median over the rows of
+    training, except the first if there are others; `relative_step_time` is its ratio to the first
+    run's. `mixed_share`, `tokens_mixed` and `tokens_remembered` are means over steps and layers,
+    None where the run has no HTM or no VTM.
     """
     table: list[dict[str, Any]] = []
     for history in histories:
         train = history.split("train")
-        seconds = statistics.median(row["step_seconds"] for row in (train[1:] or train))
+        times = [row["step_seconds"] for row in train if "step_seconds" in row]
+        seconds = statistics.median(times[1:] or times)
         means = mean_of_rows(train)
         table.append(
             {
@@ -183,7 +184,7 @@ class Quantity:
     def read(self, row: Mapping[str, Any]) -> float | None:
         """Its value in a row of metrics, mean over layers; None where the row has none."""
         if self.leaf == "tokens_mixed" and not mean_over_layers(row, "mixed_share"):
-            return None  # no sample was mixed, of which there is no mean
+            return None  # no sample was mixed, so there is no mean
         mean = mean_over_layers(row, self.leaf)
         return None if mean is None else self.factor * mean
 
@@ -209,14 +210,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Band:
-    """A quantity over training, where all runs of a group have it."""
+    """A quantity over training, at the steps that all runs of a group have."""
 
     epochs: np.ndarray
     """(P,), with fractions within an epoch."""
     mean: np.ndarray
     """(P,)."""
     deviation: np.ndarray | None
-    """(P,) standard deviation over seeds (R - 1 in the denominator), None of a single run."""
+    """(P,) standard deviation over seeds (R - 1 in the denominator), None for a single run."""
 
     def after(self, epoch: float) -> "Band":
         """The part from an epoch on."""
@@ -226,7 +227,7 @@ class Band:
 
 
 def group_by_seed(histories: list[History]) -> list[Group]:
-    """Put runs together that differ by their seed alone, in order of appearance.
+    """Group runs that differ by their seed alone, in the order in which they are given.
 
     Raises:
         DataError: two runs are the same experiment with the same seed.
@@ -252,7 +253,7 @@ def group_by_seed(histories: list[History]) -> list[Group]:
 
 
 def _label(runs: list[History]) -> str:
-    """The name of the first folder, without what tells one seed from another."""
+    """The name of the first folder; without the seed where there are several."""
     name = runs[0].folder.resolve().name
     if len(runs) == 1:
         return name
@@ -260,7 +261,7 @@ def _label(runs: list[History]) -> str:
 
 
 def band(group: Group, quantity: Quantity) -> Band | None:
-    """Mean and deviation of a quantity at the steps that every run of a group has; None without."""
+    """Mean and deviation of a quantity over a group; None where its runs share no step."""
     found = []
     for run in group.runs:
         values = {row["step"]: quantity.read(row) for row in run.split(quantity.split)}
@@ -282,7 +283,7 @@ def write_curves(groups: list[Group], output: Path) -> list[Path]:
 
 
 def draw_curves(groups: list[Group]) -> Figure:
-    """Loss, top-1 and what HTM mixed, as far as any of the runs has it."""
+    """One panel per quantity that any of the runs has."""
     panels = []
     for quantity in QUANTITIES:
         bands = [(number, band(group, quantity)) for number, group in enumerate(groups)]

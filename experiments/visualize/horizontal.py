@@ -32,7 +32,7 @@ _THUMBNAILS_UP_TO, _NUMBERS_UP_TO = 16, 12  # images, beyond which a cell is too
 
 
 def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
-    """For each HTM layer `htm_layerN` (every image, step by step) and `htm_layerN_gain`."""
+    """For each HTM layer, `htm_layerN` and `htm_layerN_gain`."""
     for layer in scene.recording.horizontal:
         figure = style.make_figure(rows_height(len(scene.images)))
         draw_rows(figure, scene, layer, list(range(len(scene.images))))
@@ -73,7 +73,7 @@ def draw_rows(panel: FigureBase, scene: Scene, layer: HorizontalRecord, chosen: 
         labels = int(scene.labels[index]), int(scene.labels[other])
         cells.show_shares(row[6], scene, layer.targets[index], *labels)
     for cell, text in zip(grid[0], COLUMNS, strict=True):
-        # a fixed height, so that one line and two stand on the same base
+        # a fixed height, so that titles of one and two lines have the same baseline
         cell.set_title(text, fontsize=8, fontweight="bold", linespacing=1.25, pad=5, y=1.0)
     for column, unit in ((1, "CE / 10 (nats)"), (6, "share (%)")):
         for cell in grid[:-1, column]:
@@ -139,7 +139,7 @@ def chosen_pairs(layer: HorizontalRecord) -> list[tuple[int, int]]:
 
 
 def most_mixed(layer: HorizontalRecord, labels: np.ndarray, count: int) -> list[int]:
-    """Samples that took most tokens from a partner, of different classes as far as there are."""
+    """The samples with most tokens from a partner, first one of each class, then further ones."""
     order = np.argsort(-layer.mask.sum(1), kind="stable").tolist()
     first = [i for n, i in enumerate(order) if labels[i] not in labels[order[:n]]]
     return (first + [index for index in order if index not in first])[:count]

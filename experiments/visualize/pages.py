@@ -1,4 +1,4 @@
-"""Which figures there are of a scene and of run folders, written to files."""
+"""All figures of a scene, and the overview of run folders, written to files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,10 @@ _OVERVIEW_BATCH, _OVERVIEW_ROWS = 64, 4
 def write_scene(scene: Scene, folder: Path) -> list[Path]:
     """Write every figure of a scene, as PNG and SVG, and give their paths in order.
 
-    `tokenmixup` is HTM and VTM at a glance, where the model has both. For each HTM layer there are
-    `htm_layerN` (each image, step by step) and `htm_layerN_gain` (who gains from whom), for each
-    VTM layer `vtm_layerN` (what is remembered of eight images; further ones are in
-    `vtm_layerN_from8` and so on) and `vtm_layerN_attention` (how much each head attends to it).
+    `tokenmixup` is an overview of HTM and VTM, where the model has both. Each HTM layer has
+    `htm_layerN` (every image, step by step) and `htm_layerN_gain` (who gains from whom). Each VTM
+    layer has `vtm_layerN` (what is remembered of eight images; further images are in
+    `vtm_layerN_from8` and so on) and `vtm_layerN_attention` (the share of each head).
     """
     written = []
     with style.house_style():
@@ -39,7 +39,7 @@ def _figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
 
 
 def overview(htm: Scene | None, vtm: Scene | None) -> Figure:
-    """HTM's first layer on the most mixed images of a scene, VTM's last on images of another."""
+    """HTM's first layer on the most mixed images of one scene, VTM's last on those of another."""
     heights = []
     if htm is not None:
         layer = htm.recording.horizontal[0]
@@ -59,7 +59,7 @@ def overview(htm: Scene | None, vtm: Scene | None) -> Figure:
 
 
 def write_overview_of_runs(folders: list[Path], output: Path) -> list[Path]:
-    """Write the overview of the first finished runs with HTM and with VTM; none without.
+    """Write the overview of the first finished run with HTM and of the first with VTM, if any.
 
     Raises:
         DataError: the data set of such a run is missing.

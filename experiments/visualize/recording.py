@@ -60,7 +60,7 @@ class AttentionRecord:
     """Where the attention of one VTM layer goes."""
 
     layer: int
-    """L, as every layer below it remembers."""
+    """Its index, which is L, as every lower layer remembers tokens."""
     shares: np.ndarray
     """(B, H, N, 1 + L): the share of each query's attention that goes to the layer's own N tokens,
     then to the K that each lower layer remembers; these sum to 1."""
@@ -178,15 +178,12 @@ def _attention_shares(
 ) -> Tensor:
     """Shares of a VTM layer's attention, (B, H, N, 1 + L).
 
-    A remembered token has the key that this layer would give it at its own place, position
-    embedding and bias of the scores included. So all tokens of a lower layer get keys here, and
-    those that were chosen are picked out.
+    A remembered token has the key that this layer would give it at the token's own position,
+    including position embedding and bias of the scores. So this computes keys of all tokens of a
+    lower layer, and selects the remembered ones.
 
-    Args:
-        model: for its adapter.
-        layer: the VTM layer.
-        call: its call.
-        memory: of each lower layer, its tokens (B, N, D) and which of them it remembers (B, K).
+    `memory` holds, for each lower layer, its tokens (B, N, D) and the indices of the remembered
+    ones (B, K).
     """
     adapter, rest = model.adapter, (call.args, call.kwargs, False)
     query, key, scale = adapter.query_key(layer, call.tokens, *rest)  # (B, H, N, d)

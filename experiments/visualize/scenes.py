@@ -65,15 +65,7 @@ class Scene:
 
 
 def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, count: int) -> Scene:
-    """Show a model images of its validation split, evenly spread over it.
-
-    Args:
-        config: of the model and its data.
-        checkpoint: a file of weights.
-        world: the device.
-        run: name of the run.
-        count: images, which form one batch.
-    """
+    """Show the model of a weights file `count` images of its validation split, evenly spread."""
     assessment = Assessment(config, checkpoint, world)
     images = assessment.images
     chosen = spread(len(images), count)
@@ -88,15 +80,14 @@ def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, c
 def scene_of_folder(
     config: RunConfig, checkpoint: str, world: World, folder: Path, run: str, count: int
 ) -> Scene:
-    """Show a model a person's own images.
+    """Show the model of a weights file up to `count` images of a person's own folder.
 
-    The label of an image is that of its folder where the folder has the name or the number of a
-    class, otherwise what the model itself predicts. The data set of the config may be missing:
-    then classes have numbers alone.
+    The label of an image is the class whose name or number its folder has, otherwise the model's
+    own prediction. The data set of the config may be missing: classes then have numbers only.
 
     Raises:
         DataError: the folder is missing or empty, or an image cannot be read.
-        ConfigError: neither the config nor the data set tells the number of classes.
+        ConfigError: neither the config nor the data set states the number of classes.
     """
     paths = _image_paths(folder)
     try:
@@ -145,18 +136,10 @@ def _scene(
     names: tuple[str, ...] | None,
     note: str = "",
 ) -> Scene:
-    """Run one training pass over images; those without a label get the model's prediction.
+    """Run one training pass over a batch; images without a label get the model's prediction.
 
-    Args:
-        config: of the run.
-        model: with its weights, on its device.
-        left_out: parameters that the weights file does not have.
-        images: one batch.
-        labels: of each image, or None.
-        run: name of the run.
-        about: what the images are.
-        names: of the classes, where they are known.
-        note: where the given labels come from.
+    `about` says what the images are, `names` are those of the classes, and `note` says where the
+    given labels come from.
     """
     assert model.num_classes is not None, "models of a run have a classifier"
     transform = eval_transform(config.data, config.model.image_size)
@@ -193,14 +176,10 @@ def _scene(
     )
 
 
-# A person's own images: any size, in one folder or in nested ones
-
-
 def _image_paths(folder: Path) -> list[Path]:
     """The images below a folder, in the order of their paths.
 
-    Files and folders whose names begin with a dot, and files of a format that Pillow does not
-    know, are left out.
+    Files and folders whose names begin with a dot are left out, and files that Pillow cannot open.
 
     Raises:
         DataError: the folder is missing or holds no image.
@@ -208,8 +187,8 @@ def _image_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"--images: {folder} {what}; give a folder of images")
-    Image.init()
-    endings = {ending for ending, name in Image.EXTENSION.items() if name in Image.OPEN}
+    formats = Image.registered_extensions()
+    endings = {ending for ending, name in formats.items() if name in Image.OPEN}
     paths = sorted(
         path
         for path in folder.rglob("*")
@@ -242,9 +221,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _folder_label(path: Path, num_classes: int, names: tuple[str, ...] | None) -> int | None:
-    """The class whose name or number a folder in a path has, the nearest folder first, or None.
+    """The class that a folder of a path names, the nearest folder first; None where none does.
 
-    Case, spaces, hyphens and underscores do not count.
+    Case, spaces, hyphens and underscores are ignored.
     """
     for folder in reversed(path.parent.parts):
         for number, name in enumerate(names or ()):

@@ -27,7 +27,7 @@ _PAPER = {"facecolor": GROUND, "edgecolor": "none", "pad": 1.2}  # behind a numb
 
 
 def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
-    """For each VTM layer `vtm_layerN` of eight images, `vtm_layerN_from8` …, and the attention."""
+    """For each VTM layer, `vtm_layerN`, `vtm_layerN_from8` … and `vtm_layerN_attention`."""
     count = len(scene.images)
     for attention in scene.recording.attention:
         name = f"vtm_layer{attention.layer}"
@@ -127,8 +127,7 @@ def shares_by_head(shares: np.ndarray) -> np.ndarray:
 
 def remembered_share(attention: AttentionRecord, patches: int) -> np.ndarray:
     """(B, T): of the attention of each of the T patch tokens, the share to remembered tokens."""
-    # prefix tokens come first
-    return attention.shares[:, :, -patches:, 1:].sum(-1).mean(1)
+    return attention.shares[:, :, -patches:, 1:].sum(-1).mean(1)  # after the prefix tokens
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> list[int]:
@@ -151,6 +150,6 @@ def _bars(axis: Axes, shares: np.ndarray) -> None:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Of the bars of one lower layer; hatches tell colours apart that come again."""
+    """Style of a lower layer's bars; hatches distinguish layers that share a colour."""
     hatch = _HATCHES[number // len(SERIES) % len(_HATCHES)]
     return {"facecolor": SERIES[number % len(SERIES)], "hatch": hatch, "edgecolor": GROUND}
