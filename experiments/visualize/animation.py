@@ -22,7 +22,6 @@ from experiments.files import atomic_file
 from experiments.visualize.cells import (
     chosen_tokens,
     heat,
-    label_colours,
     label_shares,
     mix_patches,
     spotlight,
@@ -167,10 +166,9 @@ def _horizontal(scene: Scene, layer: HorizontalRecord, base: Step) -> Iterator[S
     yield replace(mixing, seconds=1.6)
 
     labels = int(scene.labels[sample]), int(scene.labels[other])
-    colours = label_colours(*labels)
     bars = tuple(
-        Bar("others" if label is None else scene.class_text(label), share, colours[label])
-        for label, share in label_shares(layer.targets[sample], *labels)
+        Bar("others" if label is None else scene.class_text(label), share, colour)
+        for label, share, colour in label_shares(layer.targets[sample], *labels)
     )
     text = "6  Label: mixed by the saliency that came from each."
     yield replace(mixing, text=text, seconds=3.0, right=None, bars=bars)

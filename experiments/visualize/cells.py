@@ -80,20 +80,18 @@ def chosen_tokens(positions: np.ndarray, tokens: int) -> np.ndarray:
     return mask
 
 
-def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float]]:
-    """Share of the own class, of the partner's where it is another, and of all others (None)."""
-    shares: list[tuple[int | None, float]] = [(own, float(target[own]))]
+def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float, str]]:
+    """Class, share and colour of the own class, of the partner's if it differs, and of all others.
+
+    The class of all others is None.
+    """
+    shares: list[tuple[int | None, float, str]] = [(own, float(target[own]), OWN)]
     if other != own:
-        shares.append((other, float(target[other])))
-    rest = float(target.sum()) - sum(value for _, value in shares)
+        shares.append((other, float(target[other]), PARTNER))
+    rest = float(target.sum()) - sum(share for _, share, _ in shares)
     if rest > 0.005:
-        shares.append((None, rest))
+        shares.append((None, rest, REST))
     return shares
-
-
-def label_colours(own: int, other: int) -> dict[int | None, str]:
-    """The colour of each class in `label_shares`."""
-    return {other: PARTNER, own: OWN, None: REST}
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -132,16 +130,14 @@ def outline(cell: Axes, chosen: np.ndarray, size: int) -> None:
 def show_shares(cell: Axes, scene: Scene, target: np.ndarray, own: int, other: int) -> None:
     """Bars of a mixed label (C,), per cent."""
     shares = label_shares(target, own, other)
-    colours = label_colours(own, other)
-    values = [100 * share for _, share in shares]
-    cell.barh(range(len(shares)), values, color=[colours[label] for label, _ in shares], height=0.4)
-    for row, ((label, _), value) in enumerate(zip(shares, values, strict=True)):
+    for row, (label, share, colour) in enumerate(shares):
         if label is None:
             name = f"{len(target) - len(shares) + 1} others (smoothing)"
         else:
             name = scene.class_text(label)
+        cell.barh(row, 100 * share, color=colour, height=0.4)
         cell.text(2, row - 0.22, name, fontsize=7, va="bottom", ha="left", color=INK)
-        cell.text(value + 2, row, f"{value:.0f}%", fontsize=7, va="center", color=INK)
+        cell.text(100 * share + 2, row, f"{100 * share:.0f}%", fontsize=7, va="center", color=INK)
     cell.set(xlim=(0, 122), ylim=(2.4, -0.75), xticks=[0, 50, 100], yticks=[])
     cell.spines["left"].set_color(SOFT)
 

@@ -119,8 +119,9 @@ def test_rows_show_mixed_images_masks_and_labels():
 
 def test_a_label_of_the_partner_s_own_class_has_one_bar():
     target = np.array([0.5, 0.3, 0.1, 0.1])
-    assert label_shares(target, 1, 0) == [(1, 0.3), (0, 0.5), (None, pytest.approx(0.2))]
-    assert label_shares(np.array([0.0, 1.0]), 1, 1) == [(1, 1.0)]
+    others = (None, pytest.approx(0.2), REST)
+    assert label_shares(target, 1, 0) == [(1, 0.3, OWN), (0, 0.5, PARTNER), others]
+    assert label_shares(np.array([0.0, 1.0]), 1, 1) == [(1, 1.0, OWN)]
 
 
 def test_the_gain_matrix_and_its_partners():
