@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes the pictures of README.md and docs/pictures.md anew: trains six small models on a CPU (a quarter of
-# an hour on two busy cores; what is trained already is kept), draws them, and copies them to docs/figures.
-# Those of docs/performance.md are made by `python -m benchmarks.report`, those of docs/results.md by
-# `python -m experiments.study --study FILE --report`, each from its records.
+# Redraws the pictures of README.md and docs/pictures.md: trains six small models on a CPU (a quarter of an
+# hour on two busy cores; finished trainings are kept), draws them, and copies the figures to docs/figures.
+# `python -m benchmarks.report` makes the pictures of docs/performance.md, and
+# `python -m experiments.study --study FILE --report` those of docs/results.md, each from its records.
 #
 #   bash run/figures.sh
 
@@ -17,8 +17,8 @@ seeds=(42 1 2)
 bash run/setup.sh
 unset PYTHONPATH PYTHONHOME
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as in run/quickstart.sh
-# A sum of floating-point numbers depends on how it is shared out: on the CPU and with one thread it is
-# the same on every machine of one kind, and so are the figures.
+# A floating-point sum depends on its order: on the CPU with one thread the order is fixed, so that every
+# machine of one kind draws the same figures.
 export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1
 
 # Shows a command of the project, then runs it.
@@ -37,9 +37,10 @@ for variant in "${variants[@]}"; do
   done
 done
 
+# The images last: both commands write tokenmixup.png, and the documents show the one of eight images.
+python_m experiments.visualize --compare "${runs[@]}" --out "$folder"
 python_m experiments.visualize --config configs/digits_HVTM.yaml \
   --checkpoint "$folder/digits_HVTM_seed${seeds[0]}/final.safetensors" --out "$folder" --animate
-python_m experiments.visualize --compare "${runs[@]}" --out "$folder"
 
 mkdir -p docs/figures
 cp "$folder"/*.png "$folder"/*.gif docs/figures/

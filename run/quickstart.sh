@@ -56,7 +56,7 @@ for name in "${names[@]}"; do
   python_m experiments.evaluate --config "configs/$name.yaml" \
     --checkpoint "$run/final.safetensors" ${arguments[@]+"${arguments[@]}"}
 done
-python_m experiments.compare "${runs[@]}" --output "$folder"
+python_m experiments.visualize --compare "${runs[@]}" --out "$folder"
 
 seconds=$((SECONDS - started))
 printf '\nquickstart: done in %d min %d s after set-up\n' $((seconds / 60)) $((seconds % 60))

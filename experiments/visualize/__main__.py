@@ -1,4 +1,4 @@
-"""Draw what TokenMixup does: `python -m experiments.visualize --config C --checkpoint F`."""
+"""Draw what TokenMixup does: `python -m experiments.visualize --config FILE --checkpoint FILE`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,13 @@ of the config's validation split.
 
   python -m experiments.visualize --compare RUN... [--out DIR]
 
-draws the training curves of run folders instead; runs that differ by their seed alone become one
-line with a band."""
+compares run folders instead: it prints a table (the first run is the unit of time) and writes it
+as JSON and Markdown, with the training curves (runs that differ by their seed alone become one
+line with a band) and what HTM and VTM of the finished runs do to a few validation images."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line, then draw either images or curves."""
+    """Read the command line, then draw images or compare runs."""
     names = {word.partition("=")[0] for word in argv}
     if "--compare" in names and not {"-h", "--help"} & names:
         _compare(argv)
@@ -40,24 +41,28 @@ def main(argv: Sequence[str]) -> None:
     )
     if command is None:
         return
+    config, checkpoint = command.config, command.options["checkpoint"]
     count = _count(command.options.get("count", str(DEFAULT_COUNT)))
     run = Path(command.config_file).stem
     out = Path(command.options.get("out", f"output/pictures/{run}"))
-    _refuse_nothing(command)
-    # torch, timm and matplotlib only once the config is read
+    if config.horizontal is None and config.vertical is None:
+        raise ConfigError(
+            f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
+            "vertical; take a config with one of them, or --compare RUN... for training curves"
+        )
+    # slow to import, so only after the config is checked
     from experiments.training.distributed import joined_world
     from experiments.visualize.animation import write_animation
     from experiments.visualize.pages import write_scene
-    from experiments.visualize.scenes import scene_of_folder, scene_of_weights
+    from experiments.visualize.scenes import scene_of_folder, scene_of_split
 
-    config, checkpoint = command.config, command.options["checkpoint"]
     with joined_world(config.device, config.timeout_minutes) as world:
         if "images" in command.options:
             folder = Path(command.options["images"])
             scene = scene_of_folder(config, checkpoint, world, folder, run, count)
         else:
             with cli.mistakes_in(command.config_file):
-                scene = scene_of_weights(config, checkpoint, world, run, count)
+                scene = scene_of_split(config, checkpoint, world, run, count)
     if not world.is_main:
         return
     print(scene.about)
@@ -65,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
     with _written_to(out):
         written = write_scene(scene, out)
-    _tell(written)  # at once: there may be nothing to animate
+    print("figures:")
+    _list(written)  # before the animation, which may fail
     if "animate" in command.options:
         try:
             with _written_to(out):
@@ -77,18 +83,31 @@ def main(argv: Sequence[str]) -> None:
 def _compare(argv: Sequence[str]) -> None:
     known = {
         "compare": cli.Option("run folders", takes_value=False),
-        "out": cli.Option("folder of the figure"),
+        "out": cli.Option("folder of the table and the figures"),
     }
     options, words = cli.split_options(argv, known)
     if not words:
         raise ConfigError("command line: --compare: run folders must follow")
-    from experiments.visualize.training import write_curves
-
     folders = [Path(word) for word in words]
     out = Path(options.get("out", "output/pictures"))
+    from experiments.visualize import curves
+    from experiments.visualize.pages import write_overview_of_runs
+
+    histories = [curves.read_history(folder) for folder in folders]
+    groups, table = curves.group_by_seed(histories), curves.compare(histories)
+    print(curves.markdown(table))
+    print(curves.paths_text(histories), end="")
     with _written_to(out):
-        written = write_curves(folders, out)
-    _tell(written)
+        written = [*curves.write_table(table, out), *curves.write_curves(groups, out)]
+    print("comparison:")
+    _list(written)  # before the pictures, which need the data set of the runs
+    try:
+        with _written_to(out):
+            pictures = write_overview_of_runs(folders, out)
+    except DataError as error:
+        print(f"no picture of what was mixed: {error}")
+    else:
+        _list(pictures)
 
 
 @contextmanager
@@ -106,16 +125,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _refuse_nothing(command: cli.Command) -> None:
-    if command.config.horizontal is None and command.config.vertical is None:
-        raise ConfigError(
-            f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
-            "vertical; take a config with one of them, or --compare RUN... for training curves"
-        )
-
-
-def _tell(written: list[Path]) -> None:
-    print("figures:")
+def _list(written: Sequence[Path]) -> None:
     for path in written:
         print(f"  {path}")
 

@@ -1,6 +1,12 @@
-"""The storyboard drawn frame by frame, as a GIF."""
+"""A GIF of the method's steps on the image of a batch that takes most tokens.
 
+Dimensions: T patch tokens, S side of the image in pixels, L layers below the VTM layer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,15 +17,58 @@ from PIL import Image
 
 from experiments.documents import figures as style
 from experiments.documents.figures import GROUND, INK, OWN, PARTNER
+from experiments.errors import DataError
 from experiments.files import atomic_file
+from experiments.visualize.cells import (
+    chosen_tokens,
+    heat,
+    label_shares,
+    mix_patches,
+    spotlight,
+    token_grid,
+)
+from experiments.visualize.horizontal import most_mixed
+from experiments.visualize.recording import AttentionRecord, HorizontalRecord
 from experiments.visualize.scenes import Scene
-from experiments.visualize.storyboard import Step, steps_of
+from experiments.visualize.vertical import remembered_share
 
 NAME = "tokenmixup.gif"
+_MOVES = 9  # frames in which tokens travel
 _INCHES, _DPI = (7.2, 4.3), 100
-_STRIP = 12  # images of the batch that fit above
-_LEFT, _RIGHT = 0.0, 1.65  # where the two large images begin, in sides of one
+_STRIP = 12  # images of the batch in the upper row
+_LEFT, _RIGHT = 0.0, 1.65  # left edges of the two large images, in units of their side
 _BARS, _BAR_LENGTH = 1.25, 1.2
+
+
+class Bar(NamedTuple):
+    """One bar of a step: a share of something."""
+
+    name: str
+    share: float
+    colour: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one frame shows."""
+
+    title: str
+    text: str
+    seconds: float
+    sample: int
+    """Index of the image within the batch."""
+    left: np.ndarray
+    """(S, S, 3)."""
+    left_name: str
+    partner: int | None = None
+    right: np.ndarray | None = None
+    """(S, S, 3)."""
+    right_name: str = ""
+    moving: tuple[np.ndarray, float] | None = None
+    """Patches (S, S, 4), and the fraction of the way from right to left that they have moved."""
+    bars: tuple[Bar, ...] = ()
+    limit: float | None = None
+    """Where a line crosses the bars, in the unit of their shares."""
 
 
 def write_animation(scene: Scene, folder: Path) -> Path:
@@ -32,15 +81,20 @@ def write_animation(scene: Scene, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with style.house_style():
         frames = [_frame(scene, step) for step in steps]
-    palette = _common_palette(frames)
-    indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    # one palette for all frames, so that unchanged parts are equal and stored once
+    width, height = frames[0].size
+    whole = Image.new("RGB", (width, height * len(frames)), GROUND)
+    for number, frame in enumerate(frames):
+        whole.paste(frame, (0, height * number))
+    palette = whole.quantize(256, dither=Image.Dither.NONE)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     path = folder / NAME
     with atomic_file(path) as file:
-        indexed[0].save(
+        first.save(
             file,
             format="GIF",
             save_all=True,
-            append_images=indexed[1:],
+            append_images=others,
             duration=[round(1000 * step.seconds) for step in steps],
             loop=0,
             optimize=True,
@@ -48,26 +102,129 @@ def write_animation(scene: Scene, folder: Path) -> Path:
     return path
 
 
+# What the frames show
+
+
+def steps_of(scene: Scene) -> list[Step]:
+    """HTM's first layer, then VTM's last.
+
+    Raises:
+        DataError: no image of the batch was mixed, and the model has no VTM.
+    """
+    recording = scene.recording
+    layer = recording.horizontal[0] if recording.horizontal else None
+    sample = most_mixed(layer, scene.labels, 1)[0] if layer is not None else 0
+    base = Step("", "", 2.2, sample, scene.images[sample], scene.label_text(sample))
+    steps: list[Step] = []
+    if layer is not None and layer.mask[sample].any():
+        steps += _horizontal(scene, layer, base)
+    if recording.attention:
+        steps += _vertical(scene, recording.attention[-1], base)
+    if not steps:
+        raise DataError(
+            f"{scene.run}: nothing to animate: no image of this batch was mixed (is the model "
+            "trained, and tau large enough?) and the config has no vertical section"
+        )
+    return steps
+
+
+def _horizontal(scene: Scene, layer: HorizontalRecord, base: Step) -> Iterator[Step]:
+    sample, image = base.sample, base.left
+    other, chosen = int(layer.partner[sample]), layer.mask[sample]
+    donor = scene.images[other]
+    alone = replace(base, title=f"Horizontal TokenMixup, layer {layer.layer}")
+    yield replace(alone, text="One image of the batch.", seconds=1.6)
+
+    if layer.difficulty is not None and scene.tau is not None:
+        value = float(layer.difficulty[sample])
+        text = f"1  Difficulty {value:.3f} is at most τ = {scene.tau:g}: the image is easy."
+        bar = Bar(f"difficulty {value:.3f} (CE / 10, nats)", value, OWN)
+        yield replace(alone, text=text, bars=(bar,), limit=scene.tau)
+
+    high = float(layer.saliency[[sample, other]].max())
+    seen = heat(image, layer.saliency[sample], high)
+    text = "2  Saliency: how much attention each token gets."
+    yield replace(alone, text=text, left=seen)
+
+    pair = replace(alone, partner=other, right=donor, right_name=scene.label_text(other))
+    gain = 100 * layer.gain[layer.easy[:sample].sum(), other]  # rows are the easy samples
+    text = f"3  Partner: best for the batch as a whole; here {gain:.0f}% of attention is gained."
+    donor_seen = heat(donor, layer.saliency[other], high)
+    yield replace(pair, text=text, seconds=2.6, left=seen, right=donor_seen)
+
+    text = f"4  Mask: the {chosen.sum()} of {len(chosen)} tokens more salient there by more than ρ."
+    left, right = (spotlight(picture, chosen, PARTNER) for picture in (image, donor))
+    yield replace(pair, text=text, seconds=2.4, left=left, right=right)
+
+    mixing = replace(pair, text="5  Mix: these tokens replace those at the same places.")
+    patches = np.dstack([donor, token_grid(chosen, len(donor))])
+    for part in np.linspace(0, 1, _MOVES):
+        eased = float(part * part * (3 - 2 * part))
+        yield replace(mixing, seconds=0.5 if part == 0 else 0.09, moving=(patches, eased))
+    mixed = mix_patches(scene.images, layer.partner, layer.mask)[sample]
+    mixing = replace(mixing, left=mixed, left_name="mixed")
+    yield replace(mixing, seconds=1.6)
+
+    labels = int(scene.labels[sample]), int(scene.labels[other])
+    bars = tuple(
+        Bar("others" if label is None else scene.class_text(label), share, colour)
+        for label, share, colour in label_shares(layer.targets[sample], *labels)
+    )
+    text = "6  Label: mixed by the saliency that came from each."
+    yield replace(mixing, text=text, seconds=3.0, right=None, bars=bars)
+
+
+def _vertical(scene: Scene, attention: AttentionRecord, base: Step) -> Iterator[Step]:
+    sample, image, number = base.sample, base.left, attention.layer
+    base = replace(base, title=f"Vertical TokenMixup, layer {number}")
+    sources = scene.recording.vertical[:number]
+    patches = sources[0].saliency.shape[1]
+    for source in sources:
+        positions = source.positions[sample]
+        text = f"Layer {source.layer} remembers its {len(positions)} most salient tokens."
+        left = spotlight(image, chosen_tokens(positions, patches), PARTNER)
+        yield replace(base, text=text, left=left)
+    looks = remembered_share(attention, patches)[sample]
+    own, *others = (float(share) for share in attention.shares[sample].mean((0, 1)))  # 1 + L
+    bars = [Bar(f"own tokens of layer {number}", own, OWN)]
+    for source, share in zip(sources, others, strict=True):
+        bars.append(Bar(f"remembered by layer {source.layer}", share, PARTNER))
+    text = f"Layer {number} attends to them beside its own tokens (bright: more)."
+    left = heat(image, looks, float(looks.max()))
+    yield replace(base, text=text, seconds=3.2, left=left, bars=tuple(bars))
+
+
+# How a frame is drawn
+
+
 def _frame(scene: Scene, step: Step) -> Image.Image:
     figure = Figure(figsize=_INCHES, dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     figure.text(0.03, 0.94, f"{step.title}  ·  {scene.run}", fontsize=11, fontweight="bold")
     figure.text(0.03, 0.875, step.text, fontsize=10, color=INK)
-    _strip(figure, scene, step)
+    _draw_batch(figure.add_axes((0.03, 0.68, 0.94, 0.16)), scene, step)
     axes = figure.add_axes((0.03, 0.02, 0.94, 0.64))
-    _large(axes, step)
+    _draw_image(axes, step.left, _LEFT, step.left_name, OWN)
+    if step.right is not None:
+        _draw_image(axes, step.right, _RIGHT, step.right_name, PARTNER)
+    if step.moving is not None:
+        patches, way = step.moving
+        x = _RIGHT + way * (_LEFT - _RIGHT)
+        axes.imshow(patches, extent=(x, x + 1, 0, 1), interpolation="none", zorder=3)
+    _draw_bars(axes, step)
+    axes.set(xlim=(-0.02, 2.95), ylim=(-0.16, 1.02), aspect="equal", anchor="W")
+    axes.axis("off")
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _strip(figure: Figure, scene: Scene, step: Step) -> None:
-    count = min(_STRIP, len(scene.images))
-    shown = list(range(count))
+def _draw_batch(axes: Axes, scene: Scene, step: Step) -> None:
+    """The images of the batch in a row, with the sample and its partner framed."""
+    shown = list(range(min(_STRIP, len(scene.images))))
     for number in (step.sample, step.partner):
         if number is not None and number not in shown:
             others = [n for n in shown if n not in (step.sample, step.partner)]
             shown[shown.index(max(others))] = number
-    axes = figure.add_axes((0.03, 0.68, 0.94, 0.16))
     for place, number in enumerate(shown):
         extent = (place + 0.04, place + 0.96, 0.04, 0.96)
         axes.imshow(scene.images[number], extent=extent, interpolation="none", vmin=0, vmax=1)
@@ -80,14 +237,14 @@ def _strip(figure: Figure, scene: Scene, step: Step) -> None:
     axes.axis("off")
 
 
-def _large(axes: Axes, step: Step) -> None:
-    _picture(axes, step.left, _LEFT, step.left_name, OWN)
-    if step.right is not None:
-        _picture(axes, step.right, _RIGHT, step.right_name, PARTNER)
-    if step.moving is not None:
-        patches, way = step.moving
-        x = _RIGHT + way * (_LEFT - _RIGHT)
-        axes.imshow(patches, extent=(x, x + 1, 0, 1), interpolation="none", zorder=3)
+def _draw_image(axes: Axes, image: np.ndarray, x: float, name: str, colour: str) -> None:
+    axes.imshow(image, extent=(x, x + 1, 0, 1), interpolation="none", vmin=0, vmax=1)
+    frame = Rectangle((x, 0), 1, 1, fill=False, edgecolor=colour, linewidth=2.5, zorder=2)
+    axes.add_patch(frame)
+    axes.text(x + 0.5, -0.04, name, fontsize=9.5, ha="center", va="top", color=INK)
+
+
+def _draw_bars(axes: Axes, step: Step) -> None:
     highest = max([bar.share for bar in step.bars] + [1.6 * (step.limit or 0)], default=0)
     gap = min(0.24, 0.9 / max(1, len(step.bars)))
     for row, bar in enumerate(step.bars):
@@ -101,21 +258,3 @@ def _large(axes: Axes, step: Step) -> None:
         x = _BARS + _BAR_LENGTH * step.limit / highest
         axes.plot([x, x], [0.67, 0.83], color=INK, linestyle="--", linewidth=1.5)
         axes.text(x, 0.64, f"τ = {step.limit:g}", fontsize=9, ha="center", va="top", color=INK)
-    axes.set(xlim=(-0.02, 2.95), ylim=(-0.16, 1.02), aspect="equal", anchor="W")
-    axes.axis("off")
-
-
-def _picture(axes: Axes, image: np.ndarray, x: float, name: str, colour: str) -> None:
-    axes.imshow(image, extent=(x, x + 1, 0, 1), interpolation="none", vmin=0, vmax=1)
-    frame = Rectangle((x, 0), 1, 1, fill=False, edgecolor=colour, linewidth=2.5, zorder=2)
-    axes.add_patch(frame)
-    axes.text(x + 0.5, -0.04, name, fontsize=9.5, ha="center", va="top", color=INK)
-
-
-def _common_palette(frames: list[Image.Image]) -> Image.Image:
-    """One palette for all frames, so that what stays is the same in each and need not be stored."""
-    width, height = frames[0].size
-    whole = Image.new("RGB", (width, height * len(frames)), GROUND)
-    for number, frame in enumerate(frames):
-        whole.paste(frame, (0, height * number))
-    return whole.quantize(256, dither=Image.Dither.NONE)

@@ -1,99 +1,165 @@
-"""Pieces that several figures are made of: an image in a cell, outlines, bars of a label.
+"""Tokens as squares of an image, and cells of a figure that show them.
 
-Dimensions: T patch tokens, S side of the image in pixels, C classes.
+Dimensions: B batch, T patch tokens, S side of the image in pixels, C classes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import FigureBase
 
-from experiments.documents.figures import GROUND, INK, OWN, PARTNER, REST, SOFT
+from experiments.documents.figures import GROUND, INK, MAP, OWN, PARTNER, REST, SOFT
+from experiments.errors import ConfigError
 from experiments.visualize.scenes import Scene
-from experiments.visualize.tokens import outlines, spotlight
+
+# Functions of arrays
+
+
+def token_grid(values: np.ndarray, size: int) -> np.ndarray:
+    """Values of the tokens (..., T) as squares of an image (..., S, S).
+
+    Raises:
+        ConfigError: the tokens are not those of a square grid.
+    """
+    tokens = values.shape[-1]
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ConfigError(
+            f"model: its {tokens} patch tokens form no square grid, so they cannot be shown as "
+            "squares of the image; allowed: square patches"
+        )
+    along = np.arange(size) * side // size
+    return values[..., along[:, None] * side + along]
+
+
+def mix_patches(images: np.ndarray, partner: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Images (B, S, S, 3) whose masked tokens (B, T) are the patches of the partner (B,)."""
+    pixels = token_grid(mask, images.shape[1])[..., None]
+    return np.where(pixels, images[partner], images)
+
+
+def heat(image: np.ndarray, values: np.ndarray, high: float, strength: float = 0.7) -> np.ndarray:
+    """Values of the tokens (T,), 0 to `high`, as colours over an image (S, S, 3) in grey."""
+    scaled = token_grid(values, len(image)) / (high or 1.0)
+    colours = matplotlib.colormaps[MAP](np.clip(scaled, 0, 1))[..., :3]
+    return strength * colours + (1 - strength) * _grey(image)
+
+
+def spotlight(image: np.ndarray, chosen: np.ndarray, colour: str) -> np.ndarray:
+    """An image (S, S, 3) with the chosen tokens (T,) tinted and all others faded."""
+    where = token_grid(chosen, len(image))[..., None]
+    faded = 0.45 * _grey(image) + 0.55 * 0.5
+    return np.where(where, 0.55 * image + 0.45 * np.array(to_rgb(colour)), faded)
+
+
+def outlines(chosen: np.ndarray, size: int) -> list[tuple[tuple[float, float], ...]]:
+    """Line segments ((x, y), (x, y)) between chosen (T,) and other tokens, in pixels of an image.
+
+    A pixel's centre has whole coordinates, as in matplotlib's images.
+    """
+    side = math.isqrt(len(chosen))
+    edge = [math.ceil(k * size / side) - 0.5 for k in range(side + 1)]
+    grid = np.pad(chosen.reshape(side, side), 1)
+    segments: list[tuple[tuple[float, float], ...]] = []
+    for row, column in np.argwhere(grid[:, 1:] != grid[:, :-1]):  # borders on the right
+        segments.append(((edge[column], edge[row - 1]), (edge[column], edge[row])))
+    for row, column in np.argwhere(grid[1:] != grid[:-1]):  # borders below
+        segments.append(((edge[column - 1], edge[row]), (edge[column], edge[row])))
+    return segments
+
+
+def chosen_tokens(positions: np.ndarray, tokens: int) -> np.ndarray:
+    """Positions (K,) as a mask over all tokens (T,)."""
+    mask = np.zeros(tokens, dtype=bool)
+    mask[positions] = True
+    return mask
+
+
+def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float, str]]:
+    """Class, share and colour of the own class, of the partner's if it differs, and of all others.
+
+    The class of all others is None.
+    """
+    shares: list[tuple[int | None, float, str]] = [(own, float(target[own]), OWN)]
+    if other != own:
+        shares.append((other, float(target[other]), PARTNER))
+    rest = float(target.sum()) - sum(share for _, share, _ in shares)
+    if rest > 0.005:
+        shares.append((None, rest, REST))
+    return shares
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+
+
+# Cells of a figure
 
 
 def show(cell: Axes, image: np.ndarray, below: str = "") -> None:
     """An image (S, S, 3) in a thin frame, with a line of text below."""
-    # its own pixels, which an SVG keeps as they are
+    # no interpolation, so that an SVG keeps the pixels as they are
     cell.imshow(image, interpolation="none", vmin=0, vmax=1)
-    frame(cell, below)
-
-
-def frame(cell: Axes, below: str = "") -> None:
-    """Nothing but a thin frame, and a line of text below."""
-    cell.set_xticks([])
-    cell.set_yticks([])
+    cell.set(xticks=[], yticks=[])
     for spine in cell.spines.values():
         spine.set(visible=True, color=SOFT, linewidth=0.5)
     if below:
         cell.set_xlabel(below, fontsize=7.5, labelpad=2.5)
 
 
-def empty(cell: Axes, text: str) -> None:
-    """A cell that has nothing to show, and says why."""
-    cell.axis("off")
-    cell.text(0.5, 0.5, text, ha="center", va="center", fontsize=7.5, color=SOFT)
-    cell.set_box_aspect(1)
+def show_chosen(cell: Axes, image: np.ndarray, chosen: np.ndarray, below: str = "") -> None:
+    """An image (S, S, 3) with some of its tokens (T,) tinted and outlined, and the rest faded."""
+    show(cell, spotlight(image, chosen, PARTNER), below)
+    outline(cell, chosen, len(image))
 
 
-def show_chosen(
-    cell: Axes, image: np.ndarray, chosen: np.ndarray, colour: str, below: str = ""
-) -> None:
-    """An image (S, S, 3) with some of its tokens (T,) in a colour, outlined, and the rest faded."""
-    show(cell, spotlight(image, chosen, colour), below)
-    outline(cell, chosen, len(image), colour)
-
-
-def outline(cell: Axes, chosen: np.ndarray, size: int, colour: str) -> None:
+def outline(cell: Axes, chosen: np.ndarray, size: int) -> None:
     """A line around the chosen tokens (T,) of an image of S pixels."""
-    for ink, width in ((GROUND, 2.2), (colour, 1.1)):  # readable on any image
+    for ink, width in ((GROUND, 2.2), (PARTNER, 1.1)):  # readable on any image
         lines = LineCollection(outlines(chosen, size), colors=ink, linewidths=width)
         lines.set(capstyle="projecting", clip_on=False)
         cell.add_collection(lines)
     cell.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
 
 
-def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float]]:
-    """Share of the own class, of the partner's where it is another, and of all others (None)."""
-    shares: list[tuple[int | None, float]] = [(own, float(target[own]))]
-    if other != own:
-        shares.append((other, float(target[other])))
-    rest = float(target.sum()) - sum(value for _, value in shares)
-    if rest > 0.005:
-        shares.append((None, rest))
-    return shares
-
-
-def show_shares(cell: Axes, scene: Scene, target: np.ndarray, own: int, other: int) -> Any:
-    """Bars of a mixed label (C,) in per cent; gives the bars."""
+def show_shares(cell: Axes, scene: Scene, target: np.ndarray, own: int, other: int) -> None:
+    """Bars of a mixed label (C,), per cent."""
     shares = label_shares(target, own, other)
-    colours = {own: OWN, other: OWN if other == own else PARTNER, None: REST}
-    names = [_name(scene, label, len(shares)) for label, _ in shares]
-    values = [100 * value for _, value in shares]
-    bars = cell.barh(
-        range(len(shares)), values, color=[colours[label] for label, _ in shares], height=0.4
-    )
-    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+    for row, (label, share, colour) in enumerate(shares):
+        if label is None:
+            name = f"{len(target) - len(shares) + 1} others (smoothing)"
+        else:
+            name = scene.class_text(label)
+        cell.barh(row, 100 * share, color=colour, height=0.4)
         cell.text(2, row - 0.22, name, fontsize=7, va="bottom", ha="left", color=INK)
-        cell.text(value + 2, row, f"{value:.0f}%", fontsize=7, va="center", color=INK)
-    cell.set(xlim=(0, 122), ylim=(2.4, -0.75), yticks=[])
-    cell.set_xticks([0, 50, 100])
+        cell.text(100 * share + 2, row, f"{100 * share:.0f}%", fontsize=7, va="center", color=INK)
+    cell.set(xlim=(0, 122), ylim=(2.4, -0.75), xticks=[0, 50, 100], yticks=[])
     cell.spines["left"].set_color(SOFT)
-    return bars
 
 
-def _name(scene: Scene, label: int | None, shown: int) -> str:
-    if label is not None:
-        return scene.class_text(label)
-    others = scene.num_classes - shown + 1
-    return f"{others} others (smoothing)"
+def empty(cell: Axes, text: str) -> None:
+    """A cell with a text in place of an image."""
+    cell.axis("off")
+    cell.text(0.5, 0.5, text, ha="center", va="center", fontsize=7.5, color=SOFT)
+    cell.set_box_aspect(1)
 
 
-def head(cells: Sequence[Axes], titles: Sequence[str]) -> None:
-    """Titles above a row of cells."""
-    for cell, text in zip(cells, titles, strict=True):
-        # a fixed height, so that one line and two stand on the same base
-        cell.set_title(text, fontsize=8, fontweight="bold", linespacing=1.25, pad=5, y=1.0)
+def colour_scale(
+    panel: FigureBase, below: list[Axes], high: float, text: str, shrink: float, pad: float
+) -> None:
+    """The scale of `heat` below some cells, from 0 to `high`."""
+    bar = panel.colorbar(
+        ScalarMappable(Normalize(0, high), MAP),
+        ax=below,
+        location="bottom",
+        shrink=shrink,
+        aspect=40,
+        pad=pad,
+    )
+    bar.set_label(text, fontsize=7.5)
+    bar.outline.set_visible(False)

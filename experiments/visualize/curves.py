@@ -1,26 +1,173 @@
-"""Training curves as numbers: what runs recorded, and its spread over seeds.
+"""Run folders side by side: a table, and training curves with bands over seeds.
 
 Dimensions: P points of a curve, R runs.
 """
 
-import dataclasses
+import json
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.checkpoint import deciding_keys
 from experiments.config import as_plain, load_config
+from experiments.documents import figures as style
+from experiments.documents.figures import DASHES, GRID, SERIES
+from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
-from experiments.training.folder import CONFIG_FILE
-from experiments.training.metrics import METRICS_FILE, read_metrics
-from experiments.visualize.tables import mean_over_layers
+from experiments.files import write_atomically
+from experiments.training.folder import CHECKPOINT_FOLDER, CONFIG_FILE, FINAL_WEIGHTS
+from experiments.training.metrics import (
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    mean_of_rows,
+    read_metrics,
+)
 
-TOP1 = "validation top-1"
-_PLACE_OF_A_RUN = ("seed", "device")  # what may differ between runs of one band
+CURVES, TABLE = "training_curves", "comparison"
+_FREE_KEYS = ("seed", "device", "output")  # may differ between runs of one band
+_COLUMNS, _ROW_INCHES = 3, 2.35
+_POINTS_TO_MAGNIFY = 3
+_LEGEND = (
+    "Samples mixed and tokens mixed are means over the whole run (a study's page takes the last "
+    "epoch); tokens mixed counts the tokens replaced in an easy sample."
+)
+
+
+@dataclass(frozen=True)
+class History:
+    """What one run has recorded in at least one evaluated epoch."""
+
+    folder: Path
+    seed: int
+    experiment: str
+    """Equal for runs that differ by their seed alone."""
+    rows: list[dict[str, Any]]
+    """The content of `metrics.jsonl`."""
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """The rows of `train` or `validation`."""
+        return [row for row in self.rows if row["split"] == name]
+
+
+def read_history(folder: Path) -> History:
+    """Read a run folder.
+
+    Raises:
+        DataError: it holds no run with a finished and evaluated epoch.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(
+            f"{folder}: holds no run (looked for {CONFIG_FILE}); give run folders that "
+            "experiments.train has written"
+        )
+    config = as_plain(load_config(folder / CONFIG_FILE))
+    keys = {k: v for k, v in deciding_keys(config).items() if k not in _FREE_KEYS}
+    history = History(folder, config["seed"], repr(sorted(keys.items())), read_metrics(folder))
+    if not history.split("train") or not history.split("validation"):
+        raise DataError(
+            f"{folder}: no epoch was finished and evaluated yet (looked for {METRICS_FILE}); train "
+            "on, or leave it out"
+        )
+    return history
+
+
+def mean_over_layers(row: Mapping[str, Any], leaf: str) -> float | None:
+    """Mean of a value over the layers that have it, such as `htm/layer3/LEAF`; None without."""
+    named = (value for name, value in row.items() if name.rpartition("/")[2] == leaf)
+    values = [value for value in named if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+# The table
+
+
+def compare(histories: list[History]) -> list[dict[str, Any]]:
+    """The rows of `comparison.json`, one per run.
+
+    `top1` is in per cent, after the last epoch. `step_seconds` is the median over the rows of
+    training, except the first if there are others; `relative_step_time` is its ratio to the first
+    run's. `mixed_share`, `tokens_mixed` and `tokens_remembered` are means over steps and layers,
+    None where the run has no HTM or no VTM.
+    """
+    table: list[dict[str, Any]] = []
+    for history in histories:
+        train = history.split("train")
+        times = [row["step_seconds"] for row in train if "step_seconds" in row]
+        seconds = statistics.median(times[1:] or times)
+        means = mean_of_rows(train)
+        table.append(
+            {
+                "name": history.folder.resolve().name,
+                "folder": str(history.folder),
+                "top1": history.split("validation")[-1]["top1"],
+                "step_seconds": seconds,
+                "relative_step_time": seconds / (table[0]["step_seconds"] if table else seconds),
+                "mixed_share": mean_over_layers(means, "mixed_share"),
+                "tokens_mixed": mean_over_layers(means, "tokens_mixed"),
+                "tokens_remembered": mean_over_layers(means, "remembered_tokens"),
+                "epochs": train[-1]["epoch"],
+                "steps": train[-1]["step"],
+            }
+        )
+    return table
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table in Markdown, aligned, so that it reads well on a terminal too."""
+    columns = {  # title: key, factor, format
+        "top-1": ("top1", 1, "{:.2f}%"),
+        "time per step": ("relative_step_time", 1, "{:.2f} x"),
+        "samples mixed": ("mixed_share", 100, "{:.1f}%"),
+        "tokens mixed": ("tokens_mixed", 1, "{:.1f}"),
+        "tokens remembered": ("tokens_remembered", 1, "{:.0f}"),
+    }
+    cells = [
+        [
+            row["name"],
+            *(
+                "-" if row[key] is None else form.format(factor * row[key])
+                for key, factor, form in columns.values()
+            ),
+        ]
+        for row in table
+    ]
+    legend = "" if all(row["mixed_share"] is None for row in table) else f"\n{_LEGEND}\n"
+    return aligned_table(["run", *columns], cells, range(1, 1 + len(columns))) + legend
+
+
+def paths_text(histories: list[History]) -> str:
+    """Where each run's checkpoints, weights and TensorBoard logs are."""
+    lines = []
+    for history in histories:
+        lines.append(f"{history.folder.resolve().name}:")
+        for title, name in (
+            ("checkpoints", CHECKPOINT_FOLDER),
+            ("final weights", FINAL_WEIGHTS),
+            ("TensorBoard logs", TENSORBOARD_FOLDER),
+        ):
+            if (history.folder / name).exists():
+                lines.append(f"  {title:<17}{history.folder / name}")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(table: list[dict[str, Any]], output: Path) -> list[Path]:
+    """Write the table as JSON and Markdown, and give both paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    written = [output / f"{TABLE}.json", output / f"{TABLE}.md"]
+    write_atomically(written[0], (json.dumps(table, indent=2) + "\n").encode())
+    write_atomically(written[1], markdown(table).encode())
+    return written
+
+
+# Curves
 
 
 @dataclass(frozen=True)
@@ -30,48 +177,27 @@ class Quantity:
     title: str
     unit: str
     split: str
-    read: Callable[[dict[str, Any]], float | None]
-    """Its value in a row of metrics, None where the row has none."""
+    leaf: str
+    """Its name in a row of metrics, without a layer."""
+    factor: float = 1.0
+
+    def read(self, row: Mapping[str, Any]) -> float | None:
+        """Its value in a row of metrics, mean over layers; None where the row has none."""
+        if self.leaf == "tokens_mixed" and not mean_over_layers(row, "mixed_share"):
+            return None  # no sample was mixed, so there is no mean
+        mean = mean_over_layers(row, self.leaf)
+        return None if mean is None else self.factor * mean
 
 
-def _of(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda row: row.get(name)
-
-
-def _over_layers(leaf: str, factor: float = 1.0) -> Callable[[dict[str, Any]], float | None]:
-    def read(row: dict[str, Any]) -> float | None:
-        values = {name: value for name, value in row.items() if value is not None}
-        mean = mean_over_layers(values, leaf)
-        return None if mean is None else factor * mean
-
-    return read
-
-
-def _tokens_mixed(row: dict[str, Any]) -> float | None:
-    """None where no sample was mixed, of which there is no mean."""
-    mixed = _over_layers("mixed_share")(row)
-    return _over_layers("tokens_mixed")(row) if mixed else None
-
-
+LOSS_UNIT = "cross-entropy (nats)"
+TOP1 = Quantity("validation top-1", "correct images (%)", "validation", "top1")
 QUANTITIES = (
-    Quantity("training loss", "cross-entropy (nats)", "train", _of("loss")),
-    Quantity("validation loss", "cross-entropy (nats)", "validation", _of("loss")),
-    Quantity(TOP1, "correct images (%)", "validation", _of("top1")),
-    Quantity(
-        "samples mixed by HTM", "training samples (%)", "train", _over_layers("mixed_share", 100)
-    ),
-    Quantity("tokens mixed by HTM", "tokens per easy sample", "train", _tokens_mixed),
+    Quantity("training loss", LOSS_UNIT, "train", "loss"),
+    Quantity("validation loss", LOSS_UNIT, "validation", "loss"),
+    TOP1,
+    Quantity("samples mixed by HTM", "training samples (%)", "train", "mixed_share", 100),
+    Quantity("tokens mixed by HTM", "tokens per easy sample", "train", "tokens_mixed"),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder."""
-
-    folder: Path
-    seed: int
-    rows: list[dict[str, Any]]
-    steps_per_epoch: float
 
 
 @dataclass(frozen=True)
@@ -79,94 +205,157 @@ class Group:
     """Runs that differ by their seed alone."""
 
     label: str
-    runs: list[Run]
+    runs: list[History]
 
 
 @dataclass(frozen=True)
 class Band:
-    """A quantity over training, where all runs of a group have it."""
+    """A quantity over training, at the steps that all runs of a group have."""
 
     epochs: np.ndarray
     """(P,), with fractions within an epoch."""
     mean: np.ndarray
     """(P,)."""
     deviation: np.ndarray | None
-    """(P,) standard deviation over seeds (R - 1 in the denominator), None of a single run."""
+    """(P,) standard deviation over seeds (R - 1 in the denominator), None for a single run."""
+
+    def after(self, epoch: float) -> "Band":
+        """The part from an epoch on."""
+        kept = self.epochs >= epoch
+        deviation = None if self.deviation is None else self.deviation[kept]
+        return Band(self.epochs[kept], self.mean[kept], deviation)
 
 
-def read_groups(folders: list[Path]) -> list[Group]:
-    """Read runs, and put those together that differ only by their seed, in order of appearance.
+def group_by_seed(histories: list[History]) -> list[Group]:
+    """Group runs that differ by their seed alone, in the order in which they are given.
 
     Raises:
-        DataError: a folder holds no run with a finished and evaluated epoch, or two runs are the
-            same experiment with the same seed.
+        DataError: two runs are the same experiment with the same seed.
     """
-    runs: dict[str, list[Run]] = {}
-    for folder in folders:
-        config = as_plain(_config(folder))
-        keys = deciding_keys(config)
-        key = repr(sorted((k, v) for k, v in keys.items() if k not in _PLACE_OF_A_RUN))
-        run = _read_run(folder, config["seed"])
-        for other in runs.setdefault(key, []):
-            if other.seed == run.seed:
+    experiments: dict[str, list[History]] = {}
+    for history in histories:
+        members = experiments.setdefault(history.experiment, [])
+        for other in members:
+            if other.seed == history.seed:
                 raise DataError(
-                    f"{folder} and {other.folder} are the same experiment with the same seed "
-                    f"{run.seed}; a band needs runs of different seeds: give one of the two"
+                    f"{history.folder} and {other.folder} are the same experiment with the same "
+                    f"seed {history.seed}; a band needs runs of different seeds: give one of the "
+                    "two"
                 )
-        runs[key].append(run)
-    labels = [_label(members) for members in runs.values()]
+        members.append(history)
+    labels = [_label(members) for members in experiments.values()]
     groups = []
-    for label, members in zip(labels, runs.values(), strict=True):
+    for label, members in zip(labels, experiments.values(), strict=True):
         name = label if labels.count(label) == 1 else str(members[0].folder)
         count = f" ({len(members)} seeds)" if len(members) > 1 else ""
         groups.append(Group(name + count, members))
     return groups
 
 
+def _label(runs: list[History]) -> str:
+    """The name of the first folder; without the seed where there are several."""
+    name = runs[0].folder.resolve().name
+    if len(runs) == 1:
+        return name
+    return re.sub(rf"[-_. ]?(seed|s)?[-_. ]?{runs[0].seed}$", "", name) or name
+
+
 def band(group: Group, quantity: Quantity) -> Band | None:
-    """Mean and deviation of a quantity at the steps that every run of a group has; None without."""
+    """Mean and deviation of a quantity over a group; None where its runs share no step."""
     found = []
     for run in group.runs:
-        values = {}
-        for row in run.rows:
-            value = quantity.read(row) if row["split"] == quantity.split else None
-            if value is not None:
-                values[row["step"]] = value
-        found.append(values)
+        values = {row["step"]: quantity.read(row) for row in run.split(quantity.split)}
+        found.append({step: value for step, value in values.items() if value is not None})
     steps = sorted(set.intersection(*(set(values) for values in found)))
     if not steps:
         return None
     table = np.array([[values[step] for step in steps] for values in found])  # (R, P)
     deviation = table.std(axis=0, ddof=1) if len(table) > 1 else None
-    epochs = np.array(steps) / group.runs[0].steps_per_epoch
+    last = group.runs[0].split("validation")[-1]
+    epochs = np.array(steps) * last["epoch"] / last["step"]
     return Band(epochs, table.mean(axis=0), deviation)
 
 
-def _config(folder: Path) -> Any:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise DataError(
-            f"{folder}: holds no run (looked for {CONFIG_FILE}); give run folders that "
-            "experiments.train has written"
+def write_curves(groups: list[Group], output: Path) -> list[Path]:
+    """Write the curves as PNG and SVG, and give both paths."""
+    with style.house_style():
+        return style.write(draw_curves(groups), output / CURVES, "training curves")
+
+
+def draw_curves(groups: list[Group]) -> Figure:
+    """One panel per quantity that any of the runs has."""
+    panels = []
+    for quantity in QUANTITIES:
+        bands = [(number, band(group, quantity)) for number, group in enumerate(groups)]
+        found = [(number, one) for number, one in bands if one is not None]
+        if found:
+            panels.append((quantity, found))
+    rows = -(-len(panels) // _COLUMNS)
+    figure = style.make_figure(_ROW_INCHES * rows + 1.05)
+    axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+    for axis, (quantity, found) in zip(axes, panels, strict=False):
+        for number, one in found:
+            _line(axis, one, number, groups[number].label)
+        axis.set_title(quantity.title, fontsize=9, fontweight="bold", loc="left")
+        axis.set(ylabel=quantity.unit, xlabel="epoch")
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=axis.get_xlim()[1] > 2))
+        axis.grid(color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        if quantity is TOP1:
+            _magnify_the_end(axis, found)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    handles = [lines[group.label] for group in groups]
+    names = [f"{group.label}\n{last_top1(group)}" for group in groups]
+    spare = axes[len(panels) :]
+    for axis in spare:
+        axis.axis("off")
+    if spare:
+        spare[0].legend(
+            handles, names, loc="center left", fontsize=8.5, handlelength=3.2, labelspacing=0.9
         )
-    return dataclasses.replace(load_config(path), output=None)
-
-
-def _read_run(folder: Path, seed: int) -> Run:
-    rows = read_metrics(folder)
-    evaluated = [row for row in rows if row["split"] == "validation"]
-    if not evaluated:
-        raise DataError(
-            f"{folder}: no epoch was finished and evaluated yet (looked for {METRICS_FILE}); train "
-            "on, or leave it out"
+    else:
+        axes[0].legend(handles, names, handlelength=3.2)
+    several = any(len(group.runs) > 1 for group in groups)
+    about = "Bands: mean ± one standard deviation over seeds. " if several else ""
+    if len(panels) > 3:
+        about += (
+            "Tokens mixed: mean over the easy samples and the HTM layers. With HTM the training "
+            "loss is that of mixed labels, so compare validation."
         )
-    last = evaluated[-1]
-    return Run(folder, seed, rows, last["step"] / last["epoch"])
+    style.title(figure, "Training")
+    style.small_print(figure, about.strip())
+    return figure
 
 
-def _label(runs: list[Run]) -> str:
-    """The name of the first folder, without what tells one seed from another."""
-    name = runs[0].folder.resolve().name
-    if len(runs) == 1:
-        return name
-    return re.sub(rf"[-_. ]?(seed|s)?[-_. ]?{runs[0].seed}$", "", name) or name
+def last_top1(group: Group) -> str:
+    """Top-1 of a group after its last common epoch, in words."""
+    one = band(group, TOP1)
+    if one is None:
+        return "no top-1 in common"
+    spread = "" if one.deviation is None else f" ± {one.deviation[-1]:.2f}"
+    return f"top-1 {one.mean[-1]:.2f}{spread}% after epoch {one.epochs[-1]:g}"
+
+
+def _magnify_the_end(axis: Axes, found: list[tuple[int, Band]]) -> None:
+    """The last third in a small panel: late differences are small beside the early descent."""
+    last = max(one.epochs[-1] for _, one in found)
+    ends = [(number, one.after(2 / 3 * last)) for number, one in found]
+    if any(len(one.epochs) < _POINTS_TO_MAGNIFY for _, one in ends):
+        return
+    inset = axis.inset_axes((0.52, 0.14, 0.47, 0.46))
+    for number, one in ends:
+        _line(inset, one, number, "")
+    inset.tick_params(labelsize=6.5, length=2)
+    inset.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    inset.yaxis.set_major_locator(MaxNLocator(4))
+    inset.grid(color=GRID, linewidth=0.6)
+
+
+def _line(axis: Axes, one: Band, number: int, label: str) -> None:
+    colour, dash = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
+    marker = "o" if len(one.epochs) == 1 else ""  # a line needs two
+    axis.plot(one.epochs, one.mean, dash, marker=marker, color=colour, linewidth=1.5, label=label)
+    if one.deviation is not None:
+        edges = one.mean - one.deviation, one.mean + one.deviation
+        axis.fill_between(one.epochs, *edges, color=colour, alpha=0.22, linewidth=0)

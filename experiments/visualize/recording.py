@@ -1,19 +1,20 @@
-"""What TokenMixup did to a batch: its decisions, layer by layer, for pictures and analysis.
+"""What TokenMixup decides for a batch, layer by layer, for pictures and analysis.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, H heads, C classes, E easy samples,
 K kappa, L layers below a VTM layer.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
 from tokenmixup.functional import (
+    HorizontalMixup,
     horizontal_mixup,
     saliency_gain,
     salient_positions,
@@ -24,23 +25,23 @@ from tokenmixup.hosts.base import input_saliency
 
 @dataclass(frozen=True)
 class HorizontalRecord:
-    """One HTM layer's decision."""
+    """The decision of one HTM layer."""
 
     layer: int
-    saliency: Tensor
+    saliency: np.ndarray
     """(B, T)."""
-    difficulty: Tensor | None
+    difficulty: np.ndarray | None
     """(B,), or None without a ScoreNet."""
-    easy: Tensor
+    easy: np.ndarray
     """(B,) bool."""
-    gain: Tensor
+    gain: np.ndarray
     """(E, B): what each easy sample would gain from each sample, in the unit of the saliency."""
-    partner: Tensor
+    partner: np.ndarray
     """(B,), a sample's own index where it is not mixed."""
-    mask: Tensor
-    """(B, T) bool: tokens that were taken from the partner."""
-    targets: Tensor
-    """(B, C) after the mixing."""
+    mask: np.ndarray
+    """(B, T) bool: tokens that come from the partner."""
+    targets: np.ndarray
+    """(B, C) after mixing."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class VerticalRecord:
     """What one layer below a VTM layer remembers."""
 
     layer: int
-    saliency: Tensor
+    saliency: np.ndarray
     """(B, T)."""
-    positions: Tensor
+    positions: np.ndarray
     """(B, K) patch tokens, most salient first."""
 
 
@@ -59,39 +60,35 @@ class AttentionRecord:
     """Where the attention of one VTM layer goes."""
 
     layer: int
-    sources: tuple[int, ...]
-    """The L layers below it, lowest first."""
-    shares: Tensor
-    """(B, H, N, 1 + L): of the attention of each query, the share that goes to the layer's own
-    tokens, then to those that each lower layer remembers; these sum to 1."""
-    tokens: tuple[int, ...]
-    """(1 + L): how many tokens each of these shares is spread over."""
+    """Its index, which is L, as every lower layer remembers tokens."""
+    shares: np.ndarray
+    """(B, H, N, 1 + L): the share of each query's attention that goes to the layer's own N tokens,
+    then to the K that each lower layer remembers; these sum to 1."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What happened to a batch in one training pass."""
+    """What happened to a batch in one training pass, by layer, lowest first."""
 
-    horizontal: list[HorizontalRecord]
-    vertical: list[VerticalRecord]
-    attention: list[AttentionRecord]
+    horizontal: list[HorizontalRecord] = field(default_factory=list)
+    vertical: list[VerticalRecord] = field(default_factory=list)
+    attention: list[AttentionRecord] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a layer was called with; its tokens are a copy."""
+class _Call(NamedTuple):
+    """The tokens (B, N, D) that enter a layer, and the arguments of its call."""
 
     tokens: Tensor
-    args: Any
-    kwargs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @torch.no_grad()
 def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording:
-    """Run a training pass with dropout off, and tell what TokenMixup decided in it.
+    """Run one training pass with dropout off, and record what TokenMixup decides in it.
 
-    The decisions are computed once more from the tokens that entered each layer, by the same
-    functions of `tokenmixup.functional`. The model is left as it came.
+    The decisions are computed again from the tokens that enter each layer, by the functions of
+    `tokenmixup.functional` that the model itself uses. The model is left as it came.
 
     Args:
         model: with HTM, VTM or both.
@@ -99,36 +96,55 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
         targets: soft targets, (B, C).
     """
     layers = model.adapter.layers(model.backbone)
-    raw: dict[int, _Call] = {}
-    mixed: dict[int, _Call] = {}
+    mixing = model.horizontal.layers if model.horizontal is not None else ()
+    attending = model.vertical.layers if model.vertical is not None else ()
+    recording = Recording()
+    memory: list[tuple[Tensor, Tensor]] = []
+    for index, call in enumerate(_calls(model, layers, images, targets)):
+        layer = layers[index]
+        if index in mixing:
+            horizontal, mixed = _mix(model, index, layer, call, targets)
+            recording.horizontal.append(horizontal)
+            call, targets = call._replace(tokens=mixed.tokens), mixed.targets
+        if index in attending:
+            shares = _attention_shares(model, layer, call, memory)
+            recording.attention.append(AttentionRecord(index, _array(shares)))
+        if model.vertical is not None and index < attending[-1]:
+            saliency = _saliency(model, layer, call)
+            positions = salient_positions(saliency, model.vertical.kappa)
+            recording.vertical.append(VerticalRecord(index, _array(saliency), _array(positions)))
+            memory.append((call.tokens, positions + model.layout.num_prefix_tokens))
+    return recording
+
+
+def _calls(
+    model: TokenMixupModel, layers: Sequence[nn.Module], images: Tensor, targets: Tensor
+) -> list[_Call]:
+    """What each layer is called with in a training pass, before TokenMixup's own hooks."""
+    calls: list[_Call] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        # a copy: a host may change its tokens in place
+        calls.append(_Call(model.adapter.tokens(args, kwargs).clone(), args, kwargs))
+
+    handles = [
+        layer.register_forward_pre_hook(keep, prepend=True, with_kwargs=True) for layer in layers
+    ]
     was_training = model.training
     model.eval()  # dropout off everywhere inside
     model.training = True  # and TokenMixup on
     try:
-        with _layer_inputs(model, layers, raw, mixed):
-            model(images, targets)
+        model(images, targets)
     finally:
         model.train(was_training)
-    horizontal, vertical, attention = [], [], []
-    for index in model.horizontal.layers if model.horizontal else ():
-        result = _horizontal(model, index, layers[index], raw[index], targets)
-        targets = result.targets  # what the next HTM layer starts from
-        horizontal.append(result)
-    if model.vertical is not None:
-        for index in range(model.vertical.layers[-1]):
-            saliency = _saliency(model, layers[index], mixed[index])
-            positions = salient_positions(saliency, model.vertical.kappa)
-            vertical.append(VerticalRecord(index, saliency, positions))
-        attention = [
-            _attention(model, index, layers[index], mixed, vertical[:index])
-            for index in model.vertical.layers
-        ]
-    return Recording(horizontal, vertical, attention)
+        for handle in handles:
+            handle.remove()
+    return calls
 
 
-def _horizontal(
+def _mix(
     model: TokenMixupModel, index: int, layer: nn.Module, call: _Call, targets: Tensor
-) -> HorizontalRecord:
+) -> tuple[HorizontalRecord, HorizontalMixup]:
     config = model.horizontal
     assert config is not None
     tokens, saliency = call.tokens, _saliency(model, layer, call)
@@ -138,85 +154,56 @@ def _horizontal(
         assert config.tau is not None
         difficulty = sample_difficulty(model.scorenets[str(index)](tokens), targets)
         easy = difficulty <= config.tau
-    result = horizontal_mixup(
-        tokens, targets, saliency, easy, config.rho, model.layout.num_prefix_tokens
-    )
-    return HorizontalRecord(
+    prefix = model.layout.num_prefix_tokens
+    mixed = horizontal_mixup(tokens, targets, saliency, easy, config.rho, prefix)
+    decision = HorizontalRecord(
         layer=index,
-        saliency=saliency,
-        difficulty=difficulty,
-        easy=easy,
-        gain=saliency_gain(saliency, easy, config.rho),
-        partner=result.partner,
-        mask=result.mask,
-        targets=result.targets,
+        saliency=_array(saliency),
+        difficulty=None if difficulty is None else _array(difficulty),
+        easy=_array(easy),
+        gain=_array(saliency_gain(saliency, easy, config.rho)),
+        partner=_array(mixed.partner),
+        mask=_array(mixed.mask),
+        targets=_array(mixed.targets),
     )
+    return decision, mixed
 
 
 def _saliency(model: TokenMixupModel, layer: nn.Module, call: _Call) -> Tensor:
-    place = model.adapter, model.layout, layer
-    return input_saliency(*place, call.tokens, call.args, call.kwargs)
+    return input_saliency(model.adapter, model.layout, layer, *call)
 
 
-def _attention(
-    model: TokenMixupModel,
-    index: int,
-    layer: nn.Module,
-    calls: dict[int, _Call],
-    below: list[VerticalRecord],
-) -> AttentionRecord:
-    """The attention of a VTM layer, one head at a time, summed over each group of keys.
+def _attention_shares(
+    model: TokenMixupModel, layer: nn.Module, call: _Call, memory: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Shares of a VTM layer's attention, (B, H, N, 1 + L).
 
-    A remembered token has the key that this layer would give it at its own place, position
-    embedding and bias of the scores included. So all tokens of the lower layer get keys here, and
-    those that were chosen are picked out.
+    A remembered token has the key that this layer would give it at the token's own position,
+    including position embedding and bias of the scores. So this computes keys of all tokens of a
+    lower layer, and selects the remembered ones.
+
+    `memory` holds, for each lower layer, its tokens (B, N, D) and the indices of the remembered
+    ones (B, K).
     """
-    own, adapter = calls[index], model.adapter
-    given = (own.args, own.kwargs, False)
-    query, own_key, scale = adapter.query_key(layer, own.tokens, *given)
-    bias = adapter.score_bias(layer, *given)  # (B or 1, H, N, N)
-    keys = [own_key]
-    biases = [] if bias is None else [bias]
-    for record in below:
-        places = record.positions + model.layout.num_prefix_tokens  # (B, K)
-        _, key, _ = adapter.query_key(layer, calls[record.layer].tokens, *given)
-        rows = places[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1])
-        keys.append(key.gather(2, rows))
-        if bias is not None:
-            whole = bias.expand(len(places), -1, -1, -1)
-            columns = places[:, None, None, :].expand(-1, *whole.shape[1:3], -1)
-            biases.append(whole.gather(3, columns))
-    tokens = tuple(key.shape[2] for key in keys)
+    adapter, rest = model.adapter, (call.args, call.kwargs, False)
+    query, key, scale = adapter.query_key(layer, call.tokens, *rest)  # (B, H, N, d)
+    bias = adapter.score_bias(layer, *rest)  # (B or 1, H, N, N)
+    keys, biases = [key], [bias]
+    for tokens, places in memory:
+        _, key, _ = adapter.query_key(layer, tokens, *rest)
+        keys.append(key.take_along_dim(places[:, None, :, None], dim=2))
+        biases.append(None if bias is None else bias.take_along_dim(places[:, None, None], dim=3))
+    sizes = [key.shape[2] for key in keys]
     shares = []
-    for head in range(query.shape[1]):
-        scores = [(query[:, head] * scale) @ key[:, head].transpose(-2, -1) for key in keys]
-        if biases:
-            scores = [part + more[:, head] for part, more in zip(scores, biases, strict=True)]
-        attention = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32)  # (B, N, N + L K)
-        shares.append(torch.stack([part.sum(-1) for part in attention.split(tokens, -1)], -1))
-    sources = tuple(record.layer for record in below)
-    return AttentionRecord(index, sources, torch.stack(shares, dim=1), tokens)
+    for head in range(query.shape[1]):  # one at a time: the whole map may be large
+        parts = []
+        for key, extra in zip(keys, biases, strict=True):
+            scores = (query[:, head] * scale) @ key[:, head].transpose(-2, -1)
+            parts.append(scores if extra is None else scores + extra[:, head])
+        attention = torch.cat(parts, dim=-1).softmax(-1, dtype=torch.float32)  # (B, N, N + L K)
+        shares.append(torch.stack([part.sum(-1) for part in attention.split(sizes, -1)], -1))
+    return torch.stack(shares, dim=1)
 
 
-@contextmanager
-def _layer_inputs(
-    model: TokenMixupModel, layers: Any, raw: dict[int, _Call], mixed: dict[int, _Call]
-) -> Iterator[None]:
-    """Keep what each layer is called with, before and after TokenMixup's own hooks."""
-
-    def keeper(kept: dict[int, _Call], index: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            kept[index] = _Call(model.adapter.tokens(args, kwargs).clone(), args, kwargs)
-
-        return hook
-
-    handles = []
-    for index, layer in enumerate(layers):
-        first = layer.register_forward_pre_hook(keeper(raw, index), prepend=True, with_kwargs=True)
-        last = layer.register_forward_pre_hook(keeper(mixed, index), with_kwargs=True)
-        handles += [first, last]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image, ImageOps
 
 from experiments.config import RunConfig
 from experiments.data.augment import BatchMixer, eval_transform, normalisation
@@ -25,12 +24,10 @@ from experiments.data.datasets import (
 from experiments.errors import ConfigError, DataError
 from experiments.training.distributed import World
 from experiments.training.evaluation import Assessment, assemble
-from experiments.visualize.own_images import OwnImages
 from experiments.visualize.recording import Recording, record
 from tokenmixup import TokenMixupModel
 
 _SHOWN_PIXELS = 168  # side of a large image, as many as a cell of a PNG has
-PREDICTED, FROM_FOLDER = "predicted", "folder"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class Scene:
     label_notes: tuple[str, ...]
     """Where each label comes from, "" for the data set's own."""
     recording: Recording
-    num_classes: int
     run: str
     """Name of the run, for titles."""
     about: str
@@ -55,7 +51,7 @@ class Scene:
     """Greatest difficulty of an easy sample, None where every sample is mixed."""
     class_token: bool = False
     left_out: tuple[str, ...] = ()
-    """Parameters that the file of weights had nothing for."""
+    """Parameters that the weights file does not have."""
 
     def class_text(self, label: int) -> str:
         """Name of a class, short enough for a cell."""
@@ -68,48 +64,32 @@ class Scene:
         return self.class_text(int(self.labels[index])) + (f" ({note})" if note else "")
 
 
-def scene_of_split(assessment: Assessment, run: str, count: int) -> Scene:
-    """Show a model images of its validation split, evenly spread over it.
-
-    Args:
-        assessment: a model with its weights.
-        run: name of the run.
-        count: images, which form one batch.
-    """
+def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, count: int) -> Scene:
+    """Show the model of a weights file `count` images of its validation split, evenly spread."""
+    assessment = Assessment(config, checkpoint, world)
     images = assessment.images
     chosen = spread(len(images), count)
     samples = [images[index] for index in chosen]
-    split = assessment.config.data.val_split
+    split = config.data.val_split
     about = f"{_some(len(chosen), len(images))} of the split {split!r}, as in evaluation"
-    model, labels = assessment.model, [label for _, label in samples]
-    assert model.num_classes is not None, "models of a run have a classifier"
-    names = class_names(images)
-    pictures = [image for image, _ in samples]
-    scene = make_scene(assessment.config, model, pictures, labels, run, about, names)
-    return dataclasses.replace(scene, left_out=assessment.loaded.left_out)
-
-
-def scene_of_weights(
-    config: RunConfig, checkpoint: str, world: World, run: str, count: int
-) -> Scene:
-    """`scene_of_split` for a file of weights."""
-    return scene_of_split(Assessment(config, checkpoint, world), run, count)
+    pictures, labels = [image for image, _ in samples], [label for _, label in samples]
+    model, left_out = assessment.model, assessment.loaded.left_out
+    return _scene(config, model, left_out, pictures, labels, run, about, class_names(images))
 
 
 def scene_of_folder(
     config: RunConfig, checkpoint: str, world: World, folder: Path, run: str, count: int
 ) -> Scene:
-    """Show a model a person's own images.
+    """Show the model of a weights file up to `count` images of a person's own folder.
 
-    The label of an image is that of its folder where the folder has the name or the number of a
-    class, otherwise what the model itself predicts. The data set of the config may be missing: then
-    classes have numbers alone.
+    The label of an image is the class whose name or number its folder has, otherwise the model's
+    own prediction. The data set of the config may be missing: classes then have numbers only.
 
     Raises:
         DataError: the folder is missing or empty, or an image cannot be read.
-        ConfigError: neither the config nor the data set tells the number of classes.
+        ConfigError: neither the config nor the data set states the number of classes.
     """
-    images = OwnImages(folder)
+    paths = _image_paths(folder)
     try:
         present = dataclasses.replace(config.data, download=False)
         known = open_images(present, config.data.val_split)
@@ -125,47 +105,52 @@ def scene_of_folder(
         )
     model, loaded = assemble(config, checkpoint, classes, world.device)
     names = class_names(known) if known is not None else None
-    chosen = spread(len(images), count)
-    pictures = [images.read(index) for index in chosen]
-    labels = [images.label(index, classes, names) for index in chosen]
+    chosen = [paths[index] for index in spread(len(paths), count)]
+    labels = [_folder_label(path.relative_to(folder), classes, names) for path in chosen]
     name = folder.resolve().name
-    about = f"{_some(len(chosen), len(images))} of {name}/, resized as in evaluation"
-    scene = make_scene(config, model, pictures, labels, run, about, names, FROM_FOLDER)
-    return dataclasses.replace(scene, left_out=loaded.left_out)
+    about = f"{_some(len(chosen), len(paths))} of {name}/, resized as in evaluation"
+    pictures = [read_image(path) for path in chosen]
+    return _scene(
+        config, model, loaded.left_out, pictures, labels, run, about, names, note="folder"
+    )
 
 
-def make_scene(
+def spread(available: int, wanted: int) -> list[int]:
+    """Indices that are evenly spread, so that a set sorted by class shows several."""
+    wanted = min(available, wanted)
+    return [number * available // wanted for number in range(wanted)]
+
+
+def _some(shown: int, available: int) -> str:
+    return f"{shown} of the {available} images" if shown < available else f"All {shown} images"
+
+
+def _scene(
     config: RunConfig,
     model: TokenMixupModel,
-    images: Sequence[Any],
+    left_out: tuple[str, ...],
+    images: Sequence[Image.Image],
     labels: Sequence[int | None],
     run: str,
     about: str,
     names: tuple[str, ...] | None,
     note: str = "",
 ) -> Scene:
-    """Run one training pass over PIL images; those without a label get the model's prediction.
+    """Run one training pass over a batch; images without a label get the model's prediction.
 
-    Args:
-        config: of the run.
-        model: with its weights, on its device.
-        images: one batch.
-        labels: of each image, or None.
-        run: name of the run.
-        about: what the images are.
-        names: of the classes, where they are known.
-        note: what to say of a label that is given.
+    `about` says what the images are, `names` are those of the classes, and `note` says where the
+    given labels come from.
     """
+    assert model.num_classes is not None, "models of a run have a classifier"
     transform = eval_transform(config.data, config.model.image_size)
     batch = torch.stack([transform(image) for image in images])
     device = next(model.parameters()).device
-    own = all(label is not None for label in labels)
-    notes = tuple(PREDICTED if label is None else note for label in labels)
     known = torch.tensor([-1 if label is None else label for label in labels])
-    if not own:
-        known = torch.where(known < 0, _predict(model, batch.to(device)).cpu(), known)
-    assert model.num_classes is not None
-    # as in training, but for Mixup and CutMix, after which an image is hard to recognise
+    if None in labels:
+        with torch.inference_mode():
+            predicted = model.eval()(batch.to(device)).argmax(1).cpu()
+        known = torch.where(known < 0, predicted, known)
+    # as in training, but without Mixup and CutMix, which make an image hard to recognise
     mixup = dataclasses.replace(config.mixup, prob=0.0)
     _, targets = BatchMixer(mixup, model.num_classes, config.seed)(batch, known, 0, 0, 0)
     recording = record(model, batch.to(device), targets.to(device))
@@ -180,31 +165,74 @@ def make_scene(
     return Scene(
         images=shown.clamp(0, 1).permute(0, 2, 3, 1).numpy(),
         labels=known.numpy(),
-        label_notes=notes,
+        label_notes=tuple("predicted" if label is None else note for label in labels),
         recording=recording,
-        num_classes=model.num_classes,
         run=run,
         about=f"{about}; dropout off.",
         names=readable_names(names) if names else None,
         tau=htm.tau if htm is not None and htm.scorenet is not None else None,
         class_token=model.layout.class_token,
+        left_out=left_out,
     )
 
 
-def spread(available: int, wanted: int) -> list[int]:
-    """Indices that are evenly spread, so that a set sorted by class shows several."""
-    wanted = min(available, wanted)
-    return [number * available // wanted for number in range(wanted)]
+def _image_paths(folder: Path) -> list[Path]:
+    """The images below a folder, in the order of their paths.
+
+    Files and folders whose names begin with a dot are left out, and files that Pillow cannot open.
+
+    Raises:
+        DataError: the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"--images: {folder} {what}; give a folder of images")
+    formats = Image.registered_extensions()
+    endings = {ending for ending, name in formats.items() if name in Image.OPEN}
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise DataError(
+            f"--images: {folder} holds no images; expected files such as NAME.jpg or NAME.png, "
+            "in it or in folders of it"
+        )
+    return paths
 
 
-def _some(shown: int, available: int) -> str:
-    return f"{shown} of the {available} images" if shown < available else f"All {shown} images"
+def read_image(path: Path) -> Image.Image:
+    """An image, upright and in RGB.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # whatever a decoder raises: name the file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"--images: cannot read {path}: {reason}; repair it or take it away"
+        ) from None
 
 
-def _predict(model: TokenMixupModel, batch: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        predicted = model(batch).argmax(1)
-    model.train(was_training)
-    return predicted
+def _folder_label(path: Path, num_classes: int, names: tuple[str, ...] | None) -> int | None:
+    """The class that a folder of a path names, the nearest folder first; None where none does.
+
+    Case, spaces, hyphens and underscores are ignored.
+    """
+    for folder in reversed(path.parent.parts):
+        for number, name in enumerate(names or ()):
+            if _plain(folder) == _plain(name):
+                return number
+        if folder.isascii() and folder.isdigit() and int(folder) < num_classes:
+            return int(folder)
+    return None
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter not in " -_")

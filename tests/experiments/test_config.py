@@ -215,7 +215,7 @@ def test_help_and_check_import_neither_torch_nor_timm():
     """They take seconds to import."""
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
-        "import experiments.train as module, experiments.evaluate, experiments.compare\n"
+        "import experiments.train as module, experiments.evaluate, experiments.visualize.__main__\n"
         "from experiments import cli\n"
         "assert cli.run(module.main) == 0\n"
         "sys.argv[1:] = ['--config', 'configs/digits_HVTM.yaml', '--check']\n"

@@ -1,7 +1,7 @@
 """A fixed scene and fixed curves, and small pictures of their figures to compare with.
 
-`python tests/helpers/picture_cases.py` writes the references to tests/data/pictures/ anew; look at each
-before you commit it. They hold no text, so that fonts do not matter.
+`python tests/helpers/picture_cases.py` writes the references in tests/data/pictures/ again; look at
+each before you commit it. They hold no text, so that fonts do not matter.
 
 Dimensions: B = 4 images of 16 x 16 pixels, T = 16 patch tokens, C = 10 classes, H = 2 heads,
 K = 3 remembered tokens.
@@ -10,6 +10,7 @@ K = 3 remembered tokens.
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -21,9 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from experiments.checkpoint import save_final_weights
+from experiments.config import RunConfig
 from experiments.documents import figures as style
+from experiments.models.build import build_model
 from experiments.visualize import horizontal, vertical
-from experiments.visualize.curves import Group, Run
+from experiments.visualize.curves import Group, History, draw_curves
 from experiments.visualize.recording import (
     AttentionRecord,
     HorizontalRecord,
@@ -31,7 +35,7 @@ from experiments.visualize.recording import (
     VerticalRecord,
 )
 from experiments.visualize.scenes import Scene
-from experiments.visualize.training import draw_curves
+from tokenmixup import TokenMixupModel
 from tokenmixup.functional import horizontal_mixup, saliency_gain, salient_positions
 
 REFERENCES = Path(__file__).parent.parent / "data" / "pictures"
@@ -54,13 +58,13 @@ def horizontal_record() -> HorizontalRecord:
     result = horizontal_mixup(torch.zeros(B, T, 2), targets, saliency, easy, RHO)
     return HorizontalRecord(
         layer=1,
-        saliency=saliency,
-        difficulty=difficulty,
-        easy=easy,
-        gain=saliency_gain(saliency, easy, RHO),
-        partner=result.partner,
-        mask=result.mask,
-        targets=result.targets,
+        saliency=saliency.numpy(),
+        difficulty=difficulty.numpy(),
+        easy=easy.numpy(),
+        gain=saliency_gain(saliency, easy, RHO).numpy(),
+        partner=result.partner.numpy(),
+        mask=result.mask.numpy(),
+        targets=result.targets.numpy(),
     )
 
 
@@ -68,13 +72,14 @@ def vertical_records() -> tuple[list[VerticalRecord], AttentionRecord]:
     below = []
     for layer in (0, 1):
         saliency = torch.from_numpy(fixed(B, T, shift=1.0 + layer))
-        below.append(VerticalRecord(layer, saliency, salient_positions(saliency, KAPPA)))
-    shares = torch.from_numpy(fixed(B, HEADS, T, 3, shift=5.0)) + torch.tensor([4.0, 0.0, 0.0])
-    shares = shares / shares.sum(-1, keepdim=True)
-    return below, AttentionRecord(2, (0, 1), shares, (T, KAPPA, KAPPA))
+        positions = salient_positions(saliency, KAPPA)
+        below.append(VerticalRecord(layer, saliency.numpy(), positions.numpy()))
+    shares = fixed(B, HEADS, T, 3, shift=5.0)
+    shares[..., 0] += 4.0
+    return below, AttentionRecord(2, shares / shares.sum(-1, keepdims=True))
 
 
-def scene(**changes) -> Scene:
+def scene(**changes: Any) -> Scene:
     rows, columns = np.mgrid[0:SIZE, 0:SIZE] / SIZE
     waves = [np.stack([rows, columns, (rows * (n + 1)) % 1], axis=-1) for n in range(B)]
     below, attention = vertical_records()
@@ -83,7 +88,6 @@ def scene(**changes) -> Scene:
         "labels": np.arange(B),
         "label_notes": ("", "folder", "predicted", ""),
         "recording": Recording([horizontal_record()], below, [attention]),
-        "num_classes": CLASSES,
         "run": "a run",
         "about": "Four fixed images.",
         "tau": TAU,
@@ -91,7 +95,19 @@ def scene(**changes) -> Scene:
     return Scene(**{**parts, **changes})
 
 
-def run_of(seed: int, mixed: bool) -> Run:
+def weights_of(config: RunConfig, classes: int, path: Path) -> TokenMixupModel:
+    """Write weights that are no longer the initial ones, so that each image differs."""
+    model = build_model(config, classes)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    save_final_weights(path, model)
+    return model
+
+
+def history_of(seed: int, mixed: bool) -> History:
     """Six epochs of eight steps."""
     rows = []
     for epoch in range(1, 7):
@@ -105,49 +121,21 @@ def run_of(seed: int, mixed: bool) -> Run:
         top1 = 100 - 50 / epoch + 10 * wave
         row = {"split": "validation", "epoch": epoch, "step": 8 * epoch}
         rows.append({**row, "loss": 1 / epoch + wave, "top1": top1})
-    return Run(Path(f"run{seed}"), seed, rows, 8.0)
+    return History(Path(f"run{seed}"), seed, "", rows)
 
 
 def groups() -> list[Group]:
     return [
-        Group("mixed (3 seeds)", [run_of(seed, True) for seed in (1, 2, 3)]),
-        Group("plain", [run_of(4, False)]),
+        Group("mixed (3 seeds)", [history_of(seed, True) for seed in (1, 2, 3)]),
+        Group("plain", [history_of(4, False)]),
     ]
 
 
-def rows_figure(case: Scene) -> Figure:
-    figure = style.make_figure(horizontal.rows_height(B))
-    horizontal.draw_rows(figure, case, case.recording.horizontal[0], list(range(B)))
-    return figure
-
-
-def gain_figure(case: Scene) -> Figure:
-    layer = case.recording.horizontal[0]
-    width, height = horizontal.gain_size(layer)
-    figure = style.make_figure(height, width)
-    horizontal.draw_gain(figure, case, layer)
-    return figure
-
-
-def tokens_figure(case: Scene) -> Figure:
-    attention = case.recording.attention[0]
-    figure = style.make_figure(vertical.tokens_height(attention), vertical.tokens_width(B))
-    vertical.draw_tokens(figure, case, attention, list(range(B)))
-    return figure
-
-
-def attention_figure(case: Scene) -> Figure:
-    attention = case.recording.attention[0]
-    figure = style.make_figure(vertical.attention_height(attention))
-    vertical.draw_attention(figure, case, attention)
-    return figure
-
-
 FIGURES: dict[str, Callable[[Scene], Figure]] = {
-    "htm": rows_figure,
-    "htm_gain": gain_figure,
-    "vtm": tokens_figure,
-    "vtm_attention": attention_figure,
+    "htm": lambda case: next(horizontal.figures(case))[1],
+    "htm_gain": lambda case: horizontal.gain_figure(case, case.recording.horizontal[0]),
+    "vtm": lambda case: next(vertical.figures(case))[1],
+    "vtm_attention": lambda case: vertical.attention_figure(case, case.recording.attention[0]),
     "training_curves": lambda _: draw_curves(groups()),
 }
 

@@ -285,7 +285,7 @@ def test_quickstart_trains_evaluates_and_compares(ready: Checkout) -> None:
             f"-m experiments.evaluate {config} {weights} {' '.join(more)}",
         ]
     runs = " ".join(f"{output}/{name}" for name in names)
-    expected += [f"-m experiments.compare {runs} --output {output}"]
+    expected += [f"-m experiments.visualize --compare {runs} --out {output}"]
     assert steps == expected
 
     kept = ready.root / output / names[0] / "kept"
@@ -314,7 +314,7 @@ def test_the_figures_of_the_documents_are_made_anew(ready: Checkout) -> None:
         variant, seed = name.removeprefix("digits_").split("_seed")
         config = f"--config configs/digits_{variant}.yaml --seed {seed}"
         assert step == f"-m experiments.train {config} --output output/figures/{name}"
-    images, curves = ready.steps[6:]
+    curves, images = ready.steps[6:]
     assert "--checkpoint output/figures/digits_HVTM_seed42/final.safetensors" in images
     assert f"--compare {' '.join(f'output/figures/{name}' for name in runs)}" in curves
     copied = sorted(path.name for path in (ready.root / "docs" / "figures").iterdir())

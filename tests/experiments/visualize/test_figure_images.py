@@ -36,7 +36,7 @@ def test_one_wrong_token_is_more_than_the_tolerance():
     case = picture_cases.scene()
     right = picture_cases.picture("vtm", case)
     first, *others = case.recording.vertical
-    positions = first.positions.clone()
+    positions = first.positions.copy()
     positions[0, 0] = next(t for t in range(16) if t not in positions[0].tolist())
     wrong = [dataclasses.replace(first, positions=positions), *others]
     recording = dataclasses.replace(case.recording, vertical=wrong)

@@ -5,23 +5,28 @@ Dimensions: B batch, T patch tokens, H heads.
 
 import dataclasses
 import functools
-import statistics
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from experiments.documents import figures as style
 from experiments.documents.figures import MAP, OWN, PARTNER, REST
-from experiments.errors import ConfigError, DataError
-from experiments.visualize import animation, pages, storyboard, vertical
-from experiments.visualize.cells import label_shares
-from experiments.visualize.curves import QUANTITIES, band
+from experiments.errors import ConfigError
+from experiments.visualize import animation, vertical
+from experiments.visualize.cells import (
+    heat,
+    label_shares,
+    mix_patches,
+    outlines,
+    spotlight,
+    token_grid,
+)
 from experiments.visualize.horizontal import chosen_pairs
 from experiments.visualize.recording import Recording
-from experiments.visualize.tokens import heat, mix_patches, outlines, spotlight, token_grid
 from tests.helpers import picture_cases
 from tests.helpers.picture_cases import RHO, TAU, scene
 
@@ -51,17 +56,6 @@ def test_tokens_become_squares():
         token_grid(np.arange(8), 4)
 
 
-def test_patches_are_the_partners():
-    images = np.random.default_rng(0).random((3, 4, 4, 3))
-    mask = np.zeros((3, 4), dtype=bool)
-    mask[0, 1] = mask[2, 3] = True
-    mixed = mix_patches(images, np.array([2, 1, 0]), mask)
-    expected = images.copy()
-    expected[0, :2, 2:] = images[2, :2, 2:]
-    expected[2, 2:, 2:] = images[0, 2:, 2:]
-    assert np.array_equal(mixed, expected)
-
-
 @pytest.mark.parametrize("size", [6, 7])
 def test_outlines_run_between_chosen_and_other_pixels(size):
     """7 pixels are no multiple of 3 tokens."""
@@ -78,8 +72,6 @@ def test_outlines_run_between_chosen_and_other_pixels(size):
 
 
 def test_heat_and_spotlight_show_the_values():
-    from matplotlib import colormaps
-
     image = np.full((4, 4, 3), 0.5)
     values = np.array([0.0, 1.0, 2.0, 4.0])
     found = heat(image, values, 4.0, strength=1.0)
@@ -106,7 +98,7 @@ def test_difficulty_bars_against_tau():
 def test_rows_show_mixed_images_masks_and_labels():
     case = scene()
     layer = case.recording.horizontal[0]
-    mask, partner = layer.mask.numpy(), layer.partner.numpy()
+    mask, partner = layer.mask, layer.partner
     assert mask[[0, 1, 3]].any(1).all() and not mask[2].any()
     for index, row in enumerate(rows_of(plain("htm"), 7)):
         expected = case.images[index].copy()
@@ -116,7 +108,7 @@ def test_rows_show_mixed_images_masks_and_labels():
         shown = row[5].images[0].get_array()
         np.testing.assert_array_equal(shown, expected)
         shares = [bar.get_width() for bar in row[6].patches]
-        target = layer.targets[index].numpy()
+        target = layer.targets[index]
         parts = [target[index]] + ([target[partner[index]]] if mask[index].any() else [])
         assert shares == pytest.approx([100 * p for p in [*parts, 1 - sum(parts)]])
     figure = plain("htm")
@@ -125,50 +117,40 @@ def test_rows_show_mixed_images_masks_and_labels():
     assert [c.get_xlabel() for c in rows_of(figure, 7)[3]][1::5] == ["CE / 10 (nats)", "share (%)"]
 
 
-def test_label_shares():
+def test_a_label_of_the_partner_s_own_class_has_one_bar():
     target = np.array([0.5, 0.3, 0.1, 0.1])
-    assert label_shares(target, 1, 0) == [(1, 0.3), (0, 0.5), (None, pytest.approx(0.2))]
-    assert label_shares(np.array([0.0, 1.0]), 1, 1) == [(1, 1.0)]
+    others = (None, pytest.approx(0.2), REST)
+    assert label_shares(target, 1, 0) == [(1, 0.3, OWN), (0, 0.5, PARTNER), others]
+    assert label_shares(np.array([0.0, 1.0]), 1, 1) == [(1, 1.0, OWN)]
 
 
 def test_the_gain_matrix_and_its_partners():
     case = scene()
     layer = case.recording.horizontal[0]
     axes = plain("htm_gain").axes[0]
-    saliency = layer.saliency.numpy()
-    easy = [0, 1, 3]
-    expected = [
-        [100 * np.maximum(saliency[j] - saliency[i] - RHO, 0).sum() for j in range(4)] for i in easy
-    ]
+    gaps = layer.saliency[None] - layer.saliency[[0, 1, 3]][:, None] - RHO
+    expected = 100 * np.maximum(gaps, 0).sum(-1)  # (3 easy, 4)
     np.testing.assert_allclose(axes.images[0].get_array(), expected)
-    rows, columns = linear_sum_assignment(np.array(expected), maximize=True)
+    rows, columns = linear_sum_assignment(expected, maximize=True)
     wanted = set(zip(rows.tolist(), columns.tolist(), strict=True))
     assert set(chosen_pairs(layer)) == wanted and len(wanted) == 3
     framed = {(round(p.get_y() + 0.43), round(p.get_x() + 0.43)) for p in axes.patches}
     assert framed == wanted
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "3"]
     numbers = {text.get_text() for text in axes.texts}
-    assert {f"{value:.1f}" for row in expected for value in row} == numbers
+    assert {f"{value:.1f}" for value in expected.flat} == numbers
 
 
-def test_a_batch_without_easy_images_says_so():
-    case = scene()
-    layer = case.recording.horizontal[0]
-    none = dataclasses.replace(
-        layer, easy=layer.easy & False, gain=layer.gain[:0], mask=layer.mask & False
-    )
-    case = scene(recording=Recording([none], [], []))
+def test_cells_without_content_say_why():
+    layer = scene().recording.horizontal[0]
+    none = {"easy": layer.easy & False, "gain": layer.gain[:0], "mask": layer.mask & False}
+    none = dataclasses.replace(layer, difficulty=None, **none)
+    case = scene(recording=Recording([none]), tau=None)
     texts = [text.get_text() for axes in drawn("htm_gain", case).axes for text in axes.texts]
     assert texts == ["No image of this batch is easy, so none gets a partner."]
-    words = [t.get_text() for row in rows_of(drawn("htm", case), 7) for t in row[3].texts]
-    assert words == ["not easy,\nso not mixed"] * 4
-
-
-def test_without_a_scorenet_there_is_no_difficulty():
-    layer = dataclasses.replace(scene().recording.horizontal[0], difficulty=None)
-    case = scene(recording=Recording([layer], [], []), tau=None)
-    words = [t.get_text() for row in rows_of(drawn("htm", case), 7) for t in row[1].texts]
-    assert words == ["no ScoreNet:\nall are mixed"] * 4
+    for row in rows_of(drawn("htm", case), 7):
+        words = [text.get_text() for cell in (row[1], row[3]) for text in cell.texts]
+        assert words == ["no ScoreNet:\nall are mixed", "not easy,\nso not mixed"]
 
 
 def test_remembered_tokens_and_their_share_of_the_attention():
@@ -180,12 +162,12 @@ def test_remembered_tokens_and_their_share_of_the_attention():
         for number, layer in enumerate(case.recording.vertical):
             cell = rows[1 + number][index]
             chosen = np.zeros(16, dtype=bool)
-            chosen[layer.positions[index].numpy()] = True
+            chosen[layer.positions[index]] = True
             expected = spotlight(case.images[index], chosen, PARTNER)
             np.testing.assert_array_equal(cell.images[0].get_array(), expected)
-            values = attention.shares[index, :, :, 1 + number].numpy()
+            values = attention.shares[index, :, :, 1 + number]
             assert cell.get_xlabel() == f"{100 * values.mean():.1f}%"
-        whole = attention.shares[index, :, :, 1:].numpy().sum(-1).mean()
+        whole = attention.shares[index, :, :, 1:].sum(-1).mean()
         assert rows[3][index].get_xlabel() == f"{100 * whole:.1f}%"
     labels = [row[0].get_ylabel() for row in rows]
     assert labels == ["image", "layer 0\nremembers", "layer 1\nremembers", "layer 2\nattends"]
@@ -194,7 +176,7 @@ def test_remembered_tokens_and_their_share_of_the_attention():
 @pytest.mark.parametrize("class_token", [False, True])
 def test_bars_of_attention_by_head(class_token):
     case = scene(class_token=class_token)
-    shares = case.recording.attention[0].shares.numpy()  # (B, H, N, 3)
+    shares = case.recording.attention[0].shares  # (B, H, N, 3)
     axes = drawn("vtm_attention", case).axes
     assert len(axes) == 1 + class_token
     for axis, queries in zip(axes, (slice(None), slice(1)), strict=False):
@@ -214,45 +196,18 @@ def test_bars_of_attention_by_head(class_token):
 def test_attention_of_patch_tokens_leaves_prefix_tokens_out():
     attention = scene().recording.attention[0]
     found = vertical.remembered_share(attention, 14)  # as if the first two were prefix tokens
-    expected = attention.shares.numpy()[:, :, 2:, 1:].sum(-1).mean(1)
+    expected = attention.shares[:, :, 2:, 1:].sum(-1).mean(1)
     np.testing.assert_allclose(found, expected)
-
-
-def test_curves_are_means_with_deviations():
-    figure = plain("training_curves")
-    for axis, quantity in zip(figure.axes, QUANTITIES, strict=False):
-        assert axis.get_title(loc="left") == quantity.title and axis.get_ylabel() == quantity.unit
-        for line, group in zip(axis.lines, picture_cases.groups(), strict=False):
-            values = [
-                [quantity.read(row) for row in run.rows if row["split"] == quantity.split]
-                for run in group.runs
-            ]
-            means = [statistics.mean(column) for column in zip(*values, strict=True)]
-            np.testing.assert_allclose(line.get_ydata(), means)
-            np.testing.assert_allclose(line.get_xdata(), range(1, 7))
-        several = picture_cases.groups()[0]
-        one = band(several, quantity)
-        values = [
-            [quantity.read(row) for row in run.rows if row["split"] == quantity.split]
-            for run in several.runs
-        ]
-        spread = [statistics.stdev(column) for column in zip(*values, strict=True)]
-        np.testing.assert_allclose(one.deviation, spread)
-        corners = axis.collections[0].get_paths()[0].vertices
-        low, high = one.mean - spread, one.mean + spread
-        assert corners[:, 1].min() == pytest.approx(low.min())
-        assert corners[:, 1].max() == pytest.approx(high.max())
-    assert [len(axis.lines) for axis in figure.axes[:5]] == [2, 2, 2, 1, 1]
 
 
 def test_the_storyboard_follows_the_method():
     case = scene()
     layer = case.recording.horizontal[0]
-    steps = storyboard.steps_of(case)
+    steps = animation.steps_of(case)
     order = [step.text[:1] for step in steps if step.text[0].isdigit()]
     assert order == sorted(order) and set(order) == set("123456")
     sample = steps[0].sample
-    mixed = mix_patches(case.images, layer.partner.numpy(), layer.mask.numpy())[sample]
+    mixed = mix_patches(case.images, layer.partner, layer.mask)[sample]
     moves = [step for step in steps if step.moving is not None]
     patches, way = moves[-1].moving
     landed = np.where(patches[..., 3:] > 0, patches[..., :3], moves[-1].left)
@@ -278,39 +233,10 @@ def test_the_animation_is_a_gif_of_the_storyboard(tmp_path):
         for number in range(image.n_frames):
             image.seek(number)
             seconds += image.info["duration"] / 1000
-    assert seconds == pytest.approx(sum(s.seconds for s in storyboard.steps_of(case)), abs=0.2)
+    assert seconds == pytest.approx(sum(s.seconds for s in animation.steps_of(case)), abs=0.2)
 
 
-def test_every_figure_of_a_scene_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(style, "DPI", 30)
-    written = pages.write_scene(scene(), tmp_path)
-    names = [path.name for path in written]
-    stems = ["tokenmixup", "htm_layer1", "htm_layer1_gain", "vtm_layer2", "vtm_layer2_attention"]
-    assert names == [f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-
-
-def test_a_batch_of_more_images_than_columns_has_several_pages(tmp_path):
-    below, attention = picture_cases.vertical_records()
-    recording = Recording([], below, [attention])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vertical, "MOST_COLUMNS", 3)
-        written = pages.write_scene(scene(recording=recording), tmp_path)
-    assert [path.stem for path in written[::2]] == [
-        "vtm_layer2",
-        "vtm_layer2_from3",
-        "vtm_layer2_attention",
-    ]
-
-
-def test_nothing_to_draw(tmp_path):
-    nothing = scene(recording=Recording([], [], []))
-    for draw in (
-        lambda: pages.write_scene(nothing, tmp_path),
-        lambda: pages.write_overview([nothing], tmp_path),
-    ):
-        with pytest.raises(DataError, match="nothing to draw"):
-            draw()
-    with pytest.raises(DataError, match="nothing to animate"):
-        animation.write_animation(nothing, tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_batch_of_more_images_than_columns_has_several_pages(monkeypatch):
+    monkeypatch.setattr(vertical, "MOST_COLUMNS", 3)
+    names = [name for name, _ in vertical.figures(scene())]
+    assert names == ["vtm_layer2", "vtm_layer2_from3", "vtm_layer2_attention"]
