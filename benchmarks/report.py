@@ -112,41 +112,40 @@ def pairing_figure(values: dict[str, Any]) -> Figure:
         ("assignment", "ours: assignment alone", figures.REST, ":", "v"),
     ):
         points = [point for point in values["curve"] if name in point["timings"]]
-        timings = [point["timings"][name] for point in points]
-        style = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-        x = [point["batch"] for point in points]
-        axes.plot(x, [1e3 * timing["seconds"] for timing in timings], label=label, **style)
-        low, high = (
-            [1e3 * timing[f"{name}_quartile"] for timing in timings] for name in ("lower", "upper")
+        axes.plot(
+            [point["batch"] for point in points],
+            [1e3 * point["timings"][name]["seconds"] for point in points],
+            label=label,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=4,
         )
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     batches = [point["batch"] for point in values["curve"]]
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.minorticks_off()
     axes.set_xlabel(f"batch B (T = {values['curve'][0]['patches']} patch tokens)")
-    axes.set_ylabel("milliseconds (median, quartiles)")
+    axes.set_ylabel("milliseconds (median)")
     axes.grid(color=figures.GRID, linewidth=0.6)
     axes.legend(handlelength=4)
     return figure
 
 
 def update(root: Path, found: Latest, reliability: Latest) -> list[Path]:
-    """Regenerate blocks and figures of a checkout; returns the files that changed."""
+    """Regenerate blocks and figures of a checkout; returns the documents that changed."""
     changed = update_documents(root, {"benchmark": lambda name: block(name, found, reliability)})
     if "pairing" in found:
-        svg = root / "docs" / "figures" / "performance_pairing.svg"
-        before = svg.read_bytes() if svg.exists() else b""
         with figures.house_style():
             figure = pairing_figure(found["pairing"].values)
-            figures.write(figure, svg.with_suffix(""), "Time of pairing over the batch")
-        changed += [svg] if svg.read_bytes() != before else []
+            stem = root / "docs" / "figures" / "performance_pairing"
+            figures.write(figure, stem, "Time of pairing over the batch")
     return changed
 
 
 def main(argv: Sequence[str]) -> None:
-    """Update the documents and print the files that changed."""
+    """Update the documents and figures, and print the documents that changed."""
     argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args(
         argv
     )

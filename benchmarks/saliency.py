@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import row
 from benchmarks.direct import pixel_gradient_saliency
@@ -22,61 +22,34 @@ from benchmarks.timing import interleaved, milliseconds, ratio, recorded, times
 from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
-from tokenmixup import TokenMixupModel, TokenMixupOutput
-from tokenmixup.functional import horizontal_mixup, sample_difficulty, soft_cross_entropy
+from tokenmixup import TokenMixupModel, attach
 from tokenmixup.hosts.base import input_saliency
+from tokenmixup.rules import Rules
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
 SPEED_UP = 30
 
 
-class GradientGuided(nn.Module):
-    """A host with HTM whose saliency comes from input gradients; the rest is the library's.
+class PixelGradients(Rules):
+    """HTM whose saliency comes from pixel gradients, measured once per step in evaluation mode.
 
-    It takes over the parameters of a `TokenMixupModel`, which must not be used any more.
+    The library still measures its own saliency, which takes under a percent of such a step.
     """
 
-    def __init__(self, model: TokenMixupModel) -> None:
-        super().__init__()
-        assert model.horizontal is not None and model.vertical is None, "HTM alone"
-        self.horizontal = model.horizontal
-        self.layout = model.layout
-        self.scorenets = model.scorenets
-        self.layers = model.adapter.layers(model.backbone)
-        self.backbone = model.detach()
+    def begin(self, model: TokenMixupModel, images: Tensor, targets: Tensor | None) -> None:
+        patches = model.layout.num_patch_tokens
+        assert targets is not None and patches is not None
+        model.eval()
+        self._measured = pixel_gradient_saliency(model.backbone, images, targets, patches)
+        model.train()
 
-    def forward(self, images: Tensor, targets: Tensor) -> TokenMixupOutput:
-        config, patches = self.horizontal, self.layout.num_patch_tokens
-        tau = config.tau
-        assert tau is not None and patches is not None
-        saliency = pixel_gradient_saliency(self.backbone, images, targets, patches)
-        found: dict[str, Any] = {"targets": targets, "loss": 0, "stats": {}}
+    def saliency(self, layer: int, saliency: Tensor) -> Tensor:
+        return self._measured
 
-        def mix(index: int, tokens: Tensor) -> Tensor:
-            net = self.scorenets[str(index)]
-            logits = net(tokens.detach() if config.scorenet_stop_gradient else tokens)
-            losses = soft_cross_entropy(logits, found["targets"])
-            easy = sample_difficulty(logits, found["targets"]) <= tau
-            prefix = self.layout.num_prefix_tokens
-            mixed = horizontal_mixup(tokens, found["targets"], saliency, easy, config.rho, prefix)
-            found["loss"] = found["loss"] + config.scorenet_lambda * losses.mean()
-            found["targets"] = mixed.targets
-            found["stats"][f"htm/layer{index}/mixed_share"] = mixed.mask.any(1).float().mean()
-            return mixed.tokens
 
-        handles = []
-        for index in config.layers:
-
-            def at_input(_: nn.Module, args: Any, index: int = index) -> Any:
-                return (mix(index, args[0]), *args[1:])
-
-            handles.append(self.layers[index].register_forward_pre_hook(at_input))
-        try:
-            logits = self.backbone(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return TokenMixupOutput(logits, found["targets"], found["loss"], found["stats"])
+def guided_by_gradients(model: TokenMixupModel) -> TokenMixupModel:
+    """The same host with `PixelGradients`; the given model must not be used any more."""
+    return attach(model.detach(), horizontal=model.horizontal, rules=PixelGradients())
 
 
 def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[], Tensor]:
@@ -113,7 +86,7 @@ def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
         },
         settings.rounds(5),
     )
-    gradients = Steps(workload, "HTM", wrap=GradientGuided)
+    gradients = Steps(workload, "HTM", wrap=guided_by_gradients)
     whole, _ = time_steps({"attention": attention, "gradients": gradients}, settings.rounds(5))
     return {
         "model": workload.model,
