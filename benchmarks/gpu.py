@@ -29,7 +29,7 @@ from experiments.documents.markdown import aligned_table
 from experiments.errors import ConfigError
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
-from experiments.training.evaluation import memory_format
+from experiments.training.evaluation import to_device
 
 WORKLOADS = (
     Workload("CCT-7/3×1", 128, "bf16", compile=True),
@@ -211,10 +211,9 @@ def _loading(settings: Settings, workload: Workload, steps: dict[str, Steps]) ->
             start = time.perf_counter()
             for _ in range(count):
                 before = time.perf_counter()
-                some, labels = next(stream)
+                batch = next(stream)
                 waits.append(time.perf_counter() - before)
-                moved = some.to(device, non_blocking=True, memory_format=memory_format(config))
-                step.train(moved, labels.to(device, non_blocking=True))
+                step.train(*to_device(batch, device, config))
             _synchronise(device)
             seconds = time.perf_counter() - start
             next(stream, None)  # ends the epoch
@@ -293,7 +292,7 @@ def _checkpointing(
             backbone: Any = step.learner.model.backbone
             backbone.set_grad_checkpointing()
         step()
-        norm = step.statistics["gradient_norm"].item()
+        norm = step.measured()["gradient_norm"]
         step()
         found[name] = {"gradient_norm": norm, "peak_bytes": _peak_bytes(step)}
     return found

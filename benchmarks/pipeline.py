@@ -20,7 +20,8 @@ from benchmarks import row
 from benchmarks.row import Row, Settings, Target
 from benchmarks.timing import Timing, ratio, recorded
 from experiments.config import RunConfig, load_config
-from experiments.data.loading import SeededImages, TrainBatches, train_transform
+from experiments.data.augment import train_transform
+from experiments.data.loading import SeededImages, TrainBatches
 from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 from experiments.seeding import derive_seed, generators_kept, seed_generators, seeded

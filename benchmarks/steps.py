@@ -19,13 +19,16 @@ from benchmarks.direct import DirectModel
 from benchmarks.row import Row, Settings, Target
 from benchmarks.timing import Timing, interleaved, milliseconds, ratio, recorded, times
 from experiments.config import RunConfig, load_config
-from experiments.data.loading import BatchMixer, Division
+from experiments.data.augment import BatchMixer
+from experiments.data.loading import Division
 from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import ONE_PROCESS, World
 from experiments.training.evaluation import memory_format, place
+from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
+from experiments.training.run import train_step
 from experiments.training.step import Learner
 
 VARIANTS = ("plain", "HTM", "VTM", "HVTM")
@@ -178,8 +181,8 @@ class Steps:
     ) -> None:
         self.learner = make_learner(workload, variant, world, wrap)
         self.images, self.labels = make_batch(workload, self.learner.config, self.learner.device)
-        self.done = 0
-        self.statistics: dict[str, Tensor] = {}
+        self.progress = Progress()
+        self.statistics = RunningStatistics(self.learner.device)
 
     def __call__(self) -> None:
         # timm's Mixup writes into the images it is given
@@ -187,16 +190,18 @@ class Steps:
 
     def train(self, images: Tensor, labels: Tensor) -> None:
         """Train one step; the images are overwritten."""
-        self.learner.schedule.set_step(self.done)
-        result = self.learner.step(images, labels, 0, self.done)
-        self.statistics = result.statistics[0]
-        self.done += 1
+        self.learner.schedule.set_step(self.progress.step)
+        train_step(self.learner, images, labels, self.progress, self.statistics)
+
+    def measured(self) -> dict[str, float]:
+        """Means of the statistics since the last call; waits for the device."""
+        return self.statistics.read(self.learner.world)
 
     def mixing(self) -> dict[str, float]:
-        """HTM's statistics of the last step, by the last part of their name."""
+        """HTM's part of `measured`, by the last part of each name."""
         return {
-            name.rpartition("/")[2]: value.item()
-            for name, value in self.statistics.items()
+            name.rpartition("/")[2]: value
+            for name, value in self.measured().items()
             if name.startswith("htm/")
         }
 

@@ -39,10 +39,6 @@ class ProcessLost(RuntimeError):
     exit_code = 4
 
 
-class LoaderProcessLost(RuntimeError):
-    """A data-loader process ended while it handed a batch over."""
-
-
 class SavedAndStopped(Exception):
     """A run was asked to stop and has saved itself: the same command goes on. Exit code 75."""
 

@@ -19,12 +19,12 @@ from experiments.errors import ConfigError, DataError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOWNLOAD_TIMEOUT_SECONDS = 30
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
-STREAMED = ("tfds", "hfids")  # read front to back, so no image has an index
+STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set before it is read."""
+    """What is known about a data set before it is read."""
 
     num_classes: int
     mean: tuple[float, float, float]
@@ -120,7 +120,7 @@ class TimmImages:
         if self._reader is None:
             image, label = self._dataset[index]
             return image.convert("RGB"), int(label)
-        # timm's own __getitem__ takes the next image for one that it cannot read
+        # timm's own __getitem__ replaces an unreadable image by the next one
         file, label, *_ = self._reader[index]
         with file, Image.open(file) as image:
             return image.convert("RGB"), int(label)
@@ -148,7 +148,7 @@ class TimmImages:
 
     def _class_indices(self) -> dict[Any, int] | None:
         for owner in (self._reader, self._dataset):
-            # timm's reader of a tar file has its own name for it
+            # timm's reader of a tar file has another name for it
             for name in ("class_to_idx", "class_name_to_idx"):
                 if classes := getattr(owner, name, None):
                     return classes
@@ -179,7 +179,7 @@ def open_images(config: DataConfig, split: str) -> Images:
     """Open one split of the configured data set, or a part of it.
 
     `train[:10000]` is the first 10,000 images of `train` in the data set's own order,
-    `train[50000:60000]` those from image 50,000 on; any data set can be cut so.
+    `train[50000:60000]` the 10,000 images from image 50,000 on. Every data set can be sliced.
 
     Raises:
         DataError: it is missing, unreadable or unknown; the message says where it is expected.
@@ -210,7 +210,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
         )
     root = Path(config.root)
     if not prefix and (root / f"{split}.tar").is_file():
-        root = root / f"{split}.tar"  # timm takes a tar file, but knows no splits of one
+        root = root / f"{split}.tar"  # timm reads a tar file, but knows no splits of one
     download = config.download and prefix == "torch"
     if not root.exists() and not download and prefix != "hfds":
         raise DataError(_missing(config, split, "the folder does not exist"))
@@ -244,12 +244,12 @@ def _open_split(config: DataConfig, split: str) -> Images:
 
 
 def _tar_images(path: Path) -> TimmImages:
-    """A tar file with one folder of images a class."""
+    """A tar file with one folder of images per class."""
     from timm.data import ImageDataset
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
     try:
-        # by itself timm keeps an index beside a large archive as a pickle, which it would run
+        # by default timm caches the index of a large archive as a pickle, which it would run
         reader = ReaderImageInTar(str(path), cache_tarinfo=False)
     except (OSError, AssertionError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot read the tar file of images: {error}") from None
@@ -257,10 +257,10 @@ def _tar_images(path: Path) -> TimmImages:
 
 
 def known_num_classes(config: RunConfig) -> int | None:
-    """The number of classes, as far as the config alone tells it.
+    """The number of classes, where the config alone tells it.
 
     Raises:
-        ConfigError: the config says otherwise than the data set has.
+        ConfigError: the config contradicts the data set.
     """
     wanted, facts = config.model.num_classes, FACTS.get(config.data.dataset)
     if facts is not None and wanted not in (None, facts.num_classes):
@@ -272,7 +272,7 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
     """The number of classes of a data set that has been opened.
 
     Raises:
-        ConfigError: the config says otherwise, or neither says anything.
+        ConfigError: the config contradicts the data set, or neither states it.
     """
     wanted = config.model.num_classes
     whole = _whole(images)
@@ -296,12 +296,12 @@ def class_names(images: Images) -> tuple[str, ...] | None:
 
 
 def _whole(images: Images) -> Images:
-    """The data set itself, which alone knows its classes."""
+    """The data set itself, which alone knows its classes, of a part of it."""
     return images.whole if isinstance(images, PartOfImages) else images
 
 
 def readable_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The same names, but for ImageNet's numbers of WordNet, which become words."""
+    """The same names, with words in place of ImageNet's WordNet numbers."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
     from timm.data import ImageNetInfo
@@ -326,14 +326,14 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
     if config.dataset.lower().startswith("torch/"):
         advice += ", or let data.download fetch it on a machine with a network"
     elif "/" not in config.dataset:
-        advice += ", with one folder of images a class in the folder of each split, or SPLIT.tar"
+        advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
 
 
 @contextmanager
 def _network_timeout() -> Iterator[None]:
-    """A stalled download ends with an error instead of waiting for ever."""
+    """End a stalled download with an error instead of waiting forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:

@@ -1,8 +1,11 @@
 """Batches of augmented images that are a function of (seed, epoch, index) alone.
 
-Neither the number of loader processes nor where a run was cut changes them.
+They depend neither on the number of loader processes nor on where a run was interrupted.
+
+Dimensions: B batch.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,32 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from experiments.config import DataConfig, MixupConfig, RunConfig
-from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD, Images
-from experiments.errors import ConfigError, DataError, LoaderProcessLost
-from experiments.seeding import derive_seed, generators_kept, seed_generators, seeded
-from experiments.training.stopping import outlive_the_main_process
+from experiments.config import DataConfig, RunConfig
+from experiments.data.augment import eval_transform, train_transform
+from experiments.data.datasets import Images
+from experiments.errors import ConfigError, DataError
+from experiments.seeding import derive_seed, generators_kept, seed_generators
 
 Key = tuple[int, int]  # epoch, index
-Sample = tuple[Tensor, int, str]  # image (3, H, W), label, what was wrong with the one in its place
+Sample = tuple[Tensor, int, str]  # image (3, H, W), label, why another image stands in its place
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,)
 
-_SUBSTITUTES = 10  # images that are tried in the place of an unreadable one
+_SUBSTITUTES = 10  # images that are tried in place of an unreadable one
+_SAVING_SECONDS = 10  # how long a loader process outlives SIGTERM
 
 
 @dataclass(frozen=True)
 class Division:
-    """How a batch is divided into micro-batches, and which of them this process computes.
-
-    Attributes:
-        micro_batch: images of one forward pass.
-        first: this process's first micro-batch within the batch.
-        count: how many of them it computes.
-    """
+    """How a batch is divided into micro-batches, and which of them this process computes."""
 
     micro_batch: int
+    """Images per forward pass."""
     first: int
+    """This process's first micro-batch within the batch."""
     count: int
+    """How many of them it computes."""
 
 
 def divide_batch(config: DataConfig, rank: int, size: int) -> Division:
@@ -64,60 +65,6 @@ def divide_batch(config: DataConfig, rank: int, size: int) -> Division:
     return Division(config.micro_batch, rank * count, count)
 
 
-def normalisation(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel: the config's, or else the data set's."""
-    facts = FACTS.get(config.dataset)
-    mean = config.mean or (facts.mean if facts else IMAGENET_MEAN)
-    std = config.std or (facts.std if facts else IMAGENET_STD)
-    return mean, std
-
-
-def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
-    """timm's augmentation for training: PIL image -> tensor (3, H, W)."""
-    from timm.data import create_transform
-
-    mean, std = normalisation(config)
-    # timm's types leave out the None that switches the jitter off
-    jitter: Any = config.color_jitter or None
-    try:
-        return create_transform(
-            input_size=image_size,
-            is_training=True,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=config.hflip,
-            vflip=config.vflip,
-            color_jitter=jitter,
-            auto_augment=config.auto_augment,
-            interpolation=config.train_interpolation,
-            mean=mean,
-            std=std,
-            re_prob=config.re_prob,
-            re_mode=config.re_mode,
-            re_count=config.re_count,
-        )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise DataError(
-            f"data.auto_augment: got {config.auto_augment!r}, which timm does not understand"
-            f" ({type(error).__name__}: {error}); allowed: a policy such as rand-m9-mstd0.5-inc1"
-        ) from None
-
-
-def eval_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
-    """timm's transform for evaluation, without anything random: PIL image -> (3, H, W)."""
-    from timm.data import create_transform
-
-    mean, std = normalisation(config)
-    return create_transform(
-        input_size=image_size,
-        is_training=False,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        mean=mean,
-        std=std,
-    )
-
-
 class _UnreadableImage(Exception):
     """An image that cannot be read; says which, and why."""
 
@@ -125,9 +72,8 @@ class _UnreadableImage(Exception):
 class SeededImages(Dataset[Sample]):
     """Transformed images whose randomness depends on (seed, epoch, index) alone.
 
-    A key carries the epoch, so that loader processes that live through all epochs know it. Where
-    unreadable images are allowed, another one takes the place of such an image, and the sample says
-    why.
+    A key carries the epoch, since loader processes live through all epochs. Where unreadable images
+    are allowed, another image stands in for such a one, and the sample says why.
     """
 
     def __init__(
@@ -188,8 +134,8 @@ class SeededImages(Dataset[Sample]):
 class EpochBatches(Sampler[list[Key]]):
     """Keys of one process's share of the batches of one epoch.
 
-    The order depends on (seed, epoch) alone. The last batch is left out where it is not full.
-    `epoch` and `first_step` say what the next iteration gives.
+    The order depends on (seed, epoch) alone. A last batch that is not full is left out. `epoch` and
+    `first_step` say what the next iteration gives.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, division: Division) -> None:
@@ -225,24 +171,17 @@ class TrainBatches:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        data = config.data
+        data, seed = config.data, config.seed
         if len(images) < data.batch_size:
             raise DataError(
                 f"data.batch_size: got {data.batch_size}; allowed: up to the {len(images)} images "
                 f"of the split {data.train_split!r}"
             )
-        dataset = SeededImages(
-            images,
-            train_transform(data, config.model.image_size),
-            config.seed,
-            num_classes,
-            bad_allowed=data.max_bad_images > 0,
-        )
+        transform = train_transform(data, config.model.image_size)
+        dataset = SeededImages(images, transform, seed, num_classes, data.max_bad_images > 0)
         self.division = divide_batch(data, rank, size)
-        self._batches = EpochBatches(len(images), data.batch_size, config.seed, self.division)
-        self._loader = _loader(
-            dataset, data.workers, pin_memory, config.seed, batch_sampler=self._batches
-        )
+        self._keys = EpochBatches(len(images), data.batch_size, seed, self.division)
+        self._loader = _loader(dataset, self._keys, data.workers, pin_memory, seed)
         self.num_images = len(images)
         self.steps_per_epoch = len(images) // data.batch_size
         self.max_bad_images = data.max_bad_images
@@ -250,19 +189,19 @@ class TrainBatches:
         """What was wrong with each image that could not be read so far, in order."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0), from a step within it on.
+        """The batches of one epoch (counted from 0), starting at a step within it.
 
         Raises:
             DataError: more images than allowed cannot be read; the message names the last.
         """
-        self._batches.epoch, self._batches.first_step = epoch, first_step
-        for images, labels, problems in _readable_errors(self._loader):
+        self._keys.epoch, self._keys.first_step = epoch, first_step
+        for images, labels, problems in _loaded(self._loader):
             for problem in problems:
                 self._count_bad(problem)
             yield images, labels
 
     def close(self) -> None:
-        """End the loader's processes, which otherwise live until Python's own end."""
+        """End the loader's processes, which otherwise live until Python exits."""
         del self._loader
 
     def _count_bad(self, problem: str) -> None:
@@ -276,7 +215,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every image of the validation split once, over all processes."""
+    """This process's share of the validation split; over all processes, every image once."""
 
     def __init__(
         self,
@@ -288,67 +227,32 @@ class EvalBatches:
         size: int = 1,
     ) -> None:
         data = config.data
-        dataset = SeededImages(
-            images, eval_transform(data, config.model.image_size), config.seed, num_classes
-        )
+        transform = eval_transform(data, config.model.image_size)
+        dataset = SeededImages(images, transform, config.seed, num_classes)
         length = data.eval_batch_size or data.batch_size
         keys = [(0, index) for index in range(rank, len(images), size)]
         batches = [keys[start : start + length] for start in range(0, len(keys), length)]
-        self._loader = _loader(dataset, data.workers, pin_memory, config.seed, batches)
+        self._loader = _loader(dataset, batches, data.workers, pin_memory, config.seed)
         self.num_images = len(images)
         self.common_batches = -(-(len(images) // size) // length)
         """Batches that every process has at least."""
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, labels, _ in _readable_errors(self._loader):
+        for images, labels, _ in _loaded(self._loader):
             yield images, labels
-
-    def close(self) -> None:
-        """End the loader's processes, which otherwise live until Python's own end."""
-        del self._loader
 
     def __len__(self) -> int:
         return len(self._loader)
 
-
-class BatchMixer:
-    """timm's Mixup and CutMix, and label smoothing; random by (seed, epoch, step, part) alone."""
-
-    def __init__(self, config: MixupConfig, num_classes: int, seed: int) -> None:
-        from timm.data.mixup import Mixup
-
-        self._seed = seed
-        self._num_classes = num_classes
-        self._smoothing = config.label_smoothing
-        self._mixup = None
-        if config.active:
-            self._mixup = Mixup(
-                mixup_alpha=config.mixup_alpha,
-                cutmix_alpha=config.cutmix_alpha,
-                prob=config.prob,
-                switch_prob=config.switch_prob,
-                mode=config.mode,
-                label_smoothing=config.label_smoothing,
-                num_classes=num_classes,
-            )
-
-    def __call__(
-        self, images: Tensor, labels: Tensor, epoch: int, step: int, part: int
-    ) -> tuple[Tensor, Tensor]:
-        """Mix a part of a batch: images (B, 3, H, W), labels (B,) -> images, targets (B, C)."""
-        from timm.data.mixup import mixup_target
-
-        if self._mixup is None:
-            return images, mixup_target(labels, self._num_classes, smoothing=self._smoothing)
-        with seeded(derive_seed(self._seed, "mixup", epoch, step, part)):
-            mixed, targets = self._mixup(images, labels)
-        return mixed, targets
+    def close(self) -> None:
+        """End the loader's processes, which otherwise live until Python exits."""
+        del self._loader
 
 
 def _loader(
-    dataset: SeededImages, workers: int, pin_memory: bool, seed: int, batch_sampler: Any
+    dataset: SeededImages, batch_sampler: Any, workers: int, pin_memory: bool, seed: int
 ) -> DataLoader[Sample]:
-    # the loader draws a number for its processes at every epoch: from a generator of its own
+    # the loader draws a seed for its processes in every epoch: from a generator of its own
     generator = torch.Generator()
     generator.manual_seed(derive_seed(seed, "loader"))
     return DataLoader(
@@ -359,7 +263,7 @@ def _loader(
         persistent_workers=workers > 0,
         generator=generator,
         collate_fn=_collate,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=_outlive_main_process,
     )
 
 
@@ -368,16 +272,24 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return images, labels, [sample[2] for sample in samples]
 
 
-def _begin_worker(number: int) -> None:
-    outlive_the_main_process()
+def _outlive_main_process(number: int) -> None:
+    """Let the main process handle signals sent to the group; it needs this one until it has saved.
+
+    The main process ends its loader processes by SIGTERM as well, so that is only delayed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SAVING_SECONDS))
 
 
-def _readable_errors(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+def _loaded(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """The loader's batches; errors that came from its processes in one line."""
     try:
         yield from loader
     except DataError as error:
-        # from a loader process it comes with that process's traceback in front
+        # a loader process puts its traceback in front
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except (ConnectionError, EOFError) as error:
-        # its tensors come through a socket, whose end may be noticed before the process's
-        raise LoaderProcessLost(str(error) or type(error).__name__) from error
+        # tensors come through a socket, which may tell of a killed process before torch does
+        raise RuntimeError(f"DataLoader worker ended: {error or type(error).__name__}") from error

@@ -1,9 +1,9 @@
 """WebDataset shards (`wds/NAME`), read by index.
 
-A shard is a plain tar archive in which files of the same name and different endings are one sample:
-`0001.jpg` with its class in `0001.cls`. Reading such shards as a stream, as timm does, shuffles
-within a buffer only, in an order that depends on the number of loader processes. Shards on a disk
-can be indexed once instead, so that every image has a number, as in any other data set here.
+A shard is a tar archive in which files with the same name and different endings form one sample:
+`0001.jpg` with its class in `0001.cls`. timm reads shards as a stream, which shuffles only within a
+buffer and in an order that depends on the number of loader processes. Here the shards are indexed
+once, so that every image has a number, as in any other data set.
 """
 
 import io
@@ -29,8 +29,8 @@ class ShardImages:
 
     Args:
         root: folder of the shards.
-        split: a split of `_info.json` (its `splits.NAME.filenames`), or the shards' names, in which
-            `{0000..0009}` stands for ten numbers.
+        split: a split of `_info.json` (its `splits.NAME.filenames`), or the names of the shards,
+            in which `{0000..0009}` stands for ten numbers.
 
     Raises:
         DataError: a shard is missing or damaged, or a sample lacks its image or class.
@@ -51,7 +51,7 @@ class ShardImages:
         return len(self._shard)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        # opened anew each time: loader processes must not share a position in a file
+        # opened each time: loader processes must not share a position in a file
         with self._shards[self._shard[index]].open("rb") as file:
             file.seek(self._offset[index])
             content = file.read(self._size[index])
@@ -59,7 +59,7 @@ class ShardImages:
             return image.convert("RGB"), self._label[index]
 
     def describe(self, index: int) -> str:
-        """The image's shard, and where in it the image begins."""
+        """The image's shard and offset."""
         return f"{self._shards[self._shard[index]]} (the image at byte {self._offset[index]})"
 
 
@@ -107,7 +107,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _samples(path: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The samples of a shard: where the image lies, and its class."""
+    """The samples of a shard: the archive's entry of the image, and its class."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:

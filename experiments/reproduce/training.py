@@ -23,8 +23,8 @@ from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 from experiments.reproduce import records
 from experiments.reproduce.records import SeedResult, TableRecord
 from experiments.training.distributed import choose_device
+from experiments.training.folder import FINAL_WEIGHTS, HEARTBEAT_FILE
 from experiments.training.metrics import read_metrics
-from experiments.training.run_folder import FINAL_WEIGHTS, HEARTBEAT_FILE
 from experiments.zoo.manifest import Manifest, Row
 
 _LAUNCHER = ("sh", str(provenance.ROOT / "run" / "launch.sh"))

@@ -6,7 +6,9 @@ torchrun tells each process its place through the environment; without it there 
 import gc
 import os
 import re
+import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from experiments.errors import ConfigError, ProcessLost
-from experiments.training.rendezvous import meet
 
-# what torch's backends say where another process does not answer; they have other errors as well
+dist: Any = torch.distributed  # which does not say that it exports its stores
+
+# what torch's backends say when another process does not answer; they have other errors as well
 _BACKENDS = ("gloo", "nccl")
 _SIGNS_OF_A_LOST_PROCESS = re.compile(
     r"timed out|timeout|abort|broken pipe|connection refused|connectfullmesh failed"
@@ -62,7 +65,7 @@ class World:
         return int(tensor.item())
 
     def gather(self, plain: Any) -> list[Any]:
-        """What each process gives, in the order of ranks; empty outside the main process."""
+        """What each process gives, ordered by rank; empty outside the main process."""
         if self.size == 1:
             return [plain]
         gathered: list[Any] | None = [None] * self.size if self.is_main else None
@@ -71,7 +74,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """What stands inside is done by the main process before any other begins it."""
+        """The main process leaves the block before any other enters it."""
         if self.size > 1 and not self.is_main:
             dist.barrier()
         yield
@@ -80,10 +83,10 @@ class World:
 
 
 class Agreement:
-    """Whether any process wants something, the same answer in all of them.
+    """Whether any process wants something: the same answer in all of them.
 
-    The answer is that to the question before: it travels while the processes compute, and nobody
-    waits for it. A process alone has it at once.
+    Each call of `ask` returns the answer to the call before it, which travels while the processes
+    compute, so that nobody waits. A single process gets its answer at once.
     """
 
     def __init__(self, world: World) -> None:
@@ -91,7 +94,7 @@ class Agreement:
         self._underway: tuple[Any, torch.Tensor] | None = None
 
     def ask(self, wish: bool) -> bool:
-        """Every process asks equally often."""
+        """Send this process's wish; every process asks equally often."""
         if self._world.size == 1:
             return wish
         answer = self.finish()
@@ -100,7 +103,7 @@ class Agreement:
         return answer
 
     def finish(self) -> bool:
-        """Wait for the last answer; in all processes before they part."""
+        """Wait for the last answer; every process calls it before it leaves the group."""
         if self._underway is None:
             return False
         work, votes = self._underway
@@ -135,13 +138,13 @@ def joined_world(device: str, timeout_minutes: float) -> Iterator[World]:
     backend = "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # gloo as well: what the host alone must know never waits for the device
+        # gloo as well: exchanges between hosts alone never wait for the device
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=timeout_minutes)
     with _lost_processes_told(rank, size, timeout_minutes):
         dist.init_process_group(
             backend,
-            store=meet(rank, size, timeout),
+            store=_fresh_store(rank, size, timeout),
             rank=rank,
             world_size=size,
             timeout=timeout,
@@ -151,10 +154,44 @@ def joined_world(device: str, timeout_minutes: float) -> Iterator[World]:
         with _lost_processes_told(rank, size, timeout_minutes):
             yield World(rank, size, chosen)
     finally:
-        # A parallel model must go before the group: the group's threads wait for Python's lock when
-        # the model, as the last to hold the group, takes the group with it, and the exit hangs.
+        # A parallel model must be freed before the group: where the model frees the group, the
+        # group's threads wait for Python's lock, and the exit hangs.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _fresh_store(rank: int, size: int, timeout: timedelta) -> Any:
+    """Wait for the other processes of this start; gives a torch store without older entries.
+
+    After a process has died, torchrun starts all of them again with the store that the dead ones
+    used (pytorch issue 135712). Stale entries there, such as ports, make the new processes wait for
+    dead ones until the timeout. torchrun has no name for a start that is the same on all machines,
+    so the main process draws one and sends it to each process in answer to a word of its own.
+    Messages from dead processes are answered too; nobody reads those answers.
+
+    Raises:
+        RuntimeError: one of torch's (`DistError`): some did not come in time.
+    """
+    shared, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    meeting = dist.PrefixStore("tokenmixup", shared)
+    if rank:
+        word = uuid.uuid4().hex
+        meeting.set(f"process {rank}", word)
+        start = meeting.get(word).decode()
+        meeting.add(start, 1)
+        return dist.PrefixStore(start, shared)
+    start, answered = uuid.uuid4().hex, set[str]()
+    deadline = time.monotonic() + timeout.total_seconds()
+    while meeting.add(start, 0) < size - 1:
+        for other in range(1, size):
+            word = meeting.get(f"process {other}").decode()
+            if word not in answered:
+                meeting.set(word, start)
+                answered.add(word)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"only some of the {size - 1} other processes joined in time")
+        time.sleep(0.02)
+    return dist.PrefixStore(start, shared)
 
 
 @contextmanager
@@ -181,7 +218,7 @@ def _tells_of_a_lost_process(error: RuntimeError) -> bool:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of the local variables that the traceback of an error keeps alive."""
+    """Free the local variables, such as models, that the traceback of an error keeps alive."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

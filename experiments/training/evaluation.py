@@ -1,12 +1,14 @@
 """Evaluation on the whole validation split: of a model in training, or of weights from a file.
 
+Also where models and batches go: device, memory format, precision.
+
 Dimensions: B batch, C classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,13 @@ from torch import nn
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
-from experiments.data.datasets import known_num_classes, open_images, stated_num_classes
+from experiments.data.datasets import Images, known_num_classes, open_images, stated_num_classes
 from experiments.data.loading import Batch, EvalBatches
 from experiments.models.build import build_model
 from experiments.training.distributed import World
 from tokenmixup import TokenMixupModel
+
+_Model = TypeVar("_Model")
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,22 @@ def evaluate(
     config: RunConfig,
     on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on every image once, over all processes; the model's mode is left as it came.
+    """Evaluate on every image once, over all processes; restores the model's mode.
 
     Args:
         model: on the device of the world.
         batches: this process's share of the images.
         world: all processes.
         config: of the run.
-        on_batch: called after each batch, as often in every process.
+        on_batch: called before each batch.
     """
     was_training, device = model.training, world.device
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for images, labels in batches:
+        for batch in batches:
             on_batch()
-            images = images.to(device, non_blocking=True, memory_format=memory_format(config))
-            labels = labels.to(device, non_blocking=True)
+            images, labels = to_device(batch, device, config)
             with autocast(device, config.eval_precision):
                 logits = model(images)
             logits = logits.float()  # (B, C)
@@ -87,6 +90,13 @@ def memory_format(config: RunConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
+def to_device(batch: Batch, device: torch.device, config: RunConfig) -> Batch:
+    """Copy a batch to the device without waiting for it, in the configured memory format."""
+    images, labels = batch
+    images = images.to(device, non_blocking=True, memory_format=memory_format(config))
+    return images, labels.to(device, non_blocking=True)
+
+
 def place(model: TokenMixupModel, device: torch.device, config: RunConfig) -> TokenMixupModel:
     """Put a model on its device, in the configured memory format."""
     untyped: Any = model  # torch's types do not know a module's memory format
@@ -103,35 +113,51 @@ def assemble(
     return place(model, device, config), loaded
 
 
+def model_and_images(
+    config: RunConfig, world: World, splits: Sequence[str], make: Callable[[int], _Model]
+) -> tuple[_Model, int, list[Images]]:
+    """Make a model for the number of classes, and open splits of the data set.
+
+    Where the config alone tells the number of classes, the model comes first: its mistakes need no
+    data to be found.
+
+    Raises:
+        UserError: any setting that cannot work, or data that is missing.
+    """
+    num_classes = known_num_classes(config)
+    model = None if num_classes is None else make(num_classes)
+    with world.main_first():  # downloads
+        images = [open_images(config.data, split) for split in splits]
+    if num_classes is None or model is None:
+        num_classes = stated_num_classes(config, images[0])
+        model = make(num_classes)
+    return model, num_classes, images
+
+
 class Assessment:
     """Weights from a file in the model of a config, ready to be evaluated.
 
     Raises:
-        UserError: whatever of the config or of the file cannot work.
+        UserError: any setting or file that cannot work.
     """
 
     def __init__(self, config: RunConfig, checkpoint: str, world: World) -> None:
         self.config = config
         self.world = world
-        num_classes = known_num_classes(config)
-        parts = None
-        if num_classes is not None:  # mistakes in the file need no data to be found
-            parts = assemble(config, checkpoint, num_classes, world.device)
-        with world.main_first():  # which may have to fetch it
-            self.images = open_images(config.data, config.data.val_split)
-        if num_classes is None:
-            num_classes = stated_num_classes(config, self.images)
-        self.model, self.loaded = parts or assemble(config, checkpoint, num_classes, world.device)
-        pin_memory = world.device.type == "cuda"
-        self.batches = EvalBatches(
-            config, self.images, num_classes, pin_memory, world.rank, world.size
+        (self.model, self.loaded), num_classes, (self.images,) = model_and_images(
+            config,
+            world,
+            (config.data.val_split,),
+            lambda num_classes: assemble(config, checkpoint, num_classes, world.device),
         )
+        share = (world.device.type == "cuda", world.rank, world.size)
+        self.batches = EvalBatches(config, self.images, num_classes, *share)
 
     def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:
         """Top-1, top-5 and loss over the whole validation split; once.
 
         Args:
-            batches: `self.batches` as someone watches them go by.
+            batches: `self.batches`, wrapped for example in a progress bar.
         """
         watched = self.batches if batches is None else batches
         try:

@@ -1,20 +1,19 @@
-"""What a run measures: running statistics without stalls, and where they are written.
-
-Dimensions: B batch, C classes.
-"""
+"""How far a run has come, what it measures without waiting for the device, and where that goes."""
 
 import json
 import math
 import os
 import statistics
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from experiments.errors import DataError
+from experiments.errors import DataError, TrainingStopped
 from experiments.files import write_atomically
 from experiments.training.distributed import World
 
@@ -23,102 +22,149 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 CLOCK_VALUES = ("time", "step_seconds", "data_seconds", "images_per_second")
 """Values of a row that a clock gives; all others are the same whenever a run is repeated."""
-_PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
+CHECKED = ("training loss", "ScoreNet's loss", "norm of the gradient")
+"""What must be finite at each step."""
 
-# tokenmixup gives these as means over the easy samples of a batch
-_PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")
-# steps of fp16 whose gradient overflowed have no norm
-_PER_FINITE_STEP = "gradient_norm"
+_PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
+_PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")  # means over a batch's easy samples
+_PER_FINITE_STEP = "gradient_norm"  # steps that overflow in fp16 have none
+_Batch = TypeVar("_Batch")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epochs_done: int = 0
+    """Epochs that are trained and, where it is due, evaluated."""
+    step: int = 0
+    """Optimiser steps done; beyond `epochs_done` they belong to the current epoch."""
+    skipped_steps: int = 0
+    """Those of them that were left out, since something was not finite."""
+    top1: float = -1.0
+    best_top1: float = -1.0
+    best_epoch: int = 0
 
 
 class RunningStatistics:
-    """Means, minima and maxima of 0-d tensors over steps, kept on their device.
+    """What was measured since the last row of metrics, over all processes, kept on the device.
 
     A name that ends in `_min` or `_max` gives the smallest or largest value of any step; a mean
-    over easy samples counts each step by its share of easy samples, the norm of the gradient by
-    whether it was finite, where that is told; all others give the mean.
+    over easy samples weights each step by its share of easy samples, and the norm of the gradient
+    by whether it was finite, where `finite_share` tells; all others give the mean.
 
-    Whether there are names is the same in all processes, and decides whether they exchange values.
+    All processes have the same names, and exchange values only if there are any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._restart()
+
+    def _restart(self) -> None:
         self.steps = 0
+        """Optimiser steps since the last row."""
+        self._finite = torch.ones(len(CHECKED), dtype=torch.bool, device=self._device)
+        self._good_steps = torch.zeros(len(CHECKED), device=self._device)  # before a bad one
+        self._added = 0
         self._names: list[str] = []
         self._sums = self._low = self._high = torch.empty(0)
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take in the values of one step; every step has the same names."""
+    def add_step(self, parts: Sequence[dict[str, Tensor]], finite: Tensor) -> None:
+        """Take in a step, without waiting for the device.
+
+        Args:
+            parts: 0-d tensors by name for each part of the batch; all parts have the same names.
+            finite: (3,) bool, whether each of `CHECKED` was finite.
+        """
+        self.steps += 1
+        self._finite = self._finite & finite
+        self._good_steps = self._good_steps + self._finite
+        for values in parts:
+            self._add(values)
+
+    def add_skipped_step(self) -> None:
+        """Count a step that was left out; its values are not part of any mean."""
+        self.steps += 1
+        self._good_steps = self._good_steps + 1
+
+    def _add(self, values: dict[str, Tensor]) -> None:
         names = sorted(values)
         stacked = torch.stack([values[name].float() for name in names])
         one = torch.ones((), device=stacked.device)
-        scaled = stacked * torch.stack([values.get(_weight_of(name), one) for name in names])
+        weighted = stacked * torch.stack([values.get(_weight_of(name), one) for name in names])
         if not self._names:
             self._names = names
-            self._sums, self._low, self._high = scaled, stacked, stacked
+            self._sums, self._low, self._high = weighted, stacked, stacked
         else:
             assert names == self._names, "a step has other statistics than the one before"
-            self._sums = self._sums + scaled
+            self._sums = self._sums + weighted
             self._low = torch.minimum(self._low, stacked)
             self._high = torch.maximum(self._high, stacked)
-        self.steps += 1
+        self._added += 1
+
+    def refuse_not_finite(self, world: World, progress: Progress) -> None:
+        """Raise TrainingStopped where a value of these steps was not finite; in all processes."""
+        good = [round(value) for value in world.minimum(self._good_steps.clone()).tolist()]
+        first = min(good)
+        if first < self.steps:
+            name = CHECKED[good.index(first)]
+            step, epoch = progress.step - self.steps + first + 1, progress.epochs_done + 1
+            raise TrainingStopped(f"step {step} (epoch {epoch}): the {name} is not finite")
+
+    def read(self, world: World) -> dict[str, float]:
+        """The values so far, over all processes, in one exchange with the device; then restart."""
+        values: dict[str, float] = {}
+        if self._names:
+            count = self._sums.new_tensor([self._added])
+            *totals, parts = world.sum(torch.cat((self._sums, count))).tolist()
+            extremes = world.minimum(torch.stack((self._low, -self._high))).tolist()
+            sums, low, minus_high = (
+                dict(zip(self._names, row, strict=True)) for row in (totals, *extremes)
+            )
+            for name in self._names:
+                weight = sums.get(_weight_of(name), parts)
+                if name.endswith("_min"):
+                    values[name] = low[name]
+                elif name.endswith("_max"):
+                    values[name] = -minus_high[name]
+                else:
+                    values[name] = sums[name] / weight if weight else 0.0
+        values["steps"] = self.steps
+        self._restart()
+        return values
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of an interval keeps of it."""
+        """What a checkpoint between two rows keeps, once `refuse_not_finite` found nothing."""
         values = {
-            name: rows.tolist()  # float32 as Python's floats: exact, and back again
-            for name, rows in (("sums", self._sums), ("low", self._low), ("high", self._high))
+            name: tensor.tolist()  # float32 as Python's floats: exact, and back again
+            for name, tensor in (("sums", self._sums), ("low", self._low), ("high", self._high))
         }
-        return {"steps": self.steps, "names": self._names, **values}
+        return {"steps": self.steps, "added": self._added, "names": self._names, **values}
 
-    def load_state_dicts(
-        self, states: list[dict[str, Any]], device: torch.device, mine: bool = True
-    ) -> None:
-        """Go on from what `state_dict` gave, in one process or in several together.
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], mine: bool = True) -> None:
+        """Continue from what `state_dict` gave in one or several processes.
 
         Args:
-            states: of the processes.
-            device: where the values go.
-            mine: whether to count them here; else the names alone are taken over.
+            states: of the processes, which made the same steps.
+            mine: whether to count them in this process; otherwise another process of the run does.
         """
+        self._restart()
+        self.steps = states[0]["steps"]
+        self._good_steps = self._good_steps + self.steps
         states = [state for state in states if state["names"]]
-        self.steps = sum(state["steps"] for state in states) if mine else 0
-        self._names = []
         if not states:
             return
         self._names = list(states[0]["names"])
         sums, low, high = (
-            torch.tensor([state[name] for state in states], dtype=torch.float32, device=device)
-            for name in ("sums", "low", "high")
+            torch.tensor([state[key] for state in states], dtype=torch.float32, device=self._device)
+            for key in ("sums", "low", "high")
         )
         self._sums, self._low, self._high = sums.sum(0), low.amin(0), high.amax(0)
-        if not mine:
-            self._sums = torch.zeros_like(self._sums)
+        self._added = sum(state["added"] for state in states)
+        if not mine:  # values that change no mean, minimum or maximum
+            self._sums, self._added = torch.zeros_like(self._sums), 0
             self._low = torch.full_like(self._low, math.inf)
             self._high = -self._low
-
-    def read(self, world: World) -> dict[str, float]:
-        """The values so far, over all processes, in one exchange with the device; then anew."""
-        if not self._names:
-            return {}
-        count = self._sums.new_tensor([self.steps])
-        *totals, steps = world.sum(torch.cat((self._sums, count))).tolist()
-        extremes = world.minimum(torch.stack((self._low, -self._high))).tolist()
-        sums, low, minus_high = (
-            dict(zip(self._names, row, strict=True)) for row in (totals, *extremes)
-        )
-        result = {}
-        for name in self._names:
-            if name.endswith("_min"):
-                result[name] = low[name]
-            elif name.endswith("_max"):
-                result[name] = -minus_high[name]
-            elif _weight_of(name) in sums:
-                weight = sums[_weight_of(name)]
-                result[name] = sums[name] / weight if weight else 0.0
-            else:
-                result[name] = sums[name] / steps
-        self.steps, self._names = 0, []
-        return result
 
 
 def _weight_of(name: str) -> str:
@@ -142,9 +188,17 @@ class StepTimer:
         self._waits: list[float] = []
         self._start = self._last = time.perf_counter()
 
-    def got_data(self) -> None:
-        """The batch of the next step has arrived."""
-        self._waits.append(time.perf_counter() - self._last)
+    def batches(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Pass batches on and time the wait for each.
+
+        What the loop does between `step_done` and the next batch is not counted.
+        """
+        for batch in batches:
+            self._waits.append(time.perf_counter() - self._last)
+            yield batch
+            now = time.perf_counter()
+            self._start += now - self._last  # an evaluation, a checkpoint
+            self._last = now
 
     def step_done(self) -> None:
         """The step's work has been given to the device."""
@@ -152,21 +206,12 @@ class StepTimer:
         self._steps.append(now - self._last)
         self._last = now
 
-    def restart(self) -> None:
-        """Leave out what happened since the last step, such as an evaluation or a checkpoint."""
-        now = time.perf_counter()
-        self._start += now - self._last
-        self._last = now
-
     def read(self, images_per_step: int) -> dict[str, float]:
-        """Medians of the interval, right after an exchange with the device; then start anew."""
+        """Medians since the last call, right after an exchange with the device; then restart."""
         now = time.perf_counter()
-        if not self._steps:
-            return {}
         mean = (now - self._start) / len(self._steps)
-        step = statistics.median(self._steps) if self._each_step else mean
         result = {
-            "step_seconds": step,
+            "step_seconds": statistics.median(self._steps) if self._each_step else mean,
             "data_seconds": statistics.median(self._waits),
             "images_per_second": images_per_step / mean,
         }
@@ -175,12 +220,12 @@ class StepTimer:
         return result
 
 
-class Recorder:
-    """Writes rows of values to `metrics.jsonl`, and shows the same in TensorBoard.
+class MetricsWriter:
+    """Writes rows of values to `metrics.jsonl` and shows them in TensorBoard.
 
-    A run that goes on keeps the first `rows` rows, which its checkpoint counted; later ones are
-    what was done after it, and is about to be done again. TensorBoard's events are made anew from
-    the rows then: those of a killed process may be missing, those of undone steps too many.
+    A resumed run keeps the first `rows` rows, which its checkpoint counted; the steps of later
+    ones will be repeated. TensorBoard's events are then written anew from the rows, since a killed
+    process may have written too few or too many.
     """
 
     def __init__(self, folder: Path, rows: int, tensorboard: bool) -> None:
@@ -189,48 +234,57 @@ class Recorder:
         self.missing = rows - len(kept)
         """Rows that the checkpoint counted and the file does not have."""
         self.rows = len(kept)
+        self._kept = kept
         write_atomically(self.path, "".join(_json_line(row) for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._writer: Any = None
+        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             events = folder / TENSORBOARD_FOLDER
             for file in events.glob("events.out.tfevents.*"):
                 file.unlink()
-            self._writer = SummaryWriter(str(events))
+            self._board = SummaryWriter(str(events))
             for row in kept:
                 self._show(row)
 
-    def write(self, split: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Add one row: after `step` optimiser steps, within `epoch` (both counted from 1)."""
+    def write(self, split: str, progress: Progress, values: dict[str, float]) -> None:
+        """Add one row, of the current epoch (counted from 1)."""
+        epoch, step = progress.epochs_done + 1, progress.step
         row = {"split": split, "epoch": epoch, "step": step, "time": time.time(), **values}
         self._file.write(_json_line(row))
         self._file.flush()
         self.rows += 1
+        if self._kept and self._kept[-1]["epoch"] != epoch:
+            self._kept = []
+        self._kept.append(row)
         self._show(row)
 
-    def to_disk(self) -> None:
+    def training_rows(self, epoch: int) -> list[dict[str, Any]]:
+        """The rows of the training in the current epoch (counted from 1)."""
+        return [row for row in self._kept if (row["split"], row["epoch"]) == ("train", epoch)]
+
+    def flush_to_disk(self) -> None:
         """Have the rows on the disk before a checkpoint counts them."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Finish writing."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._board is not None:
+            self._board.close()
 
     def _show(self, row: dict[str, Any]) -> None:
-        if self._writer is None:
+        if self._board is None:
             return
         for name, value in row.items():
             if name not in _PLACE_OF_A_ROW:
                 shown = math.nan if value is None else value
-                self._writer.add_scalar(f"{row['split']}/{name}", shown, row["step"], row["time"])
+                self._board.add_scalar(f"{row['split']}/{name}", shown, row["step"], row["time"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line that was cut off is left out."""
+    """The rows of a run's `metrics.jsonl`; a last line that a crash cut off is left out."""
     path = folder / METRICS_FILE
     if not path.exists():
         return []
@@ -248,20 +302,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over rows, each counted by its number of steps; means over easy samples by these."""
-    names = {name: None for row in rows for name, value in row.items() if _is_number(value)}
-    result = {}
-    for name in names:
-        having = [row for row in rows if _is_number(row.get(name))]
-        weights = [row["steps"] * row.get(_weight_of(name), 1.0) for row in having]
-        total = sum(weight * row[name] for weight, row in zip(weights, having, strict=True))
-        result[name] = total / sum(weights) if sum(weights) else 0.0
-    return result
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def mean_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Means over rows, weighted by steps; means over easy samples by the easy samples as well."""
+    totals: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                weight = row["steps"] * row.get(_weight_of(name), 1.0)
+                total, weights = totals.get(name, (0, 0))
+                totals[name] = (total + weight * value, weights + weight)
+    return {name: total / weights if weights else 0.0 for name, (total, weights) in totals.items()}
 
 
 def _json_line(row: dict[str, Any]) -> str:

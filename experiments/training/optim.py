@@ -1,23 +1,12 @@
 """The optimiser and the learning rate, from timm's factories, in optimiser steps."""
 
-import importlib
-
 import torch
 from torch import nn
 
 from experiments.config import OptimizerConfig, ScheduleConfig, nearest
 from experiments.errors import ConfigError
 
-APEX_OPTIMIZERS = ("fusedadam", "fusedadamw", "fusedlamb", "fusedmomentum", "fusedsgd")
 _FUSED_IN_TORCH = ("adam", "adamw", "momentum", "nesterov", "sgd")
-
-
-def _has_nvidia_apex() -> bool:
-    try:
-        importlib.import_module("apex.optimizers")
-    except ImportError:
-        return False
-    return True
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -28,24 +17,13 @@ def check_optimizer(config: OptimizerConfig) -> None:
     """
     from timm.optim import get_optimizer_info, list_optimizers
 
-    if config.name in APEX_OPTIMIZERS and not _has_nvidia_apex():
-        raise ConfigError(
-            f"optimizer.name: {config.name!r} is an optimiser of NVIDIA's apex, which is not "
-            "installed here (it comes from NVIDIA's own repository; the package called apex in the "
-            "Python package index is an unrelated toolkit); torch's own fused optimisers need "
-            f"nothing and are the default on CUDA: use {config.name.removeprefix('fused')!r}"
-        )
     names = [str(name) for name in list_optimizers()]
     if config.name not in names:
         near = nearest(config.name, names)
         raise ConfigError(f"optimizer.name: got {config.name!r}, which timm does not know; {near}")
     info = get_optimizer_info(config.name)
-    for field, available in (
-        ("momentum", info.has_momentum),
-        ("betas", info.has_betas),
-        ("eps", info.has_eps),
-    ):
-        if getattr(config, field) is not None and not available:
+    for field in ("momentum", "betas", "eps"):
+        if getattr(config, field) is not None and not getattr(info, f"has_{field}"):
             raise ConfigError(
                 f"optimizer.{field}: got {getattr(config, field)!r}; allowed: null, since "
                 f"{config.name} has none"
@@ -60,7 +38,7 @@ def build_optimizer(
     On CUDA, torch's fused implementation where there is one.
 
     Raises:
-        ConfigError: it cannot be made, for example for want of a package.
+        ConfigError: it cannot be built, for example since a package is missing.
     """
     from timm.optim import create_optimizer_v2
 
@@ -83,7 +61,7 @@ def build_optimizer(
 class Schedule:
     """The learning rate of each optimiser step, by timm's scheduler factory.
 
-    It has no state: the same step always gives the same rate, so a resumed run asks it again.
+    It has no state: the same step always gives the same rate, also in a resumed run.
     """
 
     def __init__(

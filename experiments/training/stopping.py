@@ -1,92 +1,107 @@
-"""Requests to save and stop: SIGTERM, SIGINT, SIGUSR1, or the end of the time that a run may take.
+"""What ends a training early: a request to save and stop, or a fault from outside."""
 
-Python runs the handler of a signal between two of its own instructions, so never inside a
-collective that hangs. Therefore a thread reads what the C handler writes to a pipe.
-"""
-
+import errno
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from experiments.config import DataConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ONE_SIGNAL_SECONDS = 1.0
-"""A scheduler and torchrun may both send the same signal: so close together, they count as one."""
-
-
-_SAVING_SECONDS = 10
+_SAME_REQUEST_SECONDS = 1.0
+"""A scheduler and torchrun may both send a signal: so close together, they count as one request."""
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class StopRequests:
-    """Takes the signals while its block lasts. The first asks to stop, a second ends the process.
+    """Notes signals while its block lasts: the first asks to stop, a later one ends the process.
 
     Args:
         max_minutes: how long the run may take, counted from here; None is without limit.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
-        self._limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._minutes = max_minutes
+        self._start = time.monotonic()
         self._signal: signal.Signals | None = None
+        self._signal_time = 0.0
 
     @property
     def reason(self) -> str | None:
         """What asked the run to stop, or None."""
         if self._signal is not None:
             return self._signal.name
-        if self._limit is not None and time.monotonic() >= self._limit:
+        if self._minutes is not None and time.monotonic() >= self._start + 60 * self._minutes:
             return f"--max-minutes {self._minutes:g}"
         return None
 
     def __enter__(self) -> "StopRequests":
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {
-            number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS
-        }
-        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._thread.start()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._fd_before)
-        os.write(self._write, b"\0")  # no signal has this number: the thread ends
-        self._thread.join()
-        os.close(self._read)
-        os.close(self._write)
 
-    def _watch(self) -> None:
-        first = 0.0
-        while number := os.read(self._read, 1)[0]:
-            if number not in SIGNALS:
-                continue  # another handler's, such as the data loader's for its processes
-            if self._signal is None:
-                self._signal, first = signal.Signals(number), time.monotonic()
-            elif time.monotonic() - first > _ONE_SIGNAL_SECONDS:
-                os._exit(128 + number)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._signal_time = signal.Signals(number), now
+        elif now - self._signal_time > _SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
-def outlive_the_main_process() -> None:
-    """Have a helper process leave the signals to the main one, which a group's signal reaches too.
+def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) -> str | None:
+    """Say what happened and one way out, or None where the error is the program's own.
 
-    After SIGTERM, by which a main process also ends its helpers, it lives on for as long as saving
-    may take.
+    Args:
+        error: what ended the training.
+        data: of the run's config.
+        images_per_pass: images of one forward pass in training.
     """
-    signal.set_wakeup_fd(-1)  # a forked process has the main one's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SAVING_SECONDS))
+    said = str(error).strip().partition("\n")[0][:200].rstrip(" .")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        return (
+            f"out of memory ({said}); a smaller data.micro_batch (now {images_per_pass}) trains "
+            "the same batch in more parts, a smaller data.eval_batch_size (now "
+            f"{data.eval_batch_size or data.batch_size}) evaluates in more"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in said:
+        return (
+            f"a data-loader process was killed ({said}), most often by the kernel for want of "
+            f"memory; fewer of them need less (data.workers, now {data.workers})"
+        )
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    return None
 
 
-def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
-    pass
+@contextmanager
+def loader_deaths_ignored() -> Iterator[None]:
+    """Ignore the death of further loader processes: torch's handler raises in any statement."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _handle_child_end(signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: not Python's handler, so it raises nothing
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _handle_child_end(handler: signal.Handlers) -> Any:
+    """Set the handler of SIGCHLD, again where the news of another death interrupts that."""
+    while True:
+        try:
+            return signal.signal(signal.SIGCHLD, handler)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise

@@ -15,8 +15,8 @@ import numpy as np
 from experiments.checkpoint import deciding_keys
 from experiments.config import as_plain, load_config
 from experiments.errors import DataError
+from experiments.training.folder import CONFIG_FILE
 from experiments.training.metrics import METRICS_FILE, read_metrics
-from experiments.training.run_folder import CONFIG_FILE
 from experiments.visualize.tables import mean_over_layers
 
 TOP1 = "validation top-1"

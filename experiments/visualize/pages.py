@@ -7,7 +7,7 @@ from experiments.documents import figures as style
 from experiments.errors import DataError
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.evaluation import Assessment
-from experiments.training.run_folder import CONFIG_FILE, FINAL_WEIGHTS
+from experiments.training.folder import CONFIG_FILE, FINAL_WEIGHTS
 from experiments.visualize import horizontal, vertical
 from experiments.visualize.scenes import Scene, scene_of_split
 

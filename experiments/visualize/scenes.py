@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import RunConfig
+from experiments.data.augment import BatchMixer, eval_transform, normalisation
 from experiments.data.datasets import (
     class_names,
     known_num_classes,
@@ -21,7 +22,6 @@ from experiments.data.datasets import (
     readable_names,
     stated_num_classes,
 )
-from experiments.data.loading import BatchMixer, eval_transform, normalisation
 from experiments.errors import ConfigError, DataError
 from experiments.training.distributed import World
 from experiments.training.evaluation import Assessment, assemble

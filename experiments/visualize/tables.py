@@ -9,13 +9,13 @@ from typing import Any
 from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
+from experiments.training.folder import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 from experiments.training.metrics import (
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     mean_of_rows,
     read_metrics,
 )
-from experiments.training.run_folder import CHECKPOINT_FOLDER, FINAL_WEIGHTS
 
 _LEGEND = (
     "Samples mixed and tokens mixed are means over the whole run (a study's page takes the last "

@@ -16,7 +16,7 @@ import torch
 
 from experiments.checkpoint import load_checkpoint, load_weights
 from experiments.errors import UserError
-from experiments.training.run_folder import RunFolder
+from experiments.training.folder import RunFolder
 from experiments.zoo.convert import config_of
 from experiments.zoo.files import read_whole, recognise_as
 

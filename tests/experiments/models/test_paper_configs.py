@@ -7,11 +7,14 @@ import torch
 import yaml
 
 from experiments.config import load_config
-from experiments.data.loading import BatchMixer, divide_batch, eval_transform, train_transform
+from experiments.data.augment import BatchMixer, eval_transform, train_transform
+from experiments.data.loading import divide_batch
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.evaluation import evaluate
+from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
+from experiments.training.run import train_step
 from experiments.training.step import Learner
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -142,8 +145,10 @@ def take_a_step(name, batch, size, **overrides):
     labels = torch.randint(0, classes, (batch,))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     learner.schedule.set_step(20)
-    result = learner.step(images, labels, epoch=2, step=20)
-    assert result.finite.all() and len(result.statistics) == 1
+    statistics = RunningStatistics(learner.device)
+    progress = Progress(epochs_done=2, step=20)
+    train_step(learner, images, labels, progress, statistics)
+    statistics.refuse_not_finite(ONE_PROCESS, progress)
     still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
     assert still == []
     found = evaluate(model, [(images, labels)], ONE_PROCESS, config)

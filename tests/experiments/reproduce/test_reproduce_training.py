@@ -264,7 +264,7 @@ def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, 
     again = started(given)
     out, err = again.communicate(timeout=180)
     assert again.returncode == 0, out + err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
     assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [40, 40]
 
@@ -297,5 +297,5 @@ def test_a_signal_reaches_all_processes_of_a_training(tmp_path, words, number):
     again = started(given, NPROC="2")
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, out + err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [60]

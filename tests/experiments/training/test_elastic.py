@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import cli, train
+from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.run_folder import RunFolder
 from tests.helpers.runs_helper import HTM, VTM, write_config
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -97,7 +97,7 @@ def test_a_process_that_dies_is_started_again_with_all_others(tmp_path, config, 
     os.kill(job.training_process(rank), signal.SIGKILL)
     code, out, err = job.finish()
     assert code == 0, out + err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert outcome(job.output) == undisturbed
 
 

@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
 from experiments.config import load_config
-from experiments.errors import ConfigError, TrainingStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
@@ -49,8 +47,8 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_told(tmp_path, capsys):
     schedule = {"epochs": 1, "warmup_epochs": 2, "lr": 0.5}
     fit(tmp_path, "short", schedule=schedule)
     assert (
-        "warning: schedule.warmup_epochs is 2 and schedule.epochs 1: the learning rate does not "
-        "come to schedule.lr (0.5)"
+        "warning: schedule.warmup_epochs is 2 and schedule.epochs 1: the learning rate never "
+        "reaches schedule.lr (0.5)"
     ) in capsys.readouterr().err
     fit(tmp_path, "longer", schedule={**schedule, "epochs": 3})
     assert "warmup_epochs" not in capsys.readouterr().err
@@ -88,31 +86,22 @@ def values(run):
     return [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(run)]
 
 
-def test_a_finished_run_is_left_alone(tmp_path, undisturbed, capsys):
+def test_a_finished_run_is_left_alone_but_for_final_weights_that_are_missing(
+    tmp_path, undisturbed, capsys
+):
     copy = tmp_path / "copy"
     shutil.copytree(undisturbed, copy)
-    before = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.safetensors")}
+    final = copy / "final.safetensors"
+    before, written = final.read_bytes(), final.stat().st_mtime_ns
     sections = {**BOTH, "schedule": {"epochs": 3}}
-    runs.Run(load_config(write_config(tmp_path, output=str(copy), **sections)), ONE_PROCESS).fit()
+    config = load_config(write_config(tmp_path, output=str(copy), **sections))
+    runs.Run(config, ONE_PROCESS).fit()
     assert "all 3 epochs are done already" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in copy.glob("*.safetensors")} == before
-
-
-def test_final_weights_that_are_missing_are_written_again(tmp_path, undisturbed):
-    copy = tmp_path / "copy"
-    shutil.copytree(undisturbed, copy)
-    (copy / "final.safetensors").unlink()  # as after a crash right before it was written
-    sections = {**BOTH, "schedule": {"epochs": 3}}
-    runs.Run(load_config(write_config(tmp_path, output=str(copy), **sections)), ONE_PROCESS).fit()
-    name = "final.safetensors"
-    assert (copy / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert final.stat().st_mtime_ns == written
+    final.unlink()  # as after a crash right before it was written
+    runs.Run(config, ONE_PROCESS).fit()
+    assert final.read_bytes() == before
     assert values(copy) == values(undisturbed)
-
-
-def test_a_folder_of_another_experiment_is_refused(undisturbed, tmp_path):
-    config = load_config(write_config(tmp_path, output=str(undisturbed), schedule={"epochs": 3}))
-    with pytest.raises(ConfigError, match=r"horizontal\.layers: \[1\] there, None now"):
-        runs.Run(config, ONE_PROCESS).fit()
 
 
 def test_training_learns(tmp_path):
@@ -126,35 +115,11 @@ def test_training_learns(tmp_path):
     assert best["progress"]["best_top1"] == max(top1)
 
 
-def test_tensorboard_scalars(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    sections = {**BOTH, "schedule": {"epochs": 1}, "logging": {"interval": 5, "tensorboard": True}}
-    folder = fit(tmp_path, "board", **sections)
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    wanted = {"loss", "scorenet_loss", "lr", "images_per_second", "htm/layer1/mixed_share"}
-    wanted |= {f"htm/layer1/{name}" for name in ("tokens_mixed", "difficulty_mean")}
-    wanted |= {"htm/layer1/saliency_difference_max", "vtm/layer1/remembered_tokens"}
-    assert {f"train/{name}" for name in wanted} <= tags
-    assert {"validation/top1", "validation/loss"} <= tags
-    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 11]
-
-
 def test_evaluation_and_checkpoints_at_their_intervals(tmp_path):
     sections = {"logging": {"evaluate_every": 2}, "checkpoint": {"every": 2}}
     folder = fit(tmp_path, "rare", schedule={"epochs": 3}, **sections)
     rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
     assert [row["epoch"] for row in rows] == [2, 3]
-
-
-def test_a_stop_names_the_last_checkpoint(tmp_path):
-    run = runs.Run(small_config(tmp_path, "bad"), ONE_PROCESS)
-    with torch.no_grad():
-        run.learner.model.backbone.head.weight.fill_(torch.nan)
-    with pytest.raises(TrainingStopped, match=r"^step 1 \(epoch 1\).*there is no checkpoint yet"):
-        run.fit()
 
 
 def test_the_entry_point(tmp_path, capsys):

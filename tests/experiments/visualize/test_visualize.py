@@ -13,14 +13,14 @@ from PIL import Image
 from experiments import cli
 from experiments.checkpoint import save_final_weights
 from experiments.config import as_plain, load_config
+from experiments.data.augment import BatchMixer, eval_transform
 from experiments.data.datasets import DigitImages, readable_names
-from experiments.data.loading import BatchMixer, eval_transform
 from experiments.documents import figures as style
 from experiments.errors import DataError
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
+from experiments.training.folder import CONFIG_FILE
 from experiments.training.metrics import METRICS_FILE
-from experiments.training.run_folder import CONFIG_FILE
 from experiments.visualize import __main__ as visualize
 from experiments.visualize import pages
 from experiments.visualize.curves import QUANTITIES, band, read_groups

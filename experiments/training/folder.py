@@ -1,0 +1,313 @@
+"""The folder of a run: its lock, its checkpoints and how a run resumes from them, its heartbeat."""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+
+import tokenmixup
+from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
+from experiments.config import RunConfig, as_plain
+from experiments.data.loading import TrainBatches
+from experiments.errors import CheckpointError, ConfigError, UserError
+from experiments.files import remove_half_written, write_atomically
+from experiments.training.distributed import World
+from experiments.training.metrics import Progress, RunningStatistics
+from experiments.training.step import Learner
+
+CHECKPOINT_FOLDER = "checkpoints"
+CONFIG_FILE = "config.yaml"
+FINAL_WEIGHTS = "final.safetensors"
+HEARTBEAT_FILE = "heartbeat.json"
+_BEST = "best.pt"
+_LOCK = ".lock"
+_NUMBERED = re.compile(r"step-(\d{8,})\.pt")
+_SECONDS_BETWEEN_HEARTBEATS = 10.0
+
+
+class RunFolder:
+    """One run's files. The main process alone writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINT_FOLDER
+        self.final_weights = path / FINAL_WEIGHTS
+        self._next_beat = 0.0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep other writers out of it; a crash releases the lock.
+
+        Raises:
+            ConfigError: another process writes there, or it cannot be written.
+        """
+        path = self.path / _LOCK
+        lock = filelock.FileLock(path, timeout=0)
+        with self.refuse_unwritable():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                holder = path.read_text().strip() or "another process"
+                raise ConfigError(
+                    f"output: the run folder {self.path} is in use by {holder}; wait for it, stop "
+                    "it, or choose another --output"
+                ) from None
+        try:
+            with self.refuse_unwritable():
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+                for folder in (self.path, self.checkpoints):
+                    remove_half_written(folder)
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def refuse_unwritable(self) -> Iterator[None]:
+        """Turn what the file system refuses at the start of a run into a ConfigError."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"output: cannot write the run folder {self.path}: {error.strerror}"
+            ) from None
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the config, and remove the final weights of fewer epochs: they say "done".
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        with self.refuse_unwritable():
+            self.final_weights.unlink(missing_ok=True)
+            text = yaml.safe_dump(as_plain(config), sort_keys=False)
+            write_atomically(self.path / CONFIG_FILE, text.encode())
+
+    def saved(self) -> list[Path]:
+        """The checkpoints to resume from, the newest first."""
+        found = [
+            path for path in self.checkpoints.glob("step-*.pt") if _NUMBERED.fullmatch(path.name)
+        ]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def last_good(self) -> str:
+        """Name the newest checkpoint in a message."""
+        saved = self.saved()
+        return f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+
+    def newest(
+        self, world: World, warn: Callable[[str], object]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest undamaged checkpoint, the same in all processes; None without any.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        found = self.newest_valid(warn) if world.is_main else None
+        step = world.from_main(-1 if found is None else _step_of(found[0]))
+        if found is not None or step < 0:
+            return found
+        path = self._numbered(step)
+        return path, load_checkpoint(path)
+
+    def newest_valid(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest undamaged checkpoint; None without any.
+
+        Damaged ones are named in warnings and set aside under another name; nothing is deleted.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in self.saved():
+            try:
+                content = load_checkpoint(path)
+            except CheckpointError as error:
+                damaged.append((path, str(error)))
+                continue
+            for newer, reason in damaged:
+                warn(f"{reason}; it is set aside as *.damaged")
+                newer.rename(newer.with_name(newer.name + ".damaged"))
+            if damaged:
+                warn(f"resuming from the one before: {path}")
+            return path, content
+        if damaged:
+            raise CheckpointError(
+                f"{damaged[0][1]}; all checkpoints of {self.checkpoints} are damaged: to begin "
+                "anew, remove the run folder or choose another --output"
+            )
+        return None
+
+    def save(self, step: int, content: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint; of those up to it, the newest `keep` stay."""
+        save_checkpoint(self._numbered(step), content)
+        older = [path for path in self.saved() if _step_of(path) <= step]
+        for path in older[keep:]:
+            path.unlink(missing_ok=True)
+
+    def save_best(self, content: dict[str, Any]) -> None:
+        """Write the checkpoint of the best validation."""
+        save_checkpoint(self.checkpoints / _BEST, content)
+
+    def beat(self, state: str, progress: Progress, at_once: bool = False) -> None:
+        """Write the heartbeat, at most every ten seconds unless `at_once`."""
+        now = time.monotonic()
+        if now < self._next_beat and not at_once:
+            return
+        self._next_beat = now + _SECONDS_BETWEEN_HEARTBEATS
+        content = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "state": state,
+            "epochs_done": progress.epochs_done,
+            "step": progress.step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        write_atomically(self.path / HEARTBEAT_FILE, (json.dumps(content) + "\n").encode())
+
+    def _numbered(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+
+def _step_of(path: Path) -> int:
+    name = _NUMBERED.fullmatch(path.name)
+    assert name is not None, path
+    return int(name[1])
+
+
+def captured(
+    learner: Learner, batches: TrainBatches, progress: Progress, statistics: RunningStatistics
+) -> dict[str, Any] | None:
+    """The state of all processes for a checkpoint, in the main one; every process calls it."""
+    # no state of random generators: each step and each sample seeds its own
+    own = {"statistics": statistics.state_dict(), "bad_images": list(batches.bad_images)}
+    processes = learner.world.gather(own)
+    if not learner.world.is_main:
+        return None
+    return {
+        "model": learner.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "progress": asdict(progress),
+        "data": _data_facts(batches),
+        "processes": processes,
+        "config": as_plain(learner.config),
+        "versions": {"torch": str(torch.__version__), "tokenmixup": tokenmixup.__version__},
+    }
+
+
+def restore(
+    saved: tuple[Path, dict[str, Any]],
+    learner: Learner,
+    batches: TrainBatches,
+    statistics: RunningStatistics,
+    allow_changed: Collection[str],
+    warn: Callable[[str], object],
+) -> Progress:
+    """Put the state of a checkpoint into the parts of a run; gives how far it had come.
+
+    Args:
+        saved: the checkpoint's path and content.
+        learner: takes weights and the state of optimiser and scaler.
+        batches: take the unreadable images so far.
+        statistics: take what was measured since the last row.
+        allow_changed: keys of the config that may differ.
+        warn: told what differs from the run so far.
+
+    Raises:
+        ConfigError: it is of another experiment.
+        CheckpointError: it does not fit the model or the optimiser.
+    """
+    path, content = saved
+    try:
+        now = as_plain(learner.config)
+        for text in refuse_changed_config(path, content["config"], now, allow_changed):
+            warn(f"resuming with another config: {text}")
+        if content["data"] != _data_facts(batches):
+            before, after = (_listed(facts) for facts in (content["data"], _data_facts(batches)))
+            raise ConfigError(
+                f"{path}: that run had {before}, and now there are {after}: the order of the "
+                "images would be another, so it cannot be resumed"
+            )
+        learner.model.load_state_dict(content["model"])
+        _restore_optimizer(learner.optimizer, content["optimizer"], allow_changed)
+        if content["scaler"]:  # empty without fp16: a run that changes to it begins a new scale
+            learner.scaler.load_state_dict(content["scaler"])
+        _restore_process(content["processes"], learner, batches, statistics, warn)
+        return Progress(**content["progress"])
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as err:
+        # whatever is wrong in a checkpoint that another program or model wrote
+        reason = " ".join(f"{type(err).__name__} {err}".split())
+        raise CheckpointError(
+            f"{path}: does not hold the state of this run's model and optimiser: {reason[:300]}"
+        ) from None
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], allow_changed: Collection[str]
+) -> None:
+    """Load the state; this device's implementation and settings that may change stay."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    for saved, here in zip(state["param_groups"], groups, strict=False):
+        # before it is loaded, since fused decides where torch puts the state
+        saved.update({name: here[name] for name in ("fused", "foreach") if name in here})
+    optimizer.load_state_dict(state)
+    for key in allow_changed:
+        section, _, name = key.partition(".")
+        for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+            if section == "optimizer" and name in wanted:
+                group[name] = wanted[name]
+
+
+def _restore_process(
+    processes: list[dict[str, Any]],
+    learner: Learner,
+    batches: TrainBatches,
+    statistics: RunningStatistics,
+    warn: Callable[[str], object],
+) -> None:
+    """Take on what the checkpoint holds of each single process."""
+    world = learner.world
+    if len(processes) == world.size:
+        own = processes[world.rank]
+        statistics.load_state_dicts([own["statistics"]])
+        batches.bad_images = dict.fromkeys(own["bad_images"])
+        return
+    if learner.config.data.micro_batch is None:
+        kept = (
+            "each computes its share of the batch at once (data.micro_batch: null), so Mixup, "
+            "dropout and HTM partners differ from here on; the order of the images and their "
+            "augmentation stay the same"
+        )
+    else:
+        kept = (
+            "order, augmentation, Mixup, dropout and HTM partners stay the same; sums over the "
+            "batch are taken in another order, so weights agree up to rounding"
+        )
+    warn(f"the run so far had {len(processes)} processes, now {world.size}: {kept}")
+    statistics.load_state_dicts([each["statistics"] for each in processes], mine=world.is_main)
+    batches.bad_images = dict.fromkeys(
+        problem for each in processes for problem in each["bad_images"]
+    )
+
+
+def _data_facts(batches: TrainBatches) -> dict[str, int]:
+    """What the order of the images depends on, besides the seed."""
+    return {"images": batches.num_images, "steps per epoch": batches.steps_per_epoch}
+
+
+def _listed(facts: dict[str, int]) -> str:
+    return " and ".join(f"{number} {name}" for name, number in facts.items())

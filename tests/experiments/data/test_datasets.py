@@ -1,0 +1,94 @@
+"""Data sets: their splits, images and classes; what is missing is named."""
+
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from experiments.config import DataConfig, RunConfig
+from experiments.data.augment import normalisation
+from experiments.data.datasets import DigitImages, digits_split, open_images, stated_num_classes
+from experiments.errors import ConfigError, DataError
+from tests.helpers.runs_helper import small_config
+
+
+def write_idx(path, values):
+    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def test_digits_splits_are_stratified_and_disjoint():
+    labels = np.random.default_rng(0).integers(0, 10, size=500)
+    train, held_out = digits_split(labels, "train"), digits_split(labels, "validation")
+    assert sorted([*train, *held_out]) == list(range(500))
+    for digit in range(10):
+        members = np.flatnonzero(labels == digit)
+        assert set(members[4::5]) == set(held_out) & set(members)
+    inner = digits_split(labels, "tune_train"), digits_split(labels, "tune_validation")
+    assert sorted([*inner[0], *inner[1]]) == sorted(train)
+
+
+def test_digits_are_scaled_to_rgb():
+    train, validation = DigitImages("train"), DigitImages("validation")
+    assert (len(train), len(validation)) == (1442, 355)
+    image, label = train[0]
+    assert (image.size, image.mode, label) == ((32, 32), "RGB", 0)
+    counts = Counter(validation[index][1] for index in range(len(validation)))
+    assert min(counts.values()) >= 34
+    assert max(counts.values()) <= 36
+    mean, std = normalisation(DataConfig(dataset="digits"))
+    pixels = np.stack([np.asarray(train[i][0]) for i in range(len(train))]) / 255
+    assert pixels.mean() == pytest.approx(mean[0], abs=1e-4)
+    assert pixels.std() == pytest.approx(std[0], abs=1e-4)
+
+
+def test_a_folder_of_images(tmp_path, folder_of_images):
+    config = RunConfig(data=DataConfig(dataset="", root=str(folder_of_images)))
+    images = open_images(config.data, "train")
+    assert len(images) == 6
+    image, label = images[5]
+    assert (image.mode, label) == ("RGB", 1)
+    assert images.describe(5).endswith("train/dog/2.png")
+    assert stated_num_classes(config, images) == 2
+    assert stated_num_classes(config, open_images(config.data, "train[:2]")) == 2, "of the whole"
+    data = {"dataset": "", "root": str(folder_of_images)}
+    wrong = small_config(tmp_path, model={"num_classes": 7}, data=data)
+    with pytest.raises(ConfigError, match=r"model\.num_classes: got 7; allowed: 2"):
+        stated_num_classes(wrong, images)
+
+
+def test_fashion_mnist_through_timm_is_rgb(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28))
+    for part, count in (("train", 4), ("t10k", 2)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", pixels[:count])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count))
+    config = DataConfig(dataset="torch/fashion_mnist", root=str(tmp_path), download=False)
+    images = open_images(config, "validation")
+    assert len(images) == 2
+    assert len(open_images(config, "train")) == 4
+    image, label = images[1]
+    assert label == 1
+    assert np.array_equal(np.asarray(image), np.repeat(pixels[1][..., None], 3, axis=2))
+
+
+def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
+    data = small_config(tmp_path).data
+    whole, part = open_images(data, "train"), open_images(data, "train[100:130]")
+    assert len(part) == 30
+    for index in (0, 7, 29):
+        (image, label), (same, its_label) = part[index], whole[100 + index]
+        assert label == its_label and image.tobytes() == same.tobytes()
+        assert part.describe(index) == whole.describe(100 + index)
+    with pytest.raises(IndexError):
+        part[30]
+    assert len(open_images(data, "train[:50]")) == 50
+    assert len(open_images(data, "train[1400:]")) == len(whole) - 1400
+
+
+@pytest.mark.parametrize("split", ["train[5:5]", "train[9:3]", "train[:5000]", "train[1442:]"])
+def test_a_part_that_is_not_there(tmp_path, split):
+    with pytest.raises(DataError, match="of the 1442 of 'train'"):
+        open_images(small_config(tmp_path).data, split)

@@ -1,0 +1,263 @@
+"""The training step against a plain one written here, and steps that are not finite."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments.config import MixupConfig
+from experiments.data.augment import BatchMixer
+from experiments.data.loading import Division, divide_batch
+from experiments.errors import TrainingStopped
+from experiments.models.build import build_model
+from experiments.training.distributed import ONE_PROCESS, World
+from experiments.training.metrics import Progress, RunningStatistics, read_metrics
+from experiments.training.optim import Schedule, build_optimizer
+from experiments.training.run import Run, train_step
+from experiments.training.step import Learner
+from tests.helpers.runs_helper import HTM, VTM, small_config
+
+DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
+
+
+def learner_of(config, steps_per_epoch=5):
+    model = build_model(config, 10).train()
+    optimizer = build_optimizer(config.optimizer, config.schedule, model)
+    schedule = Schedule(config.schedule, optimizer, steps_per_epoch)
+    division = divide_batch(config.data, 0, 1)
+    mixer = BatchMixer(config.mixup, 10, config.seed)
+    return Learner(config, model, optimizer, schedule, mixer, division, ONE_PROCESS)
+
+
+def batch(size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 16, 16, generator=generator)
+    return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def with_nan(images, labels):
+    bad = images.clone()
+    bad[0] = torch.nan
+    return bad, labels
+
+
+def step_of(learner, images, labels, step=0):
+    """One step; gives what it measured."""
+    statistics = RunningStatistics(learner.device)
+    learner.schedule.set_step(step)
+    progress = Progress(step=step)
+    train_step(learner, images, labels, progress, statistics)
+    statistics.refuse_not_finite(ONE_PROCESS, progress)
+    return statistics.read(ONE_PROCESS)
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Batches:
+    """TrainBatches' interface over one batch, with not-a-number in it at some steps of the run."""
+
+    def __init__(self, steps_per_epoch, bad_steps=(), size=8):
+        self.steps_per_epoch, self.bad_steps, self.size = steps_per_epoch, bad_steps, size
+        self.num_images, self.bad_images = steps_per_epoch * size, {}
+        self.division = Division(size, 0, 1)
+
+    def epoch(self, epoch, first_step=0):
+        good = batch(self.size)
+        for step in range(first_step, self.steps_per_epoch):
+            bad = epoch * self.steps_per_epoch + step in self.bad_steps
+            yield with_nan(*good) if bad else good
+
+    def close(self):
+        pass
+
+
+def fit(folder, batches, prepare=lambda learner: None, **sections):
+    """Train on given batches; gives the learner and the rows of metrics of the training."""
+    folder.mkdir(exist_ok=True)
+    sections = {"schedule": {"epochs": 1}, "data": {"val_split": "validation[:20]"}} | sections
+    config = small_config(folder, **sections)
+    run = Run(config, ONE_PROCESS)
+    run.batches = batches
+    prepare(run.learner)
+    run.fit()
+    rows = read_metrics(folder / "output" / "small")
+    return run.learner, [row for row in rows if row["split"] == "train"]
+
+
+def spoil_gradient(*steps):
+    """Makes the gradient infinite at these steps of the run (from 1)."""
+
+    def prepare(learner):
+        calls = itertools.count(1)
+        weight = learner.model.backbone.head.weight
+        weight.register_hook(lambda gradient: gradient / (0.0 if next(calls) in steps else 1.0))
+
+    return prepare
+
+
+def test_a_step_is_the_naive_one(tmp_path):
+    """Loss, gradient norm and new weights of a plain model, by a loop written out."""
+    optimizer = {"name": "momentum", "momentum": 0.9, "weight_decay": 0.0, "clip_grad": 0.5}
+    config = small_config(
+        tmp_path, optimizer=optimizer, mixup={"label_smoothing": 0.1}, schedule={"lr": 0.1}
+    )
+    learner = learner_of(config)
+    reference = build_model(config, 10).backbone
+    assert torch.equal(reference.head.weight, learner.model.backbone.head.weight)
+    images, labels = batch()
+    momentum = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
+    reference.train()
+    for step in range(3):
+        measured = step_of(learner, images, labels, step)
+        rate = learner.optimizer.param_groups[0]["lr"]
+        loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1)
+        reference.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad for name, p in reference.named_parameters()}
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert measured["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                clipped = gradients[name] * min(1.0, 0.5 / norm)
+                momentum[name] = 0.9 * momentum[name] + clipped
+                parameter -= rate * momentum[name]
+    for name, parameter in reference.named_parameters():
+        actual = learner.model.backbone.get_parameter(name)
+        torch.testing.assert_close(actual, parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_depends_on_its_number_alone(tmp_path):
+    """Dropout, drop path and Mixup are the same whatever was drawn before."""
+    config = small_config(
+        tmp_path, horizontal=HTM, vertical=VTM, model=DROPOUT, mixup={"mixup_alpha": 0.8}
+    )
+    results = []
+    for drawn in (0, 7):
+        torch.manual_seed(drawn)
+        torch.rand(drawn)
+        learner = learner_of(config)
+        step_of(learner, *batch(), step=4)
+        results.append(weights(learner.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    learner = learner_of(config)
+    step_of(learner, *batch(), step=5)
+    other = weights(learner.model)
+    assert any(not torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    config = small_config(tmp_path, optimizer={"name": "momentum", "weight_decay": 0.0})
+    parts = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=8, micro_batch=2)
+    )
+    whole, divided = learner_of(config), learner_of(parts)
+    losses = [step_of(learner, *batch())["loss"] for learner in (whole, divided)]
+    assert losses[0] == pytest.approx(losses[1])
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(divided.model.state_dict()[name], value)
+
+
+def test_parts_of_a_batch_are_mixed_like_batches_of_their_own(tmp_path):
+    mixup = MixupConfig(mixup_alpha=0.8, cutmix_alpha=1.0)
+    images, labels = batch()
+    mixer = BatchMixer(mixup, 10, 3)
+    first = mixer(images[:4].clone(), labels[:4], 0, 2, 0)
+    second = mixer(images[:4].clone(), labels[:4], 0, 2, 1)
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_rows_come_at_the_interval_and_at_the_end(tmp_path, precision):
+    sections = {"logging": {"interval": 2}, "horizontal": HTM, "precision": precision}
+    sections["schedule"] = {"epochs": 2}
+    _, rows = fit(tmp_path, Batches(5, size=64), **sections)
+    assert [row["step"] for row in rows] == [2, 4, 5, 7, 9, 10]
+    assert [row["steps"] for row in rows] == [2, 2, 1] * 2
+    for row in rows:
+        assert {"loss", "scorenet_loss", "lr", "step_seconds", "data_seconds"} <= set(row)
+        assert "htm/layer1/easy_share" in row
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+    sections = {"logging": {"interval": 3}, "schedule": {"epochs": 2}}
+    with pytest.raises(TrainingStopped, match=r"^step 11 \(epoch 2\): the training loss is not"):
+        fit(tmp_path, Batches(6, bad_steps=(10,)), **sections)
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
+    message = r"^step 2 \(epoch 1\): the norm of the gradient is not finite; there is no checkpoint"
+    with pytest.raises(TrainingStopped, match=message):
+        fit(tmp_path, Batches(4), spoil_gradient(2), logging={"interval": 3})
+
+
+def test_fp16_may_overflow(tmp_path):
+    """The scaler leaves such a step out and lowers its scale: no fault."""
+    learner = learner_of(small_config(tmp_path, precision="fp16"))
+    before = weights(learner.model)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    measured = step_of(learner, *batch())
+    assert measured["loss"] > 0
+    assert learner.scaler.get_scale() == 2.0**119
+    assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
+    assert (measured["finite_share"], measured["gradient_norm"]) == (0, 0)
+
+
+def test_the_norm_of_the_gradient_is_that_of_the_steps_that_did_not_overflow(tmp_path):
+    still = {"name": "constant", "lr": 1e-12, "epochs": 1, "warmup_lr": 1e-12}
+
+    def prepare(learner):
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        spoil_gradient(1, 3)(learner)
+
+    sections = {"precision": "fp16", "logging": {"interval": 4}, "schedule": still}
+    _, (row,) = fit(tmp_path, Batches(4), prepare, **sections)
+    wanted = step_of(learner_of(small_config(tmp_path)), *batch())["gradient_norm"]
+    assert row["finite_share"] == 0.5
+    assert row["gradient_norm"] == pytest.approx(wanted, rel=0.05)
+
+
+def test_a_gradient_of_fp16_that_is_never_finite_stops(tmp_path):
+    prepare = spoil_gradient(1, 2, *range(4, 41))  # two overflows, a good step, and then none
+    sections = {"precision": "fp16", "logging": {"interval": 50}}
+    with pytest.raises(TrainingStopped, match=r"^step 35 \(epoch 1\): the norm of the gradient is"):
+        fit(tmp_path, Batches(40, size=2), prepare, **sections)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision):
+    schedule = {"name": "constant", "epochs": 1, "warmup_epochs": 0}
+    sections = {"on_nonfinite": "skip", "skip_limit": 2, "schedule": schedule}
+    sections |= {"precision": precision, "logging": {"interval": 4}}
+    with_bad, rows = fit(tmp_path / "bad", Batches(5, bad_steps=(1, 3)), **sections)
+    assert [row["skipped_steps"] for row in rows] == [2, 2]
+    without, expected = fit(tmp_path / "good", Batches(3), **sections)
+    if precision == "fp32":  # in fp16 the scale falls, which rounds otherwise
+        for name, value in weights(without.model).items():
+            assert torch.equal(weights(with_bad.model)[name], value), name
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.1)
+    with pytest.raises(TrainingStopped, match=r"^step 5 .*2 steps were skipped for that already"):
+        fit(tmp_path / "worse", Batches(5, bad_steps=(1, 3, 4)), **sections)
+
+
+@pytest.mark.gpu
+def test_training_waits_for_the_gpu_at_rows_alone(tmp_path):
+    """HTM's one exchange per step is the library's; a plain model and VTM have none."""
+    device = torch.device("cuda")
+    config = small_config(tmp_path, vertical=VTM, logging={"interval": 100}, device="cuda")
+    learner = learner_of(config)
+    learner.model.to(device)  # the optimiser's parameters are the same objects
+    learner = dataclasses.replace(learner, world=World(0, 1, device))
+    images, labels = (tensor.to(device) for tensor in batch())
+    progress, statistics = Progress(), RunningStatistics(device)
+    train_step(learner, images, labels, progress, statistics)  # optimisers allocate their state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train_step(learner, images, labels, progress, statistics)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
