@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -204,51 +203,15 @@ def page(found: Mapping[str, Measurement]) -> str:
     for name in PARTS:
         if name in found:
             values = found[name].values
-            what, measured, promised = _line(name, values)
-            good = targets(values)[0].reached if "phases" in values else values["good"]
+            what, measured, promised = values.get("line") or (*_kills(values), _SAME)
+            good = values["good"] if "line" in values else targets(values)[0].reached
             lines.append([what, measured if good else f"{measured} **(not met)**", promised])
     return aligned_table(_HEAD, lines, ())
 
 
 PARTS = ("kills-1", "kills-2", "damages", "stops", "cost", "soak")
-"""Parts of the record. Those after the kills were measured once, by programs since removed."""
-
-
-def _line(name: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
-    if name == "damages":
-        return (
-            "the newest checkpoint truncated, or one of its bytes changed",
-            f"{values['detected']} detected and {values['recovered']} recovered of "
-            f"{values['total']} ({values['truncated']} truncated, {values['flipped']} changed)",
-            "all, from the checkpoint before",
-        )
-    if name == "stops":
-        saved, ended = values["to_saved"], values["to_exit"]
-        return (
-            f"SIGTERM, {len(saved)} times: until saved; until the exit",
-            f"median {statistics.median(saved):.2f} s, longest {max(saved):.2f} s; "
-            f"{statistics.median(ended):.2f} s, {max(ended):.2f} s",
-            "saved within 2 s of the step's end",
-        )
-    if name == "cost":
-        each = 1000 * values["checkpoint_seconds"] / values["checkpoints"]
-        return (
-            f"a checkpoint per epoch, and the best, over {values['epochs']} epochs",
-            f"{values['percent']:.2f}% of training time ({each:.0f} ms per checkpoint)",
-            "under 2%",
-        )
-    if name == "soak":
-        first, last = values["resident_mib"]
-        (files, files_last), (threads, threads_last) = values["files"], values["threads"]
-        return (
-            f"{values['cycles']} times resumed and stopped in one process, "
-            f"{values['minutes']:.1f} min",
-            f"resident memory {first:.0f} to {last:.0f} MiB ({values['kib_a_cycle']:+.2f} KiB per "
-            f"cycle over the second half), open files {files} to {files_last}, "
-            f"threads {threads} to {threads_last}",
-            "no growth",
-        )
-    return (*_kills(values), _SAME)
+"""Rows of the table. Those after the kills come from removed programs; their records hold the
+line of the table."""
 
 
 def main(argv: Sequence[str]) -> None:

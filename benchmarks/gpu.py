@@ -57,8 +57,6 @@ GFLOP_PER_IMAGE = {"CCT-7/3×1": 7.1, "ViT-B/16": 105.0}
 COPIES = {"plain": 0, "HTM": 1, "VTM": 0, "HVTM": 1}
 WAITED_SHARE = 0.02
 MEMORY_RATIO = 1.03
-GRADIENT_RATIO = 1e-3
-"""Largest relative difference of two norms of the same gradient, for sums in another order."""
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -248,10 +246,10 @@ class _RandomImages:
 
 def _memory(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
     """Row 10: peak bytes of each variant."""
-    return {name: _peak_bytes(step) for name, step in steps.items()}
+    return {name: peak_bytes(step) for name, step in steps.items()}
 
 
-def _peak_bytes(step: Steps) -> int | None:
+def peak_bytes(step: Steps) -> int | None:
     """Peak memory of a training: what it keeps between steps and the most that a step adds."""
     device = step.learner.device
     if device.type != "cuda":
@@ -276,38 +274,11 @@ def kept_bytes(step: Steps) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type == kind)
 
 
-def _checkpointing(
-    settings: Settings, workload: Workload, steps: dict[str, Steps]
-) -> dict[str, Any]:
-    """Row 10: HTM and VTM with and without activation checkpointing, not compiled.
-
-    Both start from the same weights. The gradient of the first step shows whether the recomputation
-    gives the same values; the loss is computed before it.
-    """
-    eager = dataclasses.replace(workload, compile=False)
-    found: dict[str, Any] = {}
-    for name in ("without", "with"):
-        step = Steps(eager, "HVTM", World(0, 1, settings.device))
-        if name == "with":
-            backbone: Any = step.learner.model.backbone
-            backbone.set_grad_checkpointing()
-        step()
-        norm = step.measured()["gradient_norm"]
-        step()
-        found[name] = {"gradient_norm": norm, "peak_bytes": _peak_bytes(step)}
-    return found
-
-
-PARTS = {
-    "exchanges": _exchanges,
-    "loading": _loading,
-    "memory": _memory,
-    "checkpointing": _checkpointing,
-}
+PARTS = {"exchanges": _exchanges, "loading": _loading, "memory": _memory}
 
 
 def tables(values: dict[str, Any]) -> str:
-    """One line per variant, then loading and checkpointing."""
+    """One line per variant, then loading."""
     rows, notes = [], []
     for name, model in values["models"].items():
         title = f"{name}, B={model['batch']}"
@@ -342,9 +313,6 @@ def tables(values: dict[str, Any]) -> str:
                 f"data in {data['waited_share']:.1%} of the steps and {data['time_share']:.1%} of "
                 "the time."
             )
-        if "checkpointing" in model:
-            text = _checkpointing_text(model["checkpointing"])
-            notes.append(f"- {title}, HVTM with activation checkpointing, not compiled: {text}.")
     if values["left_out"]:
         notes.append(f"- Not measured for lack of time: {'; '.join(values['left_out'])}.")
     head = (
@@ -352,15 +320,6 @@ def tables(values: dict[str, Any]) -> str:
         *("copies to host", "host waits", "kernels", "device busy", "peak memory (MiB)"),
     )
     return aligned_table(head, rows, range(2, 11)) + "\n" + "\n".join(notes) + "\n"
-
-
-def _checkpointing_text(found: dict[str, Any]) -> str:
-    with_it, without = found["with"], found["without"]
-    return (
-        f"norm of the gradient {with_it['gradient_norm']:.4g} and {without['gradient_norm']:.4g} "
-        f"without, {mebibytes(with_it['peak_bytes'])} MiB and "
-        f"{mebibytes(without['peak_bytes'])} MiB without"
-    )
 
 
 def targets(values: dict[str, Any]) -> list[Target]:
@@ -414,21 +373,7 @@ def targets(values: dict[str, Any]) -> list[Target]:
             lambda value: f"{value:.3f} ×",
             lambda value: value <= MEMORY_RATIO,
         )
-        add(
-            f"10. activation checkpointing, {name}",
-            "the same gradient, less memory",
-            model.get("checkpointing"),
-            _checkpointing_text,
-            _same_with_less,
-        )
     return found
-
-
-def _same_with_less(found: dict[str, Any]) -> bool:
-    norm, expected = (found[name]["gradient_norm"] for name in ("with", "without"))
-    peak, without = (found[name]["peak_bytes"] for name in ("with", "without"))
-    same = abs(norm - expected) <= GRADIENT_RATIO * expected
-    return bool(same and (without is None or peak < without))
 
 
 ROW = Row("gpu", measure, tables, targets)

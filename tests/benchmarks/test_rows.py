@@ -129,15 +129,9 @@ def test_smoke_run_of(row):
     assert "2 cores" in report.sources(found.values())
 
 
-def gpu_targets(values):
-    return {target.name: target for target in gpu.targets(values) if target.measured is not None}
-
-
 def check_gpu_model(model, variants):
     assert set(model["speed"]) == set(model["exchanges"]) == set(variants)
     assert model["speed"]["HVTM"]["mixing"]["mixed_share"] > 0.1
-    norms = [one["gradient_norm"] for one in model["checkpointing"].values()]
-    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0
 
 
 @forks
@@ -147,26 +141,27 @@ def test_gpu_parts_are_kept_one_by_one_until_time_runs_out(monkeypatch):
 
     def keep(values):
         kept.append(json.loads(json.dumps(values, allow_nan=False)))
-        if "checkpointing" in values["models"]["CCT-7/3×1"]:
+        if "memory" in values["models"]["CCT-7/3×1"]:
             monkeypatch.setattr(gpu.time, "monotonic", lambda: 1e9)
 
     monkeypatch.setattr(gpu, "VARIANTS", ("plain", "HVTM"))
     values = gpu.measure(Settings(quick=True, keep=keep))
-    parts = ["batch", "speed", "exchanges", "loading", "memory", "checkpointing"]
-    assert [list(one["models"]["CCT-7/3×1"]) for one in kept[:5]] == [
-        parts[:number] for number in range(2, 7)
+    parts = ["batch", "speed", "exchanges", "loading", "memory"]
+    assert [list(one["models"]["CCT-7/3×1"]) for one in kept[:4]] == [
+        parts[:number] for number in range(2, 6)
     ]
     check_gpu_model(values["models"]["CCT-7/3×1"], ("plain", "HVTM"))
     assert values["models"]["CCT-7/3×1"]["loading"]["steps"] == 4
     assert values["models"]["ViT-B/16"]["speed"] == {}
-    left_out = [f"ViT-B/16, {part}" for part in ("plain", "HVTM", parts[2], *parts[4:])]
+    left_out = [f"ViT-B/16, {part}" for part in ("plain", "HVTM", "exchanges", "memory")]
     assert values["left_out"] == left_out
     text = gpu.tables(values)
     assert f"Not measured for lack of time: {'; '.join(left_out)}." in text
-    assert "activation checkpointing" in text and "from the loader" in text
-    targets = gpu_targets(values)
+    assert "from the loader" in text
+    targets = [target.name for target in gpu.targets(values) if target.measured is not None]
     assert not any("ViT-B/16" in name for name in targets)
-    assert {name.partition(".")[0] for name in targets} == {"7", "8", "9", "10"}
+    # a CPU does not tell its peak memory
+    assert {name.partition(".")[0] for name in targets} == {"7", "8", "9"}
 
 
 @pytest.mark.slow
@@ -212,14 +207,6 @@ def test_memory_between_steps_is_counted_on_a_device_with_or_without_an_index():
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         step.learner.device = device
         assert gpu.kept_bytes(step) >= parameters
-
-
-@pytest.mark.parametrize("norm, reached", [(2.001, True), (1.9, False), (0.0, False)])
-def test_checkpointing_with_another_gradient_fails_its_target(norm, reached):
-    without = {"gradient_norm": 2.0, "peak_bytes": 20}
-    found = {"without": without, "with": {"gradient_norm": norm, "peak_bytes": 10}}
-    values = {"models": {"CCT-7/3×1": {"checkpointing": found}}}
-    assert gpu_targets(values)["10. activation checkpointing, CCT-7/3×1"].reached == reached
 
 
 @pytest.mark.parametrize(
