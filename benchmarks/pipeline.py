@@ -37,9 +37,13 @@ _SIDE, _STEP = 32, 8
 
 
 class PhotographPieces:
-    """32×32 pieces of scikit-learn's two sample photographs, 8 pixels apart."""
+    """32×32 pieces of scikit-learn's two sample photographs, 8 pixels apart.
 
-    def __init__(self) -> None:
+    Args:
+        count: the number of images, which may repeat pieces; default: each piece once.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
         from sklearn.datasets import load_sample_images
 
         self._pieces = [
@@ -49,12 +53,15 @@ class PhotographPieces:
             for column in range(0, photograph.shape[1] - _SIDE, _STEP)
         ]
 
+        self._count = count or len(self._pieces)
+
     def __len__(self) -> int:
-        return len(self._pieces)
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         # torchvision's CIFAR makes its images from arrays too
-        return Image.fromarray(np.ascontiguousarray(self._pieces[index])), index % CLASSES
+        piece = self._pieces[index % len(self._pieces)]
+        return Image.fromarray(np.ascontiguousarray(piece)), index % CLASSES
 
     def describe(self, index: int) -> str:
         """The piece's number."""

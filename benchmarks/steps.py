@@ -84,10 +84,6 @@ class Workload:
     compile: bool = False
     quick: bool = False
 
-    @property
-    def title(self) -> str:
-        return f"{self.model}, B={self.batch}"
-
 
 WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
 
