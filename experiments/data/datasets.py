@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from experiments.config import DataConfig, RunConfig
-from experiments.data.shards import ShardImages
 from experiments.errors import ConfigError, DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -215,6 +214,8 @@ def _open_split(config: DataConfig, split: str) -> Images:
     if not root.exists() and not download and prefix != "hfds":
         raise DataError(_missing(config, split, "the folder does not exist"))
     if prefix == "wds":
+        from experiments.data.shards import ShardImages
+
         images = ShardImages(root, split)
         if not len(images):
             raise DataError(_missing(config, split, "the shards hold no images"))

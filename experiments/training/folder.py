@@ -53,7 +53,8 @@ class RunFolder:
             ConfigError: another process writes there, or it cannot be written.
         """
         path = self.path / _LOCK
-        lock = filelock.FileLock(path, timeout=0)
+        # the kernel's lock or none: a soft one would outlive a crash
+        lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
         with self.refuse_unwritable():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try:

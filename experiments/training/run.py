@@ -59,7 +59,7 @@ def train_step(
         images: (B, 3, H, W), this process's share of the batch, on the device.
         labels: (B,), on the device.
         progress: of the run; the step is counted there.
-        statistics: take what the step measures; nothing waits for the device.
+        statistics: take what the step measures, without waiting for the device.
 
     Raises:
         TrainingStopped: too many steps were skipped, since something was not finite.

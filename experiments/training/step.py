@@ -110,21 +110,21 @@ class Learner:
         return {"gradient_norm": norm.where(finite, 0.0), "finite_share": finite.float()}
 
     def finite(self, parts: Sequence[dict[str, Tensor]], norm: Tensor) -> Tensor:
-        """Whether each of `CHECKED` is finite, (3,) bool; with `skip`, in all processes.
+        """Whether each of `CHECKED` is finite, (3,) bool; for `skip`, in all processes.
 
         Args:
             parts: the statistics of each part.
             norm: of the gradient.
         """
-        nothing = norm.new_zeros(())
+        nothing = torch.zeros_like(norm)
         losses = [
-            torch.stack((part["loss"], part.get("scorenet_loss", nothing))).isfinite()
-            for part in parts
+            torch.stack([part.get(name, nothing).isfinite() for part in parts]).all()
+            for name in ("loss", "scorenet_loss")
         ]
         gradient = norm.isfinite()
         if self.scaler.is_enabled():
             gradient = self._overflows < _MOST_OVERFLOWS
-        finite = torch.cat((torch.stack(losses).all(0), gradient.view(1)))
+        finite = torch.stack((*losses, gradient))
         if self.config.on_nonfinite == "skip":
             finite = self.world.minimum(finite.float()).bool()
         return finite

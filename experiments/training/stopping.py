@@ -67,7 +67,7 @@ def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) 
         images_per_pass: images of one forward pass in training.
     """
     said = str(error).strip().partition("\n")[0][:200].rstrip(" .")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
             f"out of memory ({said}); a smaller data.micro_batch (now {images_per_pass}) trains "
             "the same batch in more parts, a smaller data.eval_batch_size (now "

@@ -3,11 +3,16 @@
 T = 16 patch tokens, 2 layers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from experiments.config import RunConfig, load_config
+from experiments.training.distributed import ONE_PROCESS
+from experiments.training.metrics import CLOCK_VALUES, read_metrics
+from experiments.training.run import Run
+from experiments.training.stopping import StopRequests
 
 HTM = {"layers": [1], "tau": 0.3, "rho": 0.0005}
 VTM = {"layers": [1], "kappa": 3}
@@ -47,3 +52,40 @@ def small_config(folder: Path, name: str = "small", **sections) -> RunConfig:
     """The same, read, with its run folder inside the folder."""
     output = str(folder / "output" / name)
     return load_config(write_config(folder, name, output=output, **sections))
+
+
+def fit(folder: Path, name: str = "run", requests=None, allow_changed=(), **sections) -> Path:
+    """Train on the digits in this process; gives the run folder."""
+    config = small_config(folder, name, **sections)
+    Run(config, ONE_PROCESS).fit(requests, allow_changed)
+    return Path(config.output)
+
+
+def rows_without_clock(folder: Path) -> list[dict]:
+    """The rows of metrics without the values that differ when a run is repeated."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(folder)]
+
+
+def final_bytes(folder: Path) -> bytes:
+    """The final weights of a run."""
+    return (folder / "final.safetensors").read_bytes()
+
+
+class AtLook(StopRequests):
+    """Asks a run to stop, or calls an action instead, when it looks for the n-th time.
+
+    A run looks after every step and in every batch of the evaluation.
+    """
+
+    def __init__(self, look: int, action: Callable[[], object] | None = None) -> None:
+        super().__init__()
+        self.looks, self.action = look, action
+
+    @property
+    def reason(self) -> str | None:
+        self.looks -= 1
+        if self.action is None:
+            return "the test" if self.looks <= 0 else None
+        if self.looks == 0:
+            self.action()
+        return None

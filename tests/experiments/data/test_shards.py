@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -35,7 +36,7 @@ def write_tar(path, files):
 
 
 def write_shards(root, shards=2):
-    """Five images a shard; the class follows from the shade."""
+    """Five images per shard; the class follows from the shade."""
     names = [f"set-train-{number:04}.tar" for number in range(shards)]
     for number, name in enumerate(names):
         files = {}
@@ -46,7 +47,6 @@ def write_shards(root, shards=2):
         write_tar(root / name, files)
     info = {"splits": {"train": {"filenames": names}, "validation": {"filenames": names[:1]}}}
     (root / "_info.json").write_text(json.dumps(info))
-    return names
 
 
 def wds(root):
@@ -96,54 +96,43 @@ def test_shards_are_trained_on_and_evaluated_by_the_entry_points(tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["images"] == 5
 
 
-def cut(root, names):
-    path = root / names[0]
-    path.write_bytes(path.read_bytes()[:1100])
-
-
-def remove(root, names):
-    (root / names[1]).unlink()
-
-
-def compress(root, names):
-    (root / names[0]).write_bytes(b"\x1f\x8b" + b"\0" * 600)
-
-
-def without_class(root, names):
-    write_tar(root / names[0], {"1.png": png(1)})
-
-
-def without_image(root, names):
-    write_tar(root / names[0], {"a/1.cls": b"1"})
-
-
-def wrong_class(root, names):
-    write_tar(root / names[0], {"1.png": png(1), "1.cls": b"dog"})
-
-
-def broken_info(root, names):
-    (root / "_info.json").write_text("{")
-
-
-def no_info(root, names):
-    (root / "_info.json").unlink()
+FIRST, SECOND, INFO = "set-train-0000.tar", "set-train-0001.tar", "_info.json"
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
-        (cut, r"set-train-0000\.tar: "),
-        (remove, r"set-train-0001\.tar: cannot read the shard: No such file"),
-        (compress, r"set-train-0000\.tar: cannot read the shard"),
-        (without_class, r"1\.png has no class: no \.cls beside it"),
-        (without_image, r"a/1\.cls has no image beside it"),
-        (wrong_class, r"1\.cls: got b'dog'; allowed: a class number"),
-        (broken_info, r"_info\.json: does not list shards as expected"),
-        (no_info, r"split 'train' needs a file _info\.json there"),
+        (lambda root: os.truncate(root / FIRST, 1100), r"set-train-0000\.tar: "),
+        (
+            lambda root: (root / SECOND).unlink(),
+            r"set-train-0001\.tar: cannot read the shard: No such file",
+        ),
+        (
+            lambda root: (root / FIRST).write_bytes(b"\x1f\x8b" + b"\0" * 600),
+            r"set-train-0000\.tar: cannot read the shard",
+        ),
+        (
+            lambda root: write_tar(root / FIRST, {"1.png": png(1)}),
+            r"1\.png has no class: no \.cls beside it",
+        ),
+        (
+            lambda root: write_tar(root / FIRST, {"a/1.cls": b"1"}),
+            r"a/1\.cls has no image beside it",
+        ),
+        (
+            lambda root: write_tar(root / FIRST, {"1.png": png(1), "1.cls": b"dog"}),
+            r"1\.cls: got b'dog'; allowed: a class number",
+        ),
+        (
+            lambda root: (root / INFO).write_text("{"),
+            "_info.json: does not list shards",
+        ),
+        (lambda root: (root / INFO).unlink(), "split 'train' needs a file _info.json there"),
     ],
 )
 def test_damaged_shards_are_named(tmp_path, damage, message):
-    damage(tmp_path, write_shards(tmp_path))
+    write_shards(tmp_path)
+    damage(tmp_path)
     with pytest.raises(DataError, match=message):
         open_images(wds(tmp_path), "train")
 
@@ -157,7 +146,7 @@ def test_an_unknown_split_lists_the_known_ones(tmp_path):
 # timm's reader keeps the archive open for the life of the process
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("root", ["", "train.tar"])
-def test_a_tar_file_of_one_folder_a_class(tmp_path, root):
+def test_a_tar_file_of_one_folder_per_class(tmp_path, root):
     files = {f"{name}/{k}.png": png(s + k) for name, s in (("a", 10), ("b", 99)) for k in range(2)}
     write_tar(tmp_path / "train.tar", files)
     config = RunConfig(data=DataConfig(dataset="", root=str(tmp_path / root)))

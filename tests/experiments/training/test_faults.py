@@ -14,37 +14,12 @@ from PIL import Image
 
 from experiments.config import DataConfig
 from experiments.errors import ConfigError, DataError, TrainingStopped
-from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
-from experiments.training.stopping import StopRequests, explain_fault, loader_deaths_ignored
-from tests.helpers.runs_helper import HTM, small_config
+from experiments.training.run import Run
+from experiments.training.stopping import explain_fault, loader_deaths_ignored
+from tests.helpers.runs_helper import HTM, AtLook, final_bytes, fit, small_config
 
 STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
-
-
-class Then(StopRequests):
-    """Does something when the run looks for the n-th time whether it shall stop."""
-
-    def __init__(self, look, action):
-        super().__init__()
-        self.looks, self.action = look, action
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        if self.looks == 0:
-            self.action()
-        return None
-
-
-def fit(folder, requests=None, name="run", **sections):
-    config = small_config(folder, name, **sections)
-    runs.Run(config, ONE_PROCESS).fit(requests)
-    return Path(config.output)
-
-
-def final_bytes(folder):
-    return (folder / "final.safetensors").read_bytes()
 
 
 # torch's handler of the child's end raises in whatever runs then, now and then its own clean-up
@@ -60,7 +35,7 @@ def test_a_loader_process_that_the_kernel_kills(tmp_path):
 
     message = r"data-loader process was killed.*data\.workers, now 1\); the last checkpoint is "
     with pytest.raises(TrainingStopped, match=message):
-        fit(tmp_path, Then(14, kill), **sections)
+        fit(tmp_path, requests=AtLook(14, kill), **sections)
     resumed = fit(tmp_path, **sections)
     assert final_bytes(resumed) == final_bytes(fit(tmp_path, name="whole", **sections))
 
@@ -97,9 +72,9 @@ def limit():
 
 def test_a_disk_without_room(tmp_path, limit):
     sections = {"data": STEPS, "schedule": {"epochs": 2}}
-    stop = Then(14, lambda: limit(resource.RLIMIT_FSIZE, 10_000))
+    stop = AtLook(14, lambda: limit(resource.RLIMIT_FSIZE, 10_000))
     with pytest.raises(TrainingStopped, match=r"File too large; the last checkpoint is .*11\.pt"):
-        fit(tmp_path, stop, **sections)
+        fit(tmp_path, requests=stop, **sections)
     limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
     checkpoints = tmp_path / "output" / "run" / "checkpoints"
     # in the first evaluation; nothing half written stays behind
@@ -116,7 +91,7 @@ def test_memory_that_runs_out(tmp_path, limit):
 
     sections = {"horizontal": HTM, "model": {"image_size": 32}}
     sections["data"] = {"batch_size": 700, "eval_batch_size": 50}
-    run = runs.Run(small_config(tmp_path, **sections), ONE_PROCESS)
+    run = Run(small_config(tmp_path, **sections), ONE_PROCESS)
     less()
     message = r"out of memory \(.*\); a smaller data\.micro_batch \(now 700\) .*; there is no check"
     with pytest.raises(TrainingStopped, match=message):
@@ -165,7 +140,7 @@ def test_an_image_that_vanishes_is_named(tmp_path, folder_of_images, workers):
     gone = folder_of_images / "train" / "class1" / "05.png"
     sections = image_sections(folder_of_images, workers=workers)
     with pytest.raises(DataError, match=r"cannot read .*05\.png: .*; the last checkpoint is"):
-        fit(tmp_path, Then(5, gone.unlink), **sections)
+        fit(tmp_path, requests=AtLook(5, gone.unlink), **sections)
 
 
 @pytest.mark.parametrize("bad", [2, 3])
@@ -182,11 +157,11 @@ def test_unreadable_images_are_counted_up_to_the_limit(tmp_path, folder_of_image
     if bad > 2:
         message = r"cannot read .*; unreadable images: 3 of 2 allowed .*; the last checkpoint is"
         with pytest.raises(DataError, match=message):
-            fit(tmp_path, Then(2, damage), **sections)
+            fit(tmp_path, requests=AtLook(2, damage), **sections)
         with pytest.raises(ConfigError, match=r"had 12 images and .*, and now there are 11 images"):
             fit(tmp_path, **sections)  # a file that is gone is not even listed
     else:
-        fit(tmp_path, Then(2, damage), **sections)
+        fit(tmp_path, requests=AtLook(2, damage), **sections)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
     assert len(warnings) == 2
     assert warnings[1].endswith("unreadable images: 2 of 2 allowed (data.max_bad_images)")

@@ -4,7 +4,6 @@ import itertools
 import json
 import pkgutil
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,16 @@ from experiments.errors import CheckpointError, ConfigError, SavedAndStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.folder import RunFolder
-from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from experiments.training.stopping import StopRequests
-from tests.helpers.runs_helper import HTM, VTM, small_config
+from experiments.training.metrics import read_metrics
+from tests.helpers import runs_helper
+from tests.helpers.runs_helper import (
+    HTM,
+    VTM,
+    AtLook,
+    final_bytes,
+    rows_without_clock,
+    small_config,
+)
 
 SECTIONS = {
     "horizontal": HTM,
@@ -28,30 +34,14 @@ SECTIONS = {
 }
 
 
-class StopAt(StopRequests):
-    """Asks a run to stop when it looks for the n-th time: 11 steps, 4 batches of evaluation."""
-
-    def __init__(self, look):
-        super().__init__()
-        self.looks = look
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        return "the test" if self.looks <= 0 else None
-
-
 def fit(folder, stop=None, allow_changed=(), **sections):
-    config = small_config(folder, "run", **{**SECTIONS, **sections})
-    runs.Run(config, ONE_PROCESS).fit(stop, allow_changed)
-    return Path(config.output)
+    return runs_helper.fit(folder, "run", stop, allow_changed, **{**SECTIONS, **sections})
 
 
 def outcome(folder):
-    """All that must not depend on where a run was cut."""
-    rows = [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(folder)]
+    """All that must not depend on where a run was interrupted."""
     newest = load_checkpoint(RunFolder(folder).saved()[0])
-    return (folder / "final.safetensors").read_bytes(), rows, newest["progress"]
+    return final_bytes(folder), rows_without_clock(folder), newest["progress"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("look", [1, 11, 13, 17, 30])
 def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undisturbed, look):
     with pytest.raises(SavedAndStopped, match="the test: saved after step"):
-        fit(tmp_path, StopAt(look))
+        fit(tmp_path, AtLook(look))
     assert not (tmp_path / "output" / "run" / "final.safetensors").exists()
     assert json.loads((tmp_path / "output" / "run" / "heartbeat.json").read_text())["state"] == (
         "stopped"
@@ -74,7 +64,7 @@ def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undistu
 def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed):
     for _ in range(10):
         try:
-            folder = fit(tmp_path, StopAt(7))
+            folder = fit(tmp_path, AtLook(7))
             break
         except SavedAndStopped:
             continue
@@ -116,7 +106,7 @@ def test_a_crash_costs_no_more_than_the_steps_since_the_checkpoint(
 def cut(tmp_path):
     """A run that was stopped in its second epoch; it has two checkpoints."""
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(19))
+        fit(tmp_path, AtLook(19))
     return tmp_path
 
 
@@ -185,7 +175,7 @@ def test_the_optimiser_computes_as_this_device_wants_it(cut, implementation):
 def test_another_precision_may_go_on(tmp_path, precisions):
     before, after = precisions
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(13), precision=before)
+        fit(tmp_path, AtLook(13), precision=before)
     folder = fit(tmp_path, allow_changed=["precision"], precision=after)
     scaler = load_checkpoint(RunFolder(folder).saved()[0])["scaler"]
     assert bool(scaler) == (after == "fp16")
@@ -199,7 +189,7 @@ def test_weights_of_fewer_epochs_do_not_tell_that_a_longer_run_is_done(tmp_path)
         fit(tmp_path, schedule={"epochs": 3})
     assert (folder / "final.safetensors").read_bytes() == before, "a refusal changes nothing"
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(2), **longer)
+        fit(tmp_path, AtLook(2), **longer)
     assert not (folder / "final.safetensors").exists()
 
 
@@ -229,9 +219,9 @@ def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
 
     logging = {"interval": 3, "tensorboard": True}
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(8), logging=logging)
+        fit(tmp_path, AtLook(8), logging=logging)
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, StopAt(12), logging=logging)
+        fit(tmp_path, AtLook(12), logging=logging)
     folder = fit(tmp_path, logging=logging)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

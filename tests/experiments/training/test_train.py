@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -10,20 +9,21 @@ from safetensors.torch import load_file
 from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
 from experiments.config import load_config
-from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
-from experiments.training.metrics import CLOCK_VALUES, read_metrics
+from experiments.training.metrics import read_metrics
+from experiments.training.run import Run
 from tests.helpers.others_warnings import uses_inductor
-from tests.helpers.runs_helper import HTM, VTM, small_config, write_config
+from tests.helpers.runs_helper import (
+    HTM,
+    VTM,
+    final_bytes,
+    fit,
+    rows_without_clock,
+    write_config,
+)
 
 DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}
 BOTH = {"horizontal": HTM, "vertical": VTM, "model": DROPOUT}
-
-
-def fit(tmp_path, name, **sections):
-    config = small_config(tmp_path, name, **sections)
-    runs.Run(config, ONE_PROCESS).fit()
-    return Path(config.output)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +75,9 @@ def test_metrics_are_complete_and_in_order(undisturbed):
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, undisturbed):
     again = fit(tmp_path, "again", **BOTH, schedule={"epochs": 3})
-    name = "final.safetensors"
-    assert (again / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert final_bytes(again) == final_bytes(undisturbed)
     other = fit(tmp_path, "other", **BOTH, schedule={"epochs": 3}, seed=1)
-    assert (other / name).read_bytes() != (undisturbed / name).read_bytes()
-
-
-def values(run):
-    """The rows of metrics without what a clock says."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(run)]
+    assert final_bytes(other) != final_bytes(undisturbed)
 
 
 def test_a_finished_run_is_left_alone_but_for_final_weights_that_are_missing(
@@ -95,13 +89,13 @@ def test_a_finished_run_is_left_alone_but_for_final_weights_that_are_missing(
     before, written = final.read_bytes(), final.stat().st_mtime_ns
     sections = {**BOTH, "schedule": {"epochs": 3}}
     config = load_config(write_config(tmp_path, output=str(copy), **sections))
-    runs.Run(config, ONE_PROCESS).fit()
+    Run(config, ONE_PROCESS).fit()
     assert "all 3 epochs are done already" in capsys.readouterr().out
     assert final.stat().st_mtime_ns == written
     final.unlink()  # as after a crash right before it was written
-    runs.Run(config, ONE_PROCESS).fit()
+    Run(config, ONE_PROCESS).fit()
     assert final.read_bytes() == before
-    assert values(copy) == values(undisturbed)
+    assert rows_without_clock(copy) == rows_without_clock(undisturbed)
 
 
 def test_training_learns(tmp_path):
