@@ -1,4 +1,4 @@
-"""Kill a training again and again, and compare what it comes to: `python -m benchmarks.faults`.
+"""Kill a training again and again, and check its result: `python -m benchmarks.faults`.
 
 A training of the quickstart's small model, in one process and in two, is killed while it trains,
 evaluates and writes a checkpoint, and resumed by the same command until it ends. Its final weights
