@@ -1,1 +1,1 @@
-"""What is claimed of this project, measured: each module is a command that anyone can run."""
+"""Measurements of what this project claims: each row is a command that anyone can run."""

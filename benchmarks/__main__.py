@@ -1,14 +1,13 @@
-"""All rows for a CPU, or those named: `python -m benchmarks [ROW ...] [--quick]`.
+"""Measure all CPU rows, or the named ones: `python -m benchmarks [ROW ...] [--quick]`.
 
-Each row runs in a process of its own, so that none finds what another has left in memory.
+Each row runs in its own process, so that no row finds another one's data in memory.
 """
 
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks import harness, records, report
-from benchmarks.rows import CPU_ROWS
+from benchmarks import report, row
 from experiments import cli
 from experiments.config import nearest
 from experiments.errors import ConfigError, DataError
@@ -16,16 +15,19 @@ from experiments.provenance import ROOT
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure rows, then make the documents anew from what the default folder holds."""
-    names = [row.name for row in CPU_ROWS]
-    parser = harness.parser("python -m benchmarks", __doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(names)}")
+    """Measure rows, then regenerate the documents from the default records."""
+    names = [one.name for one in report.ROWS if one is not report.GPU_ROW]
+    parser = row.parser("python -m benchmarks", __doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(names))
     options = parser.parse_args(argv)
     for name in options.rows:
         if name not in names:
-            raise ConfigError(f"command line: {name!r} is no row; {nearest(name, names)}")
-    words = harness.words_of(options)
-    words += ["--results", str(options.results.resolve())] if options.results is not None else []
+            raise ConfigError(f"command line: {name!r} is not a row; {nearest(name, names)}")
+    words = ["--quick"] if options.quick else []
+    for option in ("threads", "rounds", "results"):
+        value = getattr(options, option)
+        if value is not None:
+            words += [f"--{option}", str(value.resolve() if option == "results" else value)]
     failed = []
     for name in options.rows or names:
         print(f"== {name}", flush=True)
@@ -34,10 +36,9 @@ def main(argv: Sequence[str]) -> None:
         )
         failed += [name] if done.returncode else []
     if options.results is None and not options.quick:
-        for path in report.update(ROOT / "docs", records.RESULTS):
-            print(f"updated {path.relative_to(ROOT)}")
+        report.main([])
     if failed:
-        raise DataError(f"benchmarks that ended with an error: {', '.join(failed)}")
+        raise DataError(f"benchmarks that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""TokenMixup in the direct formulation: the yardstick that the library's speed is measured with.
+"""TokenMixup in the direct formulation: the yardstick for the library's speed.
 
-It is written from the method's equations and shares no code with `tokenmixup`: the gain matrix by
-broadcasting, SciPy's assignment, attention whose map is stored whole, a second full attention for
-the saliency, and masked indexing for the mixing. Nothing but this folder and its tests uses it.
+It follows the method's equations and shares no code with `tokenmixup`: the gain matrix by
+broadcasting, SciPy's assignment, attention that stores its whole map, a second full attention for
+the saliency, and masked indexing for the mixing; also saliency from pixel gradients, as image
+mixing methods compute it. Only this folder and its tests use it.
 
 Dimensions: B batch, N tokens, P prefix tokens, T = N - P patch tokens, D width, H heads, d head
 width, C classes, E easy samples.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from tokenmixup import HorizontalConfig, TokenMixupModel, TokenMixupOutput
 
 
 def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
-    """(B, T), (B,) -> (E, B), with temporaries (E, B, T)."""
+    """(B, T), (B,) -> (E, B), with (E, B, T) temporaries."""
     difference = saliency.unsqueeze(0) - saliency[easy].unsqueeze(1) - rho  # (E, B, T)
     return F.relu(difference).sum(-1)
 
@@ -38,7 +40,7 @@ def pairing(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
 def horizontal_mixup(
     tokens: Tensor, targets: Tensor, saliency: Tensor, easy: Tensor, rho: float, prefix: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed tokens (B, N, D), mixed targets (B, C), mask (B, T); batch order kept."""
+    """Mixed tokens (B, N, D), mixed targets (B, C) and mask (B, T), in batch order."""
     rows = easy.nonzero().squeeze(1)  # (E,)
     partner = pairing(saliency, easy, rho)  # (E,)
     own, other = saliency[rows], saliency[partner]  # (E, T)
@@ -57,7 +59,7 @@ def horizontal_mixup(
 
 
 def attention(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (B, N, D) and map (B, H, N, N) of a joint-projection attention on normed tokens."""
+    """Output (B, N, D) and map (B, H, N, N) of attention with one projection, on normed tokens."""
     heads = attn.num_heads
     query, key, value = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, N, d)
@@ -69,17 +71,45 @@ def attention(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return attn.proj_drop(attn.proj(joined)), probabilities
 
 
-class DirectModel(nn.Module):
-    """The plain host or one with HTM, of this project's CCT or timm's ViT, in the direct form.
+def pixel_gradient_saliency(
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, num_tokens: int
+) -> Tensor:
+    """Saliency from the loss's gradient with respect to the pixels.
 
-    It takes over the parameters of a `TokenMixupModel`, which must not be used beside it, and
-    answers a training pass as that does.
+    The root mean square over the channels, averaged over each token's square of pixels, and
+    scaled to sum to one.
+
+    Args:
+        logits_of: a model's forward pass, images -> (B, C).
+        images: (B, 3, S, S).
+        targets: (B, C).
+        num_tokens: T, a square number.
+
+    Returns:
+        (B, T), without gradient.
+    """
+    side = round(num_tokens**0.5)
+    assert side * side == num_tokens, "the patch tokens form a square grid"
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        loss = -(targets * logits_of(pixels).log_softmax(-1)).sum()
+        (gradient,) = torch.autograd.grad(loss, pixels)
+    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, S, S)
+    saliency = F.adaptive_avg_pool2d(strength, side).flatten(1)
+    return saliency / saliency.sum(1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
+
+
+class DirectModel(nn.Module):
+    """A plain host or a host with HTM in the direct form: this project's CCT or timm's ViT.
+
+    It takes over the parameters of a `TokenMixupModel`, which must not be used any more, and
+    returns what that model returns in training.
     """
 
     def __init__(self, model: TokenMixupModel) -> None:
         super().__init__()
         if model.vertical is not None:
-            raise ValueError("the direct formulation has no VTM: leave `vertical` out")
+            raise ValueError("the direct formulation has no VTM: omit `vertical`")
         self.horizontal: HorizontalConfig | None = model.horizontal
         self.class_token = model.layout.class_token
         self.prefix = model.layout.num_prefix_tokens

@@ -1,33 +1,35 @@
-"""Rows 7 to 10, on a CUDA GPU: speed, exchanges with the host, waiting for data, memory.
+"""Rows 7 to 10, on a CUDA GPU: speed, exchanges with the host, loading, memory.
 
-`python -m benchmarks.gpu` takes less than nine minutes: what does not fit any more is left out and
-named. Each model trains in bfloat16, compiled, by the engine's own steps.
+`python -m benchmarks.gpu` takes less than nine minutes. It records each part as soon as it is
+measured, and names the parts for which there was no time. Each model trains in bfloat16, compiled,
+by the training's own steps.
 """
 
-import argparse
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import gpu_report, harness
-from benchmarks.harness import Row, Settings
-from benchmarks.learners import CONFIGS, Steps, Workload, make_learner
-from benchmarks.profiles import profiled
-from benchmarks.timing import interleaved, ratio
+from benchmarks import row
+from benchmarks.pipeline import PhotographPieces
+from benchmarks.row import Row, Settings, Target
+from benchmarks.steps import FAMILIES, Steps, Workload
+from benchmarks.timing import interleaved, mebibytes, ratio, times
 from experiments import cli
-from experiments.data.loading import Batch, TrainBatches
+from experiments.data.loading import TrainBatches
+from experiments.documents.markdown import aligned_table
 from experiments.errors import ConfigError
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
 from experiments.training.evaluation import to_device
-from experiments.training.step import Learner
 
 WORKLOADS = (
     Workload("CCT-7/3×1", 128, "bf16", compile=True),
@@ -35,45 +37,56 @@ WORKLOADS = (
 )
 QUICK_WORKLOADS = (
     Workload("CCT-7/3×1", 4, "bf16", quick=True),
-    # so many images that a step's memory peaks by its activations, not by its gradients
+    # enough images that activations, not gradients, set the peak memory of a step
     Workload("ViT-B/16", 32, "bf16", quick=True),
 )
-VARIANTS = ("plain", "HVTM", "HTM", "VTM")  # what matters most comes first
+VARIANTS = ("plain", "HVTM", "HTM", "VTM")  # the most important ones first
 LIMIT_SECONDS = 9 * 60
 _RESERVE_SECONDS = 100
-"""What the longest part that may still be begun takes."""
+"""Time that the longest part takes, once begun."""
 LOADER_PROCESSES, LOADER_STEPS = 16, 300
 WAITED = 0.1
-"""A step waited for data where the loader took more than this share of a median step."""
+"""A step waited for data if the loader took more than this share of a mean step."""
 TRACES = ROOT / "output" / "benchmarks"
-"""Folder of each model's trace."""
+"""Folder of each model's profile, for chrome://tracing or ui.perfetto.dev."""
+
+IMAGES_PER_SECOND = {"CCT-7/3×1": 20_000, "ViT-B/16": 2_400}
+OVER_PLAIN = {"CCT-7/3×1": 1.08, "ViT-B/16": 1.03}
+GFLOP_PER_IMAGE = {"CCT-7/3×1": 7.1, "ViT-B/16": 105.0}
+"""Of a training step: forward, and twice that backward."""
+COPIES = {"plain": 0, "HTM": 1, "VTM": 0, "HVTM": 1}
+WAITED_SHARE = 0.02
+MEMORY_RATIO = 1.03
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Each model's four variants in turn, then what they exchange, need and wait for."""
+    """Per model the speed of its four variants in turn, then the other parts one by one."""
     end = time.monotonic() + LIMIT_SECONDS
     world = World(0, 1, settings.device)
-    found: dict[str, Any] = {"models": [], "left_out": []}
+    found: dict[str, Any] = {"models": {}, "left_out": []}
+
+    def time_left(part: str) -> bool:
+        enough = time.monotonic() <= end - _RESERVE_SECONDS
+        found["left_out"] += [] if enough else [part]
+        return enough
+
     for workload in QUICK_WORKLOADS if settings.quick else WORKLOADS:
-        parts: dict[str, Any] = {"model": workload.model, "batch": workload.batch}
-        found["models"].append(parts)
+        model: dict[str, Any] = {"batch": workload.batch}
+        found["models"][workload.model] = model
         ready: dict[str, Steps] = {}
         for name in VARIANTS:
-            if time.monotonic() > end - _RESERVE_SECONDS:
-                found["left_out"].append(f"{workload.model}, {name}")
-                continue
-            ready[name] = Steps(workload, make_learner(workload, name, world))
-            for _ in range(1 if settings.quick else 3):
-                ready[name]()  # compiles
-        parts |= _speed(settings, workload, ready)
-        for title, part in (("data", _data), ("checkpointing", _checkpointing)):
-            if title == "data" and workload.model != "CCT-7/3×1":
-                continue  # the loader is that of CIFAR
-            if time.monotonic() > end - _RESERVE_SECONDS or "HVTM" not in ready:
-                found["left_out"].append(f"{workload.model}, {title}")
-                continue
-            parts[title] = part(settings, workload, ready, world)
+            if time_left(f"{workload.model}, {name}"):
+                ready[name] = Steps(workload, name, world)
+                for _ in range(1 if settings.quick else 3):
+                    ready[name]()  # compiles
+        model["speed"] = _speed(settings, ready)
         settings.keep(found)
+        for title, part in PARTS.items():
+            if title == "loading" and workload.model != "CCT-7/3×1":
+                continue  # the loader is CIFAR's
+            if time_left(f"{workload.model}, {title}"):
+                model[title] = part(settings, workload, ready)
+                settings.keep(found)
         ready.clear()
         torch._dynamo.reset()
         if settings.device.type == "cuda":
@@ -81,42 +94,149 @@ def measure(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _speed(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
-    """Images a second, mixing, exchanges and memory of each variant."""
-    on_cuda = settings.device.type == "cuda"
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _speed(settings: Settings, steps: dict[str, Steps]) -> dict[str, Any]:
+    """Row 7: images per second, time over plain, and mixing of each variant."""
     timings = interleaved(
         steps,
         settings.rounds(9),
-        # steps are given to the device one after the other, as a training gives them
+        # several steps in flight on the device, as in a training
         least_seconds=0.0 if settings.quick else 0.5,
-        synchronise=(lambda: torch.cuda.synchronize(settings.device)) if on_cuda else lambda: None,
+        synchronise=lambda: _synchronise(settings.device),
     )
-    found: dict[str, Any] = {"variants": {}, "over_plain": {}}
-    for name, timing in timings.items():
-        step = steps[name]
-        kept = TRACES / f"trace-{CONFIGS[workload.model][name]}.json.gz"
-        trace = kept if on_cuda and name == "HVTM" else None
-        profile = profiled(step, settings.device, 2 if settings.quick else 5, trace)
-        if name not in ("plain", "HVTM"):
-            del profile["timeline"]  # the figure shows these two
-        found["variants"][name] = {
+    return {
+        name: {
             **timing.record(),
-            "images_per_second": len(step.labels) / timing.median,
-            "mixing": step.mixing(),
-            "peak_bytes": _peak_bytes(step),
-            "profile": profile,
+            "images_per_second": len(steps[name].labels) / timing.median,
+            "over_plain": ratio(timing, timings["plain"]),
+            "mixing": steps[name].mixing(),
         }
-        if name != "plain" and "plain" in timings:
-            found["over_plain"][name] = ratio(timing, timings["plain"])
+        for name, timing in timings.items()
+    }
+
+
+def _exchanges(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
+    """Row 8: copies to the host, host waits and kernels per step of each variant."""
+    found = {}
+    for name, step in steps.items():
+        trace = TRACES / f"trace-{FAMILIES[workload.model].config(name)}.json.gz"
+        kept = trace if settings.device.type == "cuda" and name == "HVTM" else None
+        found[name] = profiled(step, settings.device, 2 if settings.quick else 5, kept)
     return found
 
 
-def _peak_bytes(step: Steps) -> int | None:
+def profiled(
+    action: Callable[[], object], device: torch.device, steps: int, trace: Path | None = None
+) -> dict[str, float]:
+    """Copies to the host, host waits and kernels per step, and the device's share of busy time.
+
+    Args:
+        action: a step.
+        device: its device; on a CPU everything is zero.
+        steps: how many; one step before them warms up the profiler.
+        trace: file for the trace.
+    """
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    mark = "training steps"
+    with profile(activities=activities) as found:
+        action()
+        _synchronise(device)
+        with record_function(mark):
+            for _ in range(steps):
+                action()
+        _synchronise(device)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(trace))
+    events = list(found.events() or [])
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    (span,) = (event.time_range for event in on_host if event.name == mark)
+    # annotations have a shadow on the device that is not work
+    work = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA
+        and not event.is_user_annotation
+        and event.time_range.start >= span.start
+    ]
+    waits = [
+        event
+        for event in on_host
+        if event.name.startswith("cuda")
+        and event.name.endswith("Synchronize")
+        and span.start <= event.time_range.start <= span.end
+    ]
+    return {
+        "copies_to_host": sum("Memcpy DtoH" in event.name for event in work) / steps,
+        "host_waits": len(waits) / steps,
+        "kernels": sum(not event.name.startswith("Mem") for event in work) / steps,
+        "busy_share": busy_share([(e.time_range.start, e.time_range.end) for e in work]),
+    }
+
+
+def busy_share(spans: Sequence[tuple[float, float]]) -> float:
+    """The covered share of the time from the first begin to the last end of (begin, end) spans."""
+    if not spans:
+        return 0.0
+    first = end = min(begin for begin, _ in spans)
+    busy = 0.0
+    for begin, stop in sorted(spans):
+        busy += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return busy / (end - first) if end > first else 0.0
+
+
+def _loading(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
+    """Row 9: steps on batches from the real loader, and how long they wait for them."""
+    step, device = steps["HVTM"], settings.device
+    processes, count = (1, 4) if settings.quick else (LOADER_PROCESSES, LOADER_STEPS)
+    config = step.learner.config
+    data = dataclasses.replace(config.data, workers=processes, batch_size=workload.batch)
+    images = PhotographPieces(count * workload.batch)
+    batches = TrainBatches(
+        dataclasses.replace(config, data=data), images, 100, device.type == "cuda"
+    )
+    waits: list[float] = []
+    try:
+        for epoch in (0, 1):  # the first one starts the loader's processes
+            stream = iter(batches.epoch(epoch))
+            waits.clear()
+            start = time.perf_counter()
+            for _ in range(count):
+                before = time.perf_counter()
+                batch = next(stream)
+                waits.append(time.perf_counter() - before)
+                step.train(*to_device(batch, device, config))
+            _synchronise(device)
+            seconds = time.perf_counter() - start
+            next(stream, None)  # ends the epoch
+    finally:
+        batches.close()
+    return {
+        "loader_processes": processes,
+        "steps": count,
+        "waited_share": sum(wait > WAITED * seconds / count for wait in waits) / count,
+        "time_share": sum(waits) / seconds,
+        "images_per_second": workload.batch * count / seconds,
+    }
+
+
+def _memory(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
+    """Row 10: peak bytes of each variant."""
+    return {name: peak_bytes(step) for name, step in steps.items()}
+
+
+def peak_bytes(step: Steps) -> int | None:
     """Peak memory of a training: what it keeps between steps and the most that a step adds."""
     device = step.learner.device
     if device.type != "cuda":
         return None
-    kept = _kept_bytes(step.learner)
+    kept = kept_bytes(step)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -125,136 +245,123 @@ def _peak_bytes(step: Steps) -> int | None:
     return int(kept + torch.cuda.max_memory_allocated(device) - before)
 
 
-def _kept_bytes(learner: Learner) -> int:
-    """Of parameters, buffers and the optimiser's state."""
+def kept_bytes(step: Steps) -> int:
+    """Bytes of parameters, buffers and the optimiser's state on the training's device."""
+    learner = step.learner
     tensors = [*learner.model.parameters(), *learner.model.buffers()]
     for state in learner.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    # a device without an index, such as "cuda", is not equal to that of its tensors, "cuda:0"
+    # a device without an index, such as "cuda", does not equal that of its tensors, "cuda:0"
     kind = learner.device.type
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type == kind)
 
 
-def _data(
-    settings: Settings, workload: Workload, steps: dict[str, Steps], world: World
-) -> dict[str, Any]:
-    """Train by the engine's loop from the real loader, and time how long it waits for a batch."""
-    learner = steps["HVTM"].learner
-    processes, count = (1, 4) if settings.quick else (LOADER_PROCESSES, LOADER_STEPS)
-    images = _RandomImages(count * workload.batch)
-    data = {"workers": processes, "batch_size": workload.batch}
-    config = _with_data(learner, data)
-    batches = _WatchedBatches(TrainBatches(config, images, 100, world.device.type == "cuda"))
-    try:
-        for epoch in (0, 1):  # the first starts the loader's processes
-            batches.waits.clear()
-            start = time.perf_counter()
-            for batch in batches.epoch(epoch):
-                step = steps["HVTM"]
-                step.images, step.labels = to_device(batch, world.device, config)
-                step()
-            step.mixing()  # waits for the device
-            seconds = time.perf_counter() - start
-    finally:
-        batches.inner.close()
-    step_seconds = seconds / len(batches.waits)
-    waited = [wait > WAITED * step_seconds for wait in batches.waits]
-    return {
-        "loader_processes": processes,
-        "steps": len(waited),
-        "waited_share": sum(waited) / len(waited),
-        "time_share": sum(batches.waits) / seconds,
-        "images_per_second": workload.batch / step_seconds,
-    }
+PARTS = {"exchanges": _exchanges, "loading": _loading, "memory": _memory}
 
 
-def _with_data(learner: Learner, data: dict[str, Any]) -> Any:
-    return dataclasses.replace(
-        learner.config, data=dataclasses.replace(learner.config.data, **data)
+def tables(values: dict[str, Any]) -> str:
+    """One line per variant, then loading."""
+    rows, notes = [], []
+    for name, model in values["models"].items():
+        title = f"{name}, B={model['batch']}"
+        peaks = model.get("memory", {})
+        for variant, found in model["speed"].items():
+            speed, mixed = found["images_per_second"], found["mixing"]
+            profile = model.get("exchanges", {}).get(variant)
+            counts = ["–"] * 4
+            if profile is not None:
+                counts = [f"{profile[key]:.4g}" for key in ("copies_to_host", "host_waits")]
+                counts += [f"{profile['kernels']:.0f}", f"{100 * profile['busy_share']:.0f}%"]
+            memory = mebibytes(peaks.get(variant))
+            if peaks.get(variant):
+                memory += f" ({peaks[variant] / peaks['plain']:.3f} ×)"
+            rows.append(
+                [
+                    title,
+                    variant,
+                    f"{speed:,.0f}",
+                    f"{speed * GFLOP_PER_IMAGE[name] / 1e3:.0f}",
+                    "1" if variant == "plain" else times(found["over_plain"], 3),
+                    f"{100 * mixed['mixed_share']:.0f}%" if mixed else "–",
+                    *counts,
+                    memory,
+                ]
+            )
+        if "loading" in model:
+            data = model["loading"]
+            notes.append(
+                f"- {title}, HVTM from the loader ({data['loader_processes']} processes, "
+                f"{data['steps']} steps): {data['images_per_second']:,.0f} images/s; waited for "
+                f"data in {data['waited_share']:.1%} of the steps and {data['time_share']:.1%} of "
+                "the time."
+            )
+    if values["left_out"]:
+        notes.append(f"- Not measured for lack of time: {'; '.join(values['left_out'])}.")
+    head = (
+        *("model", "step", "images/s", "TFLOP/s", "time over plain (95%)", "samples mixed"),
+        *("copies to host", "host waits", "kernels", "device busy", "peak memory (MiB)"),
     )
+    return aligned_table(head, rows, range(2, 11)) + "\n" + "\n".join(notes) + "\n"
 
 
-class _RandomImages:
-    """So many 32×32 images of random pixels, made once."""
+def targets(values: dict[str, Any]) -> list[Target]:
+    """All targets, including those of parts that were not measured."""
+    nan = math.nan
+    models = {name: values["models"].get(name, {}) for name in IMAGES_PER_SECOND}
+    found = []
 
-    def __init__(self, count: int) -> None:
-        generator = np.random.default_rng(0)
-        self._pixels = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    def add(name: str, target: str, value: float, text: str, reached: bool) -> None:
+        found.append(Target(name, target, None if math.isnan(value) else text, reached))
 
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self._pixels[index]), index % 100
-
-    def describe(self, index: int) -> str:
-        """The image's number."""
-        return f"random image {index}"
-
-
-class _WatchedBatches:
-    """Training batches that note how long each had to be waited for."""
-
-    def __init__(self, inner: TrainBatches) -> None:
-        self.inner = inner
-        self.steps_per_epoch = inner.steps_per_epoch
-        self.waits: list[float] = []
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        batches = self.inner.epoch(epoch, first_step)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self.waits.append(time.perf_counter() - start)
-            yield batch
-
-
-def _checkpointing(
-    settings: Settings, workload: Workload, steps: dict[str, Steps], world: World
-) -> dict[str, Any]:
-    """HTM and VTM with activation checkpointing and without, eager, from the same weights.
-
-    The gradient of the first step shows that what is computed again is the same: the loss does
-    not, since it is computed before, and a step of the warm-up hardly changes the next one.
-    """
-    eager = Workload(workload.model, workload.batch, workload.precision, quick=workload.quick)
-    found: dict[str, Any] = {}
-    for name in ("without", "with"):
-        step = Steps(eager, make_learner(eager, "HVTM", world))
-        if name == "with":
-            backbone: Any = step.learner.model.backbone
-            backbone.set_grad_checkpointing()
-        step()
-        norm = step.measured()["gradient_norm"]
-        step()
-        found[name] = {"gradient_norm": norm, "peak_bytes": _peak_bytes(step)}
-        del step
+    for name, model in models.items():
+        measured, least, limit = model.get("speed", {}), IMAGES_PER_SECOND[name], OVER_PLAIN[name]
+        speed = measured.get("plain", {}).get("images_per_second", nan)
+        text = f"{speed:,.0f} images/s"
+        add(f"7. {name}, bf16, compiled", f"≥ {least:,} images/s", speed, text, speed >= least)
+        nothing = {"ratio": nan, "low": nan, "high": nan}
+        over = measured.get("HVTM", {}).get("over_plain", nothing)
+        text, reached = times(over, 3), over["ratio"] <= limit
+        add(f"7. {name}, HTM + VTM", f"≤ {limit} × plain", over["ratio"], text, reached)
+    for name, model in models.items():
+        for title, variant in (("HTM + VTM", "HVTM"), ("VTM", "VTM")):
+            most = COPIES[variant]
+            copies = model.get("exchanges", {}).get(variant, {}).get("copies_to_host", nan)
+            target = f"≤ {most} copies to the host per step"
+            add(f"8. {name}, {title}", target, copies, f"{copies:g}", copies <= most)
+    share = models["CCT-7/3×1"].get("loading", {}).get("waited_share", nan)
+    target = f"waits for data in ≤ {WAITED_SHARE:.0%} of the steps"
+    add("9. CCT-7/3×1, from the loader", target, share, f"{share:.1%}", share <= WAITED_SHARE)
+    for name, model in models.items():
+        peaks = model.get("memory", {})
+        peak = peaks["HVTM"] / peaks["plain"] if peaks.get("HVTM") else nan
+        target, reached = f"≤ {MEMORY_RATIO} × plain", peak <= MEMORY_RATIO
+        add(f"10. peak memory, {name}, HTM + VTM", target, peak, f"{peak:.3f} ×", reached)
     return found
 
 
+ROW = Row("gpu", measure, tables, targets)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Read the command line; refuse a machine without CUDA unless told otherwise."""
-    parser: argparse.ArgumentParser = harness.parser("python -m benchmarks.gpu", __doc__)
+    """Read the command line; refuse a machine without CUDA except for a smoke run on the CPU."""
+    parser = row.parser("python -m benchmarks.gpu", __doc__)
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only with --quick"
     )
     options = parser.parse_args(argv)
     if options.device == "cpu" and not options.quick:
         raise ConfigError(
-            "command line: --device: got 'cpu'; allowed without --quick: cuda, since figures of a "
-            "CPU would say nothing here"
+            "command line: --device: got 'cpu'; allowed without --quick: cuda, since figures from "
+            "a CPU would mean nothing here"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "benchmarks.gpu: torch finds no CUDA device on this machine, and these rows are about "
-            "one; --device cpu --quick tries the script itself"
+            "benchmarks.gpu: torch finds no CUDA device on this machine, and these rows need one; "
+            "--device cpu --quick tries the script itself"
         )
-    harness.run(ROW, options, torch.device(options.device))
+    command = ["python -m benchmarks.gpu", *argv]
+    row.run(ROW, options, command, device=torch.device(options.device))
 
-
-ROW = Row("gpu", measure, gpu_report.tables, gpu_report.targets)
 
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -1,214 +1,156 @@
-"""`docs/performance.md` and `docs/scaling.md` from the records: `python -m benchmarks.report`.
+"""The documents of the benchmarks, from their records: `python -m benchmarks.report`.
 
-A generated block stands between `<!-- benchmark: NAME -->` and `<!-- end of benchmark -->`.
+It fills the generated blocks of the kind `benchmark` and draws the figures.
 """
 
 import argparse
-import re
+import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model, figures, records
-from benchmarks.gpu_report import (
-    COPIES,
-    IMAGES_PER_SECOND,
-    MEMORY_RATIO,
-    OVER_PLAIN,
-    SAME_WITH_LESS,
-    WAITED_SHARE,
-)
-from benchmarks.harness import Row, Target
-from benchmarks.rows import CPU_ROWS, GPU_ROW
+from matplotlib.figure import Figure
+
+from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, startup, steps
+from benchmarks.row import RESULTS, Measurement, Row, Target, latest
 from experiments import cli
-from experiments.documents.markdown import aligned_table
+from experiments.documents import figures
+from experiments.documents.markdown import aligned_table, update_documents
 from experiments.errors import DataError
-from experiments.files import write_atomically
 from experiments.provenance import ROOT
 
-DOCUMENTS = ("performance.md", "scaling.md")
-_BLOCK = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- end of benchmark -->)", re.S)
-FIGURES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any]]] = {
-    "pairing": (
-        "performance_pairing.svg",
-        "Time of pairing over the batch",
-        figures.pairing_curve,
-    ),
-    "gpu": (
-        "performance_gpu_steps.png",
-        "What the device does in one step",
-        figures.step_timelines,
-    ),
-}
-_NOT_MEASURED = "not measured"
-_ROWS = (*CPU_ROWS, GPU_ROW)
-_HEAD = ("row", "target", "measured", "reached", "command", "date")
+GPU_ROW = gpu.ROW
+ROWS = (
+    *(pairing.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
+    *(GPU_ROW, scaling.ROW),
+)
+"""All rows, in the order of `docs/performance.md`."""
 
-Entries = dict[str, dict[str, Any]]
+Latest = Mapping[str, Measurement]
 
 
-def summary(entries: Entries) -> str:
-    """Every target beside what was measured, in the order of the rows."""
+def summary(found: Latest) -> str:
+    """Every target with what was measured, in the order of the rows."""
     lines = []
-    for row in _ROWS:
-        if row.name in entries:
-            entry = entries[row.name]
-            for target in row.targets(entry["values"]):
-                reached = "yes" if target.reached else "**no**"
-                lines.append(_line(target, reached, row, entry["time"][:10]))
+    for row in ROWS:
+        record = found.get(row.name)
+        if record is not None:
+            targets = row.targets(record.values)
         elif row is GPU_ROW:
-            lines += [_line(target, "–", row, "–") for target in _open_targets()]
+            targets = row.targets({"models": {}})
         else:
-            missing = Target(row.name, "–", _NOT_MEASURED, False)
-            lines.append(_line(missing, "–", row, "–"))
-    lines.sort(key=lambda line: int(line[0].partition(".")[0]) if line[0][0].isdigit() else 99)
-    return aligned_table(_HEAD, lines, ())
+            targets = [Target(row.name, "–", None, False)]
+        command = f"`python -m benchmarks.{row.name}`"
+        for name, target, measured, reached in targets:
+            if record is None or measured is None:
+                lines.append([name, target, "not measured", "–", command, "–"])
+            else:
+                yes = "yes" if reached else "**no**"
+                lines.append([name, target, measured, yes, command, record.time[:10]])
+    head = ("row", "target", "measured", "reached", "command", "date")
+    return aligned_table(head, lines, ())
 
 
-def _line(target: Target, reached: str, row: Row, date: str) -> list[str]:
-    command = f"`python -m benchmarks.{row.name}`"
-    return [target.row, target.target, target.measured, reached, command, date]
-
-
-def _open_targets() -> list[Target]:
-    """Rows 7 to 10 where no GPU has measured them."""
-    found = []
-    for model, speed in IMAGES_PER_SECOND.items():
-        for row, target in (
-            (f"7. {model}, bf16, compiled", f"≥ {speed:,} images/s"),
-            (f"7. {model}, HTM + VTM", f"≤ {OVER_PLAIN[model]} × plain"),
-            (f"8. {model}, HTM + VTM", f"≤ {COPIES['HVTM']} copies to the host a step"),
-            (f"8. {model}, VTM", f"≤ {COPIES['VTM']} copies to the host a step"),
-            (f"10. peak memory, {model}, HTM + VTM", f"≤ {MEMORY_RATIO} × plain"),
-            (f"10. activation checkpointing, {model}", SAME_WITH_LESS),
-        ):
-            found.append(Target(row, target, _NOT_MEASURED, False))
-    share = f"data waited for in ≤ {WAITED_SHARE:.0%} of the steps"
-    return [*found, Target("9. CCT-7/3×1, from the loader", share, _NOT_MEASURED, False)]
-
-
-def provenance(entries: Entries) -> str:
-    """Where each row's figures come from."""
+def sources(records: Iterable[Measurement]) -> str:
+    """Command, time, commit, hardware and load of each record, and the versions of all."""
+    versions: dict[str, str] = {}
     lines = []
-    for row in _ROWS:
-        if row.name not in entries:
-            continue
-        entry = entries[row.name]
-        load = f"{entry['load_before']:.1f}–{entry['load_after']:.1f}"
+    for record in records:
+        cores = "" if record.cores is None else f", {record.cores} cores"
         lines.append(
             [
-                f"`{entry['command']}`",
-                entry["time"].replace("T", " ").replace("+00:00", " UTC"),
-                entry["commit"] or "–",
-                f"{entry['hardware']}, {entry['cores']} cores",
-                load,
-                f"`{entry['file']}`",
+                record.row,
+                f"`{record.command}`",
+                record.time.replace("T", " ").replace("+00:00", " UTC"),
+                record.commit or "–",
+                record.hardware + cores,
+                f"{record.load_before:.1f}–{record.load_after:.1f}",
             ]
         )
-    if not lines:
-        return "Nothing has been measured yet.\n"
-    head = ("command", "time", "commit", "hardware", "load", "record in `results/benchmarks`")
-    found: dict[str, str] = {}
-    for row in _ROWS:
-        found |= entries.get(row.name, {}).get("versions", {})
-    versions = ", ".join(f"{name} {version}" for name, version in found.items())
-    return f"{aligned_table(head, lines, ())}\nVersions: {versions}.\n"
+        versions |= record.versions
+    head = ("row", "command", "time", "commit", "hardware", "load")
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n"
 
 
-def _details(row: Row) -> Callable[[Entries], str]:
-    def block(entries: Entries) -> str:
-        if row.name not in entries:
-            return f"Not measured; `python -m benchmarks.{row.name}` does it.\n"
-        text = row.tables(entries[row.name]["values"])
-        if row.name in FIGURES:
-            name, title, _ = FIGURES[row.name]
-            text += f"\n![{title}](figures/{name})\n"
-        return text
-
-    return block
-
-
-def _from_curve(
-    table: Callable[..., str], *, of_trainings: bool = True
-) -> Callable[[Entries], str]:
-    def block(entries: Entries) -> str:
-        if "pairing" not in entries:
-            return "Not measured; `python -m benchmarks.pairing` does it.\n"
-        model = cost_model.fit(entries["pairing"]["values"])
-        return table(model, _trainings(entries)) if of_trainings else table(model)
-
-    return block
-
-
-def _trainings(entries: Entries) -> tuple[cost_model.Training, ...]:
-    """The trainings of the cost model, at the speed that a GPU has reached where one has."""
-    speeds = {
-        model["model"]: model["variants"]["plain"]["images_per_second"]
-        for model in entries.get(GPU_ROW.name, {"values": {"models": []}})["values"]["models"]
-        if "plain" in model["variants"]
-    }
-    return tuple(
-        replace(training, images_per_second=speeds.get(training.model, training.images_per_second))
-        for training in cost_model.TRAININGS
-    )
-
-
-BLOCKS: dict[str, Callable[[Entries], str]] = {
-    "summary": summary,
-    "provenance": provenance,
-    **{row.name: _details(row) for row in _ROWS},
-    "cost-constants": _from_curve(cost_model.constants, of_trainings=False),
-    "cost-by-batch": _from_curve(cost_model.by_batch),
-    "cost-by-gpus": _from_curve(cost_model.by_gpus),
-    "cost-shows": _from_curve(cost_model.where_it_shows),
-}
-
-
-def regenerated(text: str, entries: Entries, name: str) -> str:
-    """A document with its blocks made anew.
+def block(name: str, found: Latest, reliability: Latest) -> str:
+    """The text of a generated block.
 
     Raises:
-        DataError: a block asks for what there is not.
+        DataError: no block has this name.
     """
+    makers: dict[str, Callable[[], str]] = {
+        "summary": lambda: summary(found),
+        "sources": lambda: sources(found[row.name] for row in ROWS if row.name in found),
+        "reliability": lambda: faults.page(reliability),
+        "reliability-sources": lambda: sources(reliability.values()),
+        **{row.name: functools.partial(_details, row, found) for row in ROWS},
+    }
+    if name not in makers:
+        raise DataError(f"generated: benchmark: got {name}; allowed: {', '.join(sorted(makers))}")
+    return makers[name]()
 
-    def block(match: re.Match[str]) -> str:
-        if match[2] not in BLOCKS:
-            raise DataError(
-                f"{name}: benchmark: got {match[2]}; allowed: {', '.join(sorted(BLOCKS))}"
-            )
-        return f"{match[1]}\n{BLOCKS[match[2]](entries)}\n{match[3]}"
 
-    return _BLOCK.sub(block, text)
+def _details(row: Row, found: Latest) -> str:
+    if row.name not in found:
+        return f"Not measured; `python -m benchmarks.{row.name}` does it.\n"
+    return row.tables(found[row.name].values)
 
 
-def update(docs: Path, results: Path) -> list[Path]:
-    """Make blocks and figures anew from the newest full records; gives the files that changed."""
-    entries = records.latest(results)
-    changed = []
-    for name in DOCUMENTS:
-        path = docs / name
-        before = path.read_text(encoding="utf-8")
-        after = regenerated(before, entries, name)
-        if after != before:
-            write_atomically(path, after.encode())
-            changed.append(path)
-    for row, (file, _, draw) in FIGURES.items():
-        path = docs / "figures" / file
-        if row in entries and figures.save(draw(entries[row]["values"]), path):
-            changed.append(path)
+def pairing_figure(values: dict[str, Any]) -> Figure:
+    """Time of pairing over the batch, in the library's form and the direct one."""
+    figure = figures.make_figure(4.6)
+    axes = figure.subplots()
+    share = f"{100 * values['filtered_share']:.0f}% easy"
+    for name, label, colour, dash, marker in (
+        ("direct", "direct, all easy", figures.ORANGE, "-", "s"),
+        ("direct_filtered", f"direct, {share}", figures.ORANGE, "--", "s"),
+        ("ours", "ours, all easy", figures.BLUE, "-", "o"),
+        ("ours_filtered", f"ours, {share}", figures.BLUE, "--", "o"),
+        ("gain", "ours: gains alone", figures.GREEN, ":", "^"),
+        ("assignment", "ours: assignment alone", figures.REST, ":", "v"),
+    ):
+        points = [point for point in values["curve"] if name in point["timings"]]
+        axes.plot(
+            [point["batch"] for point in points],
+            [1e3 * point["timings"][name]["seconds"] for point in points],
+            label=label,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=4,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    batches = [point["batch"] for point in values["curve"]]
+    axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel(f"batch B (T = {values['curve'][0]['patches']} patch tokens)")
+    axes.set_ylabel("milliseconds (median)")
+    axes.grid(color=figures.GRID, linewidth=0.6)
+    axes.legend(handlelength=4)
+    return figure
+
+
+def update(root: Path, found: Latest, reliability: Latest) -> list[Path]:
+    """Regenerate blocks and figures of a checkout; returns the documents that changed."""
+    changed = update_documents(root, {"benchmark": lambda name: block(name, found, reliability)})
+    if "pairing" in found:
+        with figures.house_style():
+            figure = pairing_figure(found["pairing"].values)
+            stem = root / "docs" / "figures" / "performance_pairing"
+            figures.write(figure, stem, "Time of pairing over the batch")
     return changed
 
 
 def main(argv: Sequence[str]) -> None:
-    """Update the documents and say which files changed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=records.RESULTS)
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    options = parser.parse_args(argv)
-    for path in update(options.docs, options.results):
-        print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    """Update the documents and figures, and print the documents that changed."""
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args(
+        argv
+    )
+    for path in update(ROOT, latest(RESULTS), latest(faults.RESULTS)):
+        print(f"updated {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Row 4: saliency by attention against saliency by input gradients, and whole steps with each.
 
-By attention it comes from queries and keys of the layer that mixes. By gradients it costs one more
-forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix", ICML 2020), in
-which gradients of the weights are not computed.
+By attention, saliency comes from the queries and keys of the layer that mixes. By gradients, it
+takes one more forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix",
+ICML 2020), without the gradients of the weights.
 
-Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
+Dimensions: B batch, T patch tokens, C classes.
 """
 
 import sys
@@ -12,87 +12,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import harness
-from benchmarks.harness import Row, Settings, Target
-from benchmarks.learners import (
-    Steps,
-    Workload,
-    make_batch,
-    make_config,
-    make_learner,
-    sized,
-    time_steps,
-)
-from benchmarks.timing import interleaved, ratio
+from benchmarks import row
+from benchmarks.direct import pixel_gradient_saliency
+from benchmarks.row import Row, Settings, Target
+from benchmarks.steps import Steps, Workload, make_config, sized, time_steps
+from benchmarks.timing import interleaved, milliseconds, ratio, recorded, times
 from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
-from experiments.study.alternatives import pixel_gradient_saliency
 from experiments.training.distributed import ONE_PROCESS
-from tokenmixup import TokenMixupModel, TokenMixupOutput
-from tokenmixup.functional import (
-    horizontal_mixup,
-    sample_difficulty,
-    soft_cross_entropy,
-)
+from tokenmixup import TokenMixupModel, attach
 from tokenmixup.hosts.base import input_saliency
+from tokenmixup.rules import Rules
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
 SPEED_UP = 30
 
 
-class GradientGuided(nn.Module):
-    """A host with HTM whose saliency comes from input gradients; all else is the library's.
+class PixelGradients(Rules):
+    """HTM whose saliency comes from pixel gradients, measured once per step in evaluation mode.
 
-    It takes over the parameters of a `TokenMixupModel`, which must not be used beside it.
+    The library still measures its own saliency, which takes under a percent of such a step.
     """
 
-    def __init__(self, model: TokenMixupModel) -> None:
-        super().__init__()
-        assert model.horizontal is not None and model.vertical is None, "HTM alone"
-        self.horizontal = model.horizontal
-        self.layout = model.layout
-        self.scorenets = model.scorenets
-        self.layers = model.adapter.layers(model.backbone)
-        self.backbone = model.detach()
+    def begin(self, model: TokenMixupModel, images: Tensor, targets: Tensor | None) -> None:
+        patches = model.layout.num_patch_tokens
+        assert targets is not None and patches is not None
+        model.eval()
+        self._measured = pixel_gradient_saliency(model.backbone, images, targets, patches)
+        model.train()
 
-    def forward(self, images: Tensor, targets: Tensor) -> TokenMixupOutput:
-        config, patches = self.horizontal, self.layout.num_patch_tokens
-        tau = config.tau
-        assert tau is not None and patches is not None
-        saliency = pixel_gradient_saliency(self.backbone, images, targets, patches)
-        found: dict[str, Any] = {"targets": targets, "loss": 0, "stats": {}}
+    def saliency(self, layer: int, saliency: Tensor) -> Tensor:
+        return self._measured
 
-        def mix(index: int, tokens: Tensor) -> Tensor:
-            net = self.scorenets[str(index)]
-            logits = net(tokens.detach() if config.scorenet_stop_gradient else tokens)
-            losses = soft_cross_entropy(logits, found["targets"])
-            easy = sample_difficulty(logits, found["targets"]) <= tau
-            prefix = self.layout.num_prefix_tokens
-            mixed = horizontal_mixup(tokens, found["targets"], saliency, easy, config.rho, prefix)
-            found["loss"] = found["loss"] + config.scorenet_lambda * losses.mean()
-            found["targets"] = mixed.targets
-            found["stats"][f"htm/layer{index}/mixed_share"] = mixed.mask.any(1).float().mean()
-            return mixed.tokens
 
-        handles = []
-        for index in config.layers:
-
-            def at_input(_: nn.Module, args: Any, index: int = index) -> Any:
-                return (mix(index, args[0]), *args[1:])
-
-            handles.append(self.layers[index].register_forward_pre_hook(at_input))
-        try:
-            logits = self.backbone(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return TokenMixupOutput(logits, found["targets"], found["loss"], found["stats"])
+def guided_by_gradients(model: TokenMixupModel) -> TokenMixupModel:
+    """The same host with `PixelGradients`; the given model must not be used any more."""
+    return attach(model.detach(), horizontal=model.horizontal, rules=PixelGradients())
 
 
 def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[], Tensor]:
-    """What obtains the saliency at the layer that mixes, whose input tokens are there already."""
+    """A function that computes the saliency at the layer that mixes, from its input tokens."""
     assert model.horizontal is not None
     layout, adapter = model.layout, model.adapter
     layer = adapter.layers(model.backbone)[model.horizontal.layers[0]]
@@ -101,57 +62,53 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
     with torch.no_grad():
         model.backbone(images)
     handle.remove()
-
     return lambda: input_saliency(adapter, layout, layer, seen[0], (), {})
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Obtaining the saliency, then whole HTM steps, each in the two ways in turn."""
+    """Computing the saliency, then whole HTM steps, in both ways in turn."""
     workloads = sized(WORKLOADS, settings.quick)
     return {"models": [_model(settings, workload) for workload in workloads]}
 
 
 def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
-    config = make_config(workload, "HTM", ONE_PROCESS.device)
-    learner = make_learner(workload, "HTM", ONE_PROCESS)
-    images, labels = make_batch(workload, config, ONE_PROCESS.device)
-    _, soft = learner.mixer(images, labels, 0, 0, 0)
-    host = build_model(make_config(workload, "plain", ONE_PROCESS.device), soft.shape[1]).backbone
-    patches = learner.model.layout.num_patch_tokens
+    attention = Steps(workload, "HTM")
+    model = attention.learner.model
+    images, soft = attention.learner.mixer(attention.images.clone(), attention.labels, 0, 0, 0)
+    plain = make_config(workload, "plain", ONE_PROCESS.device)
+    host = build_model(plain, soft.shape[1]).backbone.train()
+    patches = model.layout.num_patch_tokens
     assert patches is not None
     obtaining = interleaved(
         {
-            "attention": attention_saliency_of(learner.model, images),
-            "gradients": lambda: pixel_gradient_saliency(host.train(), images, soft, patches),
+            "attention": attention_saliency_of(model, images),
+            "gradients": lambda: pixel_gradient_saliency(host, images, soft, patches),
         },
         settings.rounds(5),
     )
-    steps = {
-        "attention": Steps(workload, learner),
-        "gradients": Steps(workload, make_learner(workload, "HTM", ONE_PROCESS, GradientGuided)),
-    }
-    whole, _ = time_steps(steps, settings.rounds(5))
+    gradients = Steps(workload, "HTM", wrap=guided_by_gradients)
+    whole, _ = time_steps({"attention": attention, "gradients": gradients}, settings.rounds(5))
     return {
         "model": workload.model,
         "batch": workload.batch,
-        "obtaining": {name: timing.record() for name, timing in obtaining.items()},
+        "obtaining": recorded(obtaining),
         "speed_up": ratio(obtaining["gradients"], obtaining["attention"]),
-        "steps": {name: timing.record() for name, timing in whole.items()},
+        "steps": recorded(whole),
         "step_ratio": ratio(whole["gradients"], whole["attention"]),
     }
 
 
 def tables(values: dict[str, Any]) -> str:
-    """A line for each model."""
+    """One line per model."""
     rows = [
         [
             f"{model['model']}, B={model['batch']}",
-            harness.milliseconds(model["obtaining"]["gradients"]),
-            harness.milliseconds(model["obtaining"]["attention"]),
-            harness.times(model["speed_up"], 1),
-            harness.milliseconds(model["steps"]["gradients"]),
-            harness.milliseconds(model["steps"]["attention"]),
-            harness.times(model["step_ratio"]),
+            milliseconds(model["obtaining"]["gradients"]),
+            milliseconds(model["obtaining"]["attention"]),
+            times(model["speed_up"], 1),
+            milliseconds(model["steps"]["gradients"]),
+            milliseconds(model["steps"]["attention"]),
+            times(model["step_ratio"]),
         ]
         for model in values["models"]
     ]
@@ -163,13 +120,12 @@ def tables(values: dict[str, Any]) -> str:
 
 
 def targets(values: dict[str, Any]) -> list[Target]:
-    """Obtaining the saliency, for each model."""
+    """Computing the saliency, per model."""
     return [
         Target(
             f"4. saliency, {model['model']}, B={model['batch']}",
             f"≥ {SPEED_UP} × faster than by gradients",
-            f"{harness.times(model['speed_up'], 1)}; whole step "
-            f"{harness.times(model['step_ratio'])} × faster",
+            f"{times(model['speed_up'], 1)}; whole step {times(model['step_ratio'])} × faster",
             model["speed_up"]["ratio"] >= SPEED_UP,
         )
         for model in values["models"]
@@ -179,4 +135,4 @@ def targets(values: dict[str, Any]) -> list[Target]:
 ROW = Row("saliency", measure, tables, targets)
 
 if __name__ == "__main__":
-    sys.exit(harness.main(ROW))
+    sys.exit(row.main(ROW))

@@ -1,30 +1,34 @@
-"""Row 5: how long Python takes to import the library, and the training's help to appear."""
+"""Row 5: seconds to import the library, and to print the training's help."""
 
 import subprocess
 import sys
 import time
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.harness import Row, Settings, Target
+from benchmarks import row
+from benchmarks.row import Row, Settings, Target
 from benchmarks.timing import Timing
 from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 
-IMPORT_SECONDS, HELP_SECONDS = 0.3, 3.0
+LIMITS = {
+    "import tokenmixup": ("`import tokenmixup` after `import torch`", 0.3),
+    "experiments.train --help": ("`python -m experiments.train --help`", 3.0),
+}
+"""Name and largest seconds, by the key of the figures."""
 _IMPORTS = """
 import time
 start = time.perf_counter()
 import torch
-torch_there = time.perf_counter()
+torch_imported = time.perf_counter()
 import tokenmixup
-print(torch_there - start, time.perf_counter() - torch_there)
+print(torch_imported - start, time.perf_counter() - torch_imported)
 """
 _HELP = ("-m", "experiments.train", "--help")
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Fresh processes one after the other, bytecode and disk caches warm."""
+    """Fresh processes one after the other, with warm bytecode and disk caches."""
     torch_seconds, library_seconds, help_seconds = [], [], []
     _python(*_HELP)
     for _ in range(settings.rounds(7)):
@@ -63,26 +67,14 @@ def tables(values: dict[str, Any]) -> str:
 
 def targets(values: dict[str, Any]) -> list[Target]:
     """Import and help."""
-    return [
-        Target(f"5. {what}", f"≤ {limit} s", f"{values[name]['seconds']:.2f} s", reached)
-        for what, name, limit, reached in (
-            (
-                "`import tokenmixup` beyond `import torch`",
-                "import tokenmixup",
-                IMPORT_SECONDS,
-                values["import tokenmixup"]["seconds"] <= IMPORT_SECONDS,
-            ),
-            (
-                "`python -m experiments.train --help`",
-                "experiments.train --help",
-                HELP_SECONDS,
-                values["experiments.train --help"]["seconds"] <= HELP_SECONDS,
-            ),
-        )
-    ]
+    found = []
+    for name, (title, limit) in LIMITS.items():
+        seconds = values[name]["seconds"]
+        found.append(Target(f"5. {title}", f"≤ {limit} s", f"{seconds:.2f} s", seconds <= limit))
+    return found
 
 
 ROW = Row("startup", measure, tables, targets)
 
 if __name__ == "__main__":
-    sys.exit(harness.main(ROW))
+    sys.exit(row.main(ROW))

@@ -1,60 +1,252 @@
-"""Rows 2 and 3: a training step with TokenMixup against the plain one, and against the direct form.
+"""Rows 2 and 3: a training step with TokenMixup, against the plain step and the direct form.
 
-Each step is the engine's own (augmentation of whole batches, forward, loss, backward, gradient
-norm, optimiser) with the drop rates of the config. float32; every sample is easy.
+Each step is the training's own (Mixup and CutMix, forward, loss, backward, gradient norm,
+optimiser) with the config's drop rates, in float32. Every sample is easy.
+
+Dimensions: B batch, C classes.
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.direct import DirectModel
-from benchmarks.harness import Row, Settings, Target
-from benchmarks.learners import Steps, Workload, make_learner, sized, time_steps
-from benchmarks.timing import ratio
-from experiments.documents.markdown import aligned_table
-from experiments.training.distributed import ONE_PROCESS
+import torch
+from torch import Tensor, nn
 
-WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
+from benchmarks import row
+from benchmarks.direct import DirectModel
+from benchmarks.row import Row, Settings, Target
+from benchmarks.timing import Timing, interleaved, milliseconds, ratio, recorded, times
+from experiments.config import RunConfig, load_config
+from experiments.data.augment import BatchMixer
+from experiments.data.loading import Division
+from experiments.documents.markdown import aligned_table
+from experiments.models.build import build_model
+from experiments.provenance import ROOT
+from experiments.training.distributed import ONE_PROCESS, World
+from experiments.training.evaluation import memory_format, place
+from experiments.training.metrics import Progress, RunningStatistics
+from experiments.training.optim import Schedule, build_optimizer
+from experiments.training.run import train_step
+from experiments.training.step import Learner
+
+VARIANTS = ("plain", "HTM", "VTM", "HVTM")
 PLAIN_RATIO = {"CCT-7/3×1": 1.03, "ViT-B/16": 1.02}
 DIRECT_RATIO = 0.8
-VARIANTS = ("plain", "HTM", "VTM", "HVTM")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model with its configs.
+
+    Attributes:
+        configs: start of the names of the four configs.
+        classes: C.
+        tiny: the model of a smoke run.
+        side: width of the smoke run's images.
+        sharper: factor on the query and key weights, which makes untrained attention maps as uneven
+            as trained ones.
+    """
+
+    configs: str
+    classes: int
+    tiny: str
+    side: int
+    sharper: float
+
+    def config(self, variant: str) -> str:
+        """The name of the config of a variant."""
+        return f"{self.configs}_{'baseline' if variant == 'plain' else variant}"
+
+
+FAMILIES = {
+    "CCT-7/3×1": Family("cct_7-3x1_cifar100", 100, "cct_2_3x2_32", 32, 8.0),
+    "ViT-B/16": Family("vit_imagenet", 1000, "vit_tiny_patch16_224", 64, 4.0),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step trains on.
+
+    Attributes:
+        model: a key of `FAMILIES`.
+        batch: B.
+        precision: of the config.
+        compile: of the config.
+        quick: a tiny model of the same family.
+    """
+
+    model: str
+    batch: int
+    precision: str = "fp32"
+    compile: bool = False
+    quick: bool = False
+
+
+WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
+
+
+def sized(workloads: Sequence[Workload], quick: bool) -> Sequence[Workload]:
+    """The workloads, or tiny ones of the same families for a smoke run."""
+    return [Workload(w.model, 4, quick=True) for w in workloads] if quick else workloads
+
+
+def make_config(workload: Workload, variant: str, device: torch.device) -> RunConfig:
+    """The repository's config of a variant, with the workload's batch.
+
+    tau is so large that every sample is easy, which costs the most.
+    """
+    family = FAMILIES[workload.model]
+    overrides: dict[str, str] = {
+        "device": device.type,
+        "precision": workload.precision,
+        "compile": str(workload.compile).lower(),
+        "data.batch_size": str(workload.batch),
+        "data.micro_batch": "null",
+        "model.weights": "null",
+    }
+    if workload.quick:
+        overrides |= {"model.name": family.tiny, "model.image_size": str(family.side)}
+    if variant in ("HTM", "HVTM"):
+        overrides["horizontal.tau"] = "100.0"
+    if workload.quick and variant in ("HTM", "HVTM"):
+        overrides["horizontal.layers"] = "[1]"
+    if workload.quick and variant in ("VTM", "HVTM"):
+        overrides |= {"vertical.layers": "[1]", "vertical.kappa": "3"}
+    return load_config(ROOT / "configs" / f"{family.config(variant)}.yaml", overrides)
+
+
+def make_learner(
+    workload: Workload,
+    variant: str,
+    world: World,
+    wrap: Callable[[Any], nn.Module] = lambda model: model,
+) -> Learner:
+    """The training's learner of a variant; all variants of a workload start from the same weights.
+
+    Args:
+        workload: what to train.
+        variant: one of `VARIANTS`.
+        world: the processes.
+        wrap: replaces the model by another form of it.
+    """
+    config = make_config(workload, variant, world.device)
+    family = FAMILIES[workload.model]
+    model = build_model(config, family.classes)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if name.endswith("attn.qkv.weight"):  # queries and keys
+                parameter[: 2 * parameter.shape[0] // 3] *= family.sharper
+    place(model, world.device, config)
+    wrapped: Any = wrap(model.train())
+    wrapped.train()
+    optimizer = build_optimizer(config.optimizer, config.schedule, wrapped)
+    return Learner(
+        config,
+        wrapped,
+        optimizer,
+        Schedule(config.schedule, optimizer, steps_per_epoch=100),
+        BatchMixer(config.mixup, family.classes, config.seed),
+        Division(workload.batch, world.rank, 1),
+        world,
+    )
+
+
+def make_batch(workload: Workload, config: RunConfig, device: torch.device) -> tuple[Tensor, Any]:
+    """Fixed images (B, 3, S, S), normal noise, and labels (B,)."""
+    generator = torch.Generator().manual_seed(0)
+    side = config.model.image_size
+    images = torch.randn(workload.batch, 3, side, side, generator=generator)
+    classes = FAMILIES[workload.model].classes
+    labels = torch.randint(classes, (workload.batch,), generator=generator)
+    moved = images.to(device=device, memory_format=memory_format(config))
+    return moved, labels.to(device)
+
+
+class Steps:
+    """Consecutive training steps of a variant; each call trains one step on the same batch."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        variant: str,
+        world: World = ONE_PROCESS,
+        wrap: Callable[[Any], nn.Module] = lambda model: model,
+    ) -> None:
+        self.learner = make_learner(workload, variant, world, wrap)
+        self.images, self.labels = make_batch(workload, self.learner.config, self.learner.device)
+        self.progress = Progress()
+        self.statistics = RunningStatistics(self.learner.device)
+
+    def __call__(self) -> None:
+        # timm's Mixup writes into the images it is given
+        self.train(self.images.clone(), self.labels)
+
+    def train(self, images: Tensor, labels: Tensor) -> None:
+        """Train one step; the images are overwritten."""
+        self.learner.schedule.set_step(self.progress.step)
+        train_step(self.learner, images, labels, self.progress, self.statistics)
+
+    def measured(self) -> dict[str, float]:
+        """Means of the statistics since the last call; waits for the device."""
+        return self.statistics.read(self.learner.world)
+
+    def mixing(self) -> dict[str, float]:
+        """HTM's part of `measured`, by the last part of each name."""
+        return {
+            name.rpartition("/")[2]: value
+            for name, value in self.measured().items()
+            if name.startswith("htm/")
+        }
+
+
+def time_steps(
+    steps: Mapping[str, Steps], rounds: int, warm_up: int = 1
+) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
+    """Time steps in turn, and return the mixing of each.
+
+    Raises:
+        RuntimeError: HTM mixed fewer than a tenth of the samples, so its time means nothing.
+    """
+    timings = interleaved(steps, rounds, warm_up=warm_up)
+    mixing = {name: step.mixing() for name, step in steps.items()}
+    for name, found in mixing.items():
+        if found and found["mixed_share"] < 0.1:
+            raise RuntimeError(f"{name}: HTM mixed {found['mixed_share']:.0%} of the samples")
+    return timings, mixing
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Both models: four variants in turn, then HTM in our form and the direct one in turn."""
+    """Both models: the four variants in turn, then HTM in the library's and the direct form."""
     workloads = sized(WORKLOADS, settings.quick)
     return {"models": [_model(settings, workload) for workload in workloads]}
 
 
 def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
     rounds = settings.rounds(21)
-    variants = {
-        name: Steps(workload, make_learner(workload, name, ONE_PROCESS)) for name in VARIANTS
-    }
+    variants = {name: Steps(workload, name) for name in VARIANTS}
     timings, mixing = time_steps(variants, rounds)
     plain, ours = timings["plain"], variants["HTM"]
     variants.clear()  # a ViT-B/16 and its gradients take more than a GiB
-    forms = {
-        "ours": ours,
-        "direct": Steps(workload, make_learner(workload, "HTM", ONE_PROCESS, DirectModel)),
-    }
+    forms = {"ours": ours, "direct": Steps(workload, "HTM", wrap=DirectModel)}
     forms_timings, _ = time_steps(forms, rounds)
     return {
         "model": workload.model,
         "batch": workload.batch,
-        "steps": {name: timing.record() for name, timing in timings.items()},
+        "steps": recorded(timings),
         "over_plain": {
             name: ratio(timing, plain) for name, timing in timings.items() if name != "plain"
         },
         "mixing": mixing,
-        "forms": {name: timing.record() for name, timing in forms_timings.items()},
+        "forms": recorded(forms_timings),
         "over_direct": ratio(forms_timings["ours"], forms_timings["direct"]),
     }
 
 
 def tables(values: dict[str, Any]) -> str:
-    """A line for each variant, then one for each form."""
+    """One line per variant, and one for the direct form."""
     rows = []
     for model in values["models"]:
         name = f"{model['model']}, B={model['batch']}"
@@ -65,39 +257,33 @@ def tables(values: dict[str, Any]) -> str:
                 [
                     name,
                     variant,
-                    harness.milliseconds(step),
-                    harness.times(over, 3) if over else "1",
+                    milliseconds(step),
+                    times(over, 3) if over else "1",
                     f"{100 * mixed['mixed_share']:.0f}%" if mixed else "–",
                     f"{mixed['tokens_mixed']:.1f}" if mixed else "–",
                 ]
             )
-        rows.append(
-            [
-                name,
-                "HTM, direct form",
-                harness.milliseconds(model["forms"]["direct"]),
-                f"ours / direct {harness.times(model['over_direct'], 3)}",
-                "",
-                "",
-            ]
-        )
-    head = ("model", "step", "ms", "over plain (95%)", "samples mixed", "tokens mixed each")
+        over_direct = f"ours / direct {times(model['over_direct'], 3)}"
+        direct = milliseconds(model["forms"]["direct"])
+        rows.append([name, "HTM, direct form", direct, over_direct, "", ""])
+    head = ("model", "step", "ms", "over plain (95%)", "samples mixed", "tokens mixed per sample")
     return aligned_table(head, rows, range(2, 6))
 
 
 def targets(values: dict[str, Any]) -> list[Target]:
-    """The three variants of each model, and the two forms."""
+    """Each variant against the plain step, then the two forms."""
     found = []
     for model in values["models"]:
         name, limit = f"{model['model']}, B={model['batch']}", PLAIN_RATIO[model["model"]]
         for variant, over in model["over_plain"].items():
-            found.append(harness.at_most(f"2. step, {name}, {variant}", over, limit, "plain"))
-        row, over = f"3. HTM step, {name}", model["over_direct"]
-        found.append(harness.at_most(row, over, DIRECT_RATIO, "direct form"))
+            found.append(row.at_most(f"2. step, {name}, {variant}", over, limit, "plain"))
+    for model in values["models"]:
+        name = f"3. HTM step, {model['model']}, B={model['batch']}"
+        found.append(row.at_most(name, model["over_direct"], DIRECT_RATIO, "direct form"))
     return found
 
 
 ROW = Row("steps", measure, tables, targets)
 
 if __name__ == "__main__":
-    sys.exit(harness.main(ROW))
+    sys.exit(row.main(ROW))

@@ -1,4 +1,4 @@
-"""Times of several actions, taken in turn in one run, and their ratios with an interval."""
+"""Times of several actions, measured in turn, their ratios with an interval, and their text."""
 
 import random
 import statistics
@@ -15,7 +15,7 @@ _MOST_CALLS = 1_000
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, one value a round."""
+    """Seconds per call, one value per round."""
 
     seconds: tuple[float, ...]
 
@@ -24,7 +24,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def record(self) -> dict[str, Any]:
-        """Median and quartiles in seconds, as results keep them."""
+        """Median and quartiles in seconds, as records keep them."""
         low, _, high = _quartiles(self.seconds)
         return {
             "seconds": self.median,
@@ -32,6 +32,11 @@ class Timing:
             "upper_quartile": high,
             "rounds": len(self.seconds),
         }
+
+
+def recorded(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
+    """`Timing.record` of each."""
+    return {name: timing.record() for name, timing in timings.items()}
 
 
 def interleaved(
@@ -45,11 +50,11 @@ def interleaved(
     """Time actions in turn, A B C B C A C A B ..., so that a noisy machine disturbs all alike.
 
     Args:
-        actions: what is timed, by name.
-        rounds: values of each.
-        warm_up: rounds before, which do not count.
-        least_seconds: a fast action is called so often that a value takes about so long.
-        synchronise: waits until the device has done all that it was given.
+        actions: what to time, by name.
+        rounds: values per action.
+        warm_up: rounds before the first one that counts.
+        least_seconds: a fast action is called several times per value, for about this long.
+        synchronise: waits until the device has finished its work.
     """
     names = list(actions)
     if not names:
@@ -84,8 +89,8 @@ def added(first: Timing, second: Timing) -> Timing:
 def ratio(first: Timing, second: Timing) -> dict[str, float]:
     """Ratio of the medians with its 95% interval, by resampling whole rounds.
 
-    What disturbs a round disturbs both of its values, so rounds stay together. The interval speaks
-    of the noise within this run alone.
+    A disturbance hits both values of a round, so rounds stay together. The interval covers the
+    noise within this run only.
     """
     pairs = list(zip(first.seconds, second.seconds, strict=True))
     draw = random.Random(0)
@@ -107,3 +112,20 @@ def _quartiles(values: tuple[float, ...]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def milliseconds(timing: Mapping[str, Any]) -> str:
+    """The median of a recorded timing."""
+    value = 1e3 * timing["seconds"]
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def times(found: Mapping[str, float], digits: int = 2) -> str:
+    """A ratio with its interval."""
+    middle, low, high = (f"{found[name]:.{digits}f}" for name in ("ratio", "low", "high"))
+    return f"{middle} ({low}–{high})"
+
+
+def mebibytes(number: int | None) -> str:
+    """A number of bytes, or a dash for None."""
+    return "–" if number is None else f"{number / 2**20:,.1f}"

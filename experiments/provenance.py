@@ -1,4 +1,4 @@
-"""Where a figure comes from: hardware, versions, commit, time."""
+"""Where a figure comes from (hardware, versions, commit, command, time), and its file."""
 
 import hashlib
 import json
@@ -6,20 +6,108 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tokenmixup
 from experiments.config import RunConfig, as_plain
+from experiments.errors import DataError
+from experiments.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 _CODE = ("tokenmixup", "experiments")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+class Record(BaseModel):
+    """A figure and where it comes from; a subclass adds what was measured.
+
+    Raises:
+        pydantic.ValidationError: a field is unknown, missing, of another type or not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    command: str
+    hardware: str
+    versions: dict[str, str]
+    commit: str | None
+    time: str
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Records(Generic[R]):
+    """A file of records, one JSON object per line, which several processes may write to.
+
+    Args:
+        path: the file; it need not exist.
+        kind: the class of the records.
+        key: what tells two records apart, for example their row.
+    """
+
+    def __init__(self, path: Path, kind: type[R], key: Callable[[R], object]) -> None:
+        self.path = path
+        self._kind = kind
+        self._key = key
+
+    def read(self) -> list[R]:
+        """All records; none where there is no file.
+
+        Raises:
+            DataError: the file cannot be read, or a line is damaged; the message names the line.
+        """
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: cannot read the records: {error}") from None
+        return [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
+
+    def keep(self, record: R) -> None:
+        """Replace the record of the same key, or add it at the end.
+
+        The file is whole at any moment, whatever is killed.
+
+        Raises:
+            DataError: the file is damaged or cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                found = {self._key(other): other for other in self.read()}
+                found[self._key(record)] = record
+                write_atomically(self.path, "".join(map(_line, found.values())).encode())
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot write the records: {error.strerror}") from None
+
+    def _parsed(self, line: str, number: int) -> R:
+        try:
+            return self._kind.model_validate_json(line)
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
+                for fault in error.errors()
+            ]
+            raise DataError(
+                f"{self.path}, line {number}: is damaged, or of another version of this program: "
+                f"{'; '.join(faults)}; remove the line to have it made again"
+            ) from None
+
+
+def _line(record: Record) -> str:
+    """A record as a line of JSON, what was measured first, where it comes from last."""
+    plain = sorted(record.model_dump().items(), key=lambda item: item[0] in Record.model_fields)
+    return json.dumps(dict(plain), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def now() -> str:
@@ -28,14 +116,14 @@ def now() -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """The device that computes, in words."""
+    """The name of the device."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
+    """Versions of the packages that a figure depends on."""
     found = {"python": platform.python_version(), "tokenmixup": tokenmixup.__version__}
     found |= versions_of(_PACKAGES)
     if torch.version.cuda:
@@ -55,7 +143,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def commit(*also: str) -> str | None:
-    """The commit of this checkout, with "+changes" where its code was changed since, or None.
+    """The checked-out commit, with "+changes" if its code has changed since; None without git.
 
     Args:
         also: further folders whose changes count.
@@ -68,7 +156,7 @@ def commit(*also: str) -> str | None:
 
 
 def code_hash() -> str:
-    """A hash of this project's source files: another one, and a figure may be another one."""
+    """A hash of this project's source files: figures of the same hash come from the same code."""
     digest = hashlib.sha256()
     for folder in _CODE:
         files = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".c"))
@@ -79,10 +167,10 @@ def code_hash() -> str:
 
 
 def training_identity(config: RunConfig, **more: Any) -> str:
-    """A hash of what a training depends on: two with the same one are the same training.
+    """A hash of what a training depends on: equal hashes mean the same training.
 
     Args:
-        config: of the run; where it goes, what it logs and when it is saved do not count.
+        config: of the run; its output folder, logging and checkpoints do not count.
         more: further facts, as plain types.
     """
     plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
@@ -90,12 +178,12 @@ def training_identity(config: RunConfig, **more: Any) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What every figure carries beside its command."""
+    """The fields of a `Record` except its command."""
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "time": now()}
 
 
 def _processor(facts: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name, with family and model: on rented machines many go by the same name."""
+    """The processor's name, family and model: on rented machines many share one name."""
     try:
         first = facts.read_text().partition("\n\n")[0]
     except OSError:  # not Linux
@@ -108,7 +196,7 @@ def _processor(facts: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says, or None where this is no checkout or there is no git."""
+    """The output of git, or None outside a checkout or without git."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         result = subprocess.run(

@@ -7,11 +7,11 @@ import timm
 import torch
 
 from benchmarks import gpu
-from benchmarks.harness import Settings
-from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
-from benchmarks.learners import Steps, Workload, make_learner
-from benchmarks.profiles import profiled
-from experiments.training.distributed import ONE_PROCESS, World
+from benchmarks.gpu import COPIES, profiled
+from benchmarks.pairing import KINDS, RHO, easy_samples, saliency
+from benchmarks.row import Settings
+from benchmarks.steps import Steps, Workload
+from experiments.training.distributed import World
 from tests.helpers.others_warnings import forks, uses_inductor
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, functional
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.gpu, uses_inductor]
 
 HTM = HorizontalConfig(layers=(1,), tau=100.0, rho=0.001)
 VTM = VerticalConfig(layers=(2,), kappa=3)
-COPIES = {"plain": 0, "HTM": 1, "VTM": 0, "HVTM": 1}
 
 
 def build():
@@ -89,10 +88,10 @@ def test_a_model_computes_on_the_gpu_what_it_computes_on_the_cpu():
 @pytest.mark.parametrize("model", ["CCT-7/3×1", "ViT-B/16"])
 @pytest.mark.parametrize("variant", COPIES)
 def test_copies_to_the_host(model, variant):
-    """At most the gain matrix, in whole steps of the engine, statistics included."""
+    """At most the gain matrix, in whole training steps, statistics included."""
     workload = Workload(model, 8, "bf16", quick=True)
     device = torch.device("cuda", torch.cuda.current_device())
-    one = Steps(workload, make_learner(workload, variant, World(0, 1, device)))
+    one = Steps(workload, variant, World(0, 1, device))
     for _ in range(2):
         one()
     found = profiled(one, device, steps=3)
@@ -139,19 +138,23 @@ def test_activation_checkpointing():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def parameter_bytes(model):
-    """Of the plain model of the benchmark's smoke run."""
-    (workload,) = (w for w in gpu.QUICK_WORKLOADS if w.model == model)
-    host = make_learner(workload, "plain", ONE_PROCESS).model
-    return sum(p.numel() * p.element_size() for p in host.parameters())
-
-
 @forks
 def test_smoke_run_of_the_benchmark():
     values = gpu.measure(Settings(quick=True, device=torch.device("cuda")))
-    for model in values["models"]:
-        for variant, found in model["variants"].items():
-            assert found["profile"]["copies_to_host"] <= COPIES[variant]
-            assert found["peak_bytes"] > parameter_bytes(model["model"])
-        checkpointing = model["checkpointing"]
-        assert checkpointing["with"]["peak_bytes"] < checkpointing["without"]["peak_bytes"]
+    for workload in gpu.QUICK_WORKLOADS:
+        model = values["models"][workload.model]
+        parameters = Steps(workload, "plain").learner.model.parameters()
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        for variant, found in model["exchanges"].items():
+            assert found["copies_to_host"] <= COPIES[variant]
+            assert model["memory"][variant] > weights
+
+
+def test_activation_checkpointing_needs_less_memory():
+    workload, peaks = gpu.QUICK_WORKLOADS[1], []
+    for checkpointing in (False, True):
+        one = Steps(workload, "HVTM", World(0, 1, torch.device("cuda")))
+        one.learner.model.backbone.set_grad_checkpointing(checkpointing)
+        one()
+        peaks.append(gpu.peak_bytes(one))
+    assert peaks[1] < peaks[0]

@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import platform
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from experiments import cli, provenance
+from experiments import cli
 from experiments.errors import DataError
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce import records
@@ -258,45 +257,6 @@ def test_axes_hold_their_values_and_have_round_ticks(values, least):
     for tick in axis.ticks:
         assert axis.low <= tick <= axis.high
         assert float(f"{tick:.{axis.decimals}f}") == pytest.approx(tick)
-
-
-@pytest.mark.parametrize(
-    "facts, expected",
-    [
-        (
-            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t: 99\n",
-            "AMD EPYC (family 25, model 17)",
-        ),
-        ("model name\t: Intel: fast\n", "Intel: fast"),
-        ("BogoMIPS\t: 48.00\nFeatures\t: fp\n", None),
-        (None, None),
-    ],
-)
-def test_processors_of_the_same_name_are_told_apart(tmp_path, facts, expected):
-    path = tmp_path / "cpuinfo"
-    if facts is not None:
-        path.write_text(facts)
-    assert provenance._processor(path) == (expected or platform.processor() or platform.machine())
-
-
-def test_provenance(monkeypatch, tmp_path):
-    import torch
-
-    told = provenance.provenance(torch.device("cpu"))
-    assert told["versions"]["torch"] == torch.__version__.partition("+")[0] or told["versions"][
-        "torch"
-    ].startswith(torch.__version__.partition("+")[0])
-    assert "threads" in told["hardware"]
-    assert provenance.code_hash() == provenance.code_hash()
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    source = tmp_path / "tokenmixup" / "solver.c"
-    source.parent.mkdir()
-    before = provenance.code_hash()
-    source.write_text("int x;")
-    assert provenance.code_hash() != before
-    assert provenance.commit() is None  # no checkout
-    monkeypatch.setenv("PATH", "")
-    assert provenance.commit() is None  # no git
 
 
 def test_the_example_has_every_status():

@@ -1,16 +1,13 @@
-"""The yardstick of the benchmarks computes what the library computes.
-
-Otherwise its speed would say nothing.
-"""
+"""The yardstick computes the same as the library; otherwise its speed would mean nothing."""
 
 import pytest
 import timm
 import torch
 
 from benchmarks import direct
-from benchmarks.inputs import KINDS, RHO, easy_samples, saliency
-from benchmarks.saliency import GradientGuided
-from experiments.study.alternatives import pixel_gradient_saliency
+from benchmarks.direct import pixel_gradient_saliency
+from benchmarks.pairing import KINDS, RHO, easy_samples, saliency
+from benchmarks.saliency import guided_by_gradients
 from tokenmixup import HorizontalConfig, attach, functional
 
 HTM = {"rho": 1e-4, "scorenet_lambda": 0.5}
@@ -124,10 +121,10 @@ def test_step_guided_by_gradients_mixes_by_them(host):
     size = 32 if host is cct else 64
     images = torch.randn(8, 3, size, size, dtype=torch.float64)
     targets = torch.rand(8, 5, dtype=torch.float64).softmax(-1)
-    guided = GradientGuided(build(host, 100))
+    guided = guided_by_gradients(build(host, 100)).double().train()
     out, gradients = step(guided, images, targets)
     saliency_ = pixel_gradient_saliency(
-        guided.backbone, images, targets, guided.layout.num_patch_tokens
+        guided.eval(), images, targets, guided.layout.num_patch_tokens
     )
     easy = torch.ones(8, dtype=torch.bool)
     expected = functional.decide_mixing(saliency_, targets, easy, HTM["rho"])

@@ -1,0 +1,267 @@
+"""What the rows share, and a smoke run of each row."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import gpu, report
+from benchmarks import row as shared
+from benchmarks.__main__ import main as run_all
+from benchmarks.direct import DirectModel
+from benchmarks.faults import RESULTS as RELIABILITY
+from benchmarks.pairing import peak_extra_bytes
+from benchmarks.row import RESULTS, Row, Settings
+from benchmarks.steps import Steps, Workload, time_steps
+from benchmarks.timing import Timing, added, interleaved, ratio
+from experiments import cli
+from experiments.errors import ConfigError, DataError
+from experiments.provenance import ROOT
+from tests.helpers.memory_helper import MIB, make_temporaries
+from tests.helpers.others_warnings import forks
+
+TINY = Workload("CCT-7/3×1", 4, quick=True)
+
+
+def test_actions_take_turns():
+    order = []
+    actions = {name: lambda name=name: order.append(name) for name in "AB"}
+    found = interleaved(actions, rounds=3, warm_up=1)
+    assert "".join(order) == "AB" + "AB" + "BA" + "AB"
+    assert {name: len(timing.seconds) for name, timing in found.items()} == {"A": 3, "B": 3}
+
+
+def test_fast_actions_are_called_often():
+    calls = []
+    interleaved({"fast": lambda: calls.append(0)}, rounds=2, least_seconds=1e-3)
+    assert len(calls) > 10
+
+
+def test_ratios():
+    slow, fast = Timing((2.0, 40.0, 3.0)), Timing((1.0, 10.0, 1.5))  # one round was disturbed
+    found = ratio(slow, fast)
+    assert found["ratio"] == 2
+    assert 2 <= found["low"] <= found["ratio"] <= found["high"] <= 4
+    assert ratio(slow, slow) == {"ratio": 1, "low": 1, "high": 1}
+    assert added(slow, fast).seconds == (3, 50, 4.5)
+    quartiles = {"lower_quartile": 2.5, "upper_quartile": 21.5}
+    assert slow.record() == {"seconds": 3, **quartiles, "rounds": 3}
+
+
+def test_peak_memory_counts_temporaries_of_torch_and_numpy():
+    found = peak_extra_bytes(make_temporaries, 16, 8)
+    assert found is not None and 23.5 <= found / MIB <= 25.5
+
+
+def record(row, time, values, hardware="A CPU, 2 threads", quick=False):
+    origin = {"command": "x", "hardware": hardware, "versions": {}, "commit": None, "time": time}
+    load = {"cores": 2, "threads": 2, "load_before": 0.0, "load_after": 0.0}
+    return shared.Measurement(row=row, quick=quick, values=values, **load, **origin)
+
+
+def test_the_newest_full_record_of_each_row_counts(tmp_path):
+    records = shared.records(tmp_path)
+    for one in (
+        record("pairing", "2026-01-02T00:00:00", {"n": 4}, "B"),
+        record("pairing", "2026-01-01T00:00:00", {"n": 1}),
+        record("steps", "2026-01-01T01:00:00", {"n": 2}),
+        record("steps", "2026-01-01T02:00:00", {"n": 3}),
+        record("pairing", "2026-01-03T00:00:00", {"n": 5}, quick=True),
+    ):
+        records.keep(one)
+    assert len(records.read()) == 4, "a row measured again on the same day replaces its record"
+    found = shared.latest(tmp_path)
+    assert {name: one.values["n"] for name, one in found.items()} == {"pairing": 4, "steps": 3}
+    with records.path.open("a") as file:
+        file.write('{"row": "pairing"}\n')
+    with pytest.raises(DataError, match=r"records\.jsonl, line 5: .*values: Field required"):
+        shared.latest(tmp_path)
+
+
+def test_documents_are_those_of_the_records(tmp_path):
+    """The committed pages are what `python -m benchmarks.report` makes of the committed records."""
+    names = ("performance.md", "reliability.md")
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    for name in names:
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        changed = re.sub(
+            r"(<!-- generated: benchmark .* -->\n).*?(<!-- end)", r"\1\2", text, flags=re.S
+        )
+        (tmp_path / "docs" / name).write_text(changed)
+    report.update(tmp_path, shared.latest(RESULTS), shared.latest(RELIABILITY))
+    for name in names:
+        expected = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert (tmp_path / "docs" / name).read_text(encoding="utf-8") == expected
+    for path in (tmp_path / "docs" / "figures").iterdir():
+        assert path.read_bytes() == (ROOT / "docs" / "figures" / path.name).read_bytes()
+
+
+def test_an_unknown_block_is_named():
+    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, pairing, "):
+        report.block("pairings", {}, {})
+
+
+def test_rows_without_records_are_shown_as_not_measured():
+    text = report.summary({})
+    for row in ("7. CCT-7/3×1, HTM + VTM", "8. ViT-B/16, VTM", "9. CCT-7/3×1", "10. peak memory"):
+        lines = [line for line in text.splitlines() if line.startswith(f"| {row}")]
+        assert lines and all("not measured" in line for line in lines)
+
+
+CPU_ROWS = [row for row in report.ROWS if row is not report.GPU_ROW]
+# the two that start several Pythons take longest
+SMOKE = [
+    pytest.param(row, marks=pytest.mark.slow if row.name in ("startup", "scaling") else ())
+    for row in CPU_ROWS
+]
+
+
+@forks
+@pytest.mark.parametrize("row", SMOKE, ids=lambda row: row.name)
+def test_smoke_run_of(row):
+    values = json.loads(json.dumps(row.measure(Settings(quick=True)), allow_nan=False))
+    text = row.tables(values)
+    assert text.count("|\n") >= 3 and row.targets(values)
+    found = {row.name: record(row.name, "2026-01-01T00:00:00", values)}
+    summary = report.summary(found)
+    assert all(target.measured in summary for target in row.targets(values))
+    assert "2 cores" in report.sources(found.values())
+
+
+def check_gpu_model(model, variants):
+    assert set(model["speed"]) == set(model["exchanges"]) == set(variants)
+    assert model["speed"]["HVTM"]["mixing"]["mixed_share"] > 0.1
+
+
+@forks
+def test_gpu_parts_are_kept_one_by_one_until_time_runs_out(monkeypatch):
+    """On a CPU: the first model is measured, then no time is left for the second."""
+    kept = []
+
+    def keep(values):
+        kept.append(json.loads(json.dumps(values, allow_nan=False)))
+        if "memory" in values["models"]["CCT-7/3×1"]:
+            monkeypatch.setattr(gpu.time, "monotonic", lambda: 1e9)
+
+    monkeypatch.setattr(gpu, "VARIANTS", ("plain", "HVTM"))
+    values = gpu.measure(Settings(quick=True, keep=keep))
+    parts = ["batch", "speed", "exchanges", "loading", "memory"]
+    assert [list(one["models"]["CCT-7/3×1"]) for one in kept[:4]] == [
+        parts[:number] for number in range(2, 6)
+    ]
+    check_gpu_model(values["models"]["CCT-7/3×1"], ("plain", "HVTM"))
+    assert values["models"]["CCT-7/3×1"]["loading"]["steps"] == 4
+    assert values["models"]["ViT-B/16"]["speed"] == {}
+    left_out = [f"ViT-B/16, {part}" for part in ("plain", "HVTM", "exchanges", "memory")]
+    assert values["left_out"] == left_out
+    text = gpu.tables(values)
+    assert f"Not measured for lack of time: {'; '.join(left_out)}." in text
+    assert "from the loader" in text
+    targets = [target.name for target in gpu.targets(values) if target.measured is not None]
+    assert not any("ViT-B/16" in name for name in targets)
+    # a CPU does not tell its peak memory
+    assert {name.partition(".")[0] for name in targets} == {"7", "8", "9"}
+
+
+@pytest.mark.slow
+@forks
+def test_gpu_smoke_run_with_all_models_and_variants():
+    values = gpu.measure(Settings(quick=True))
+    assert values["left_out"] == []
+    for workload in gpu.QUICK_WORKLOADS:
+        check_gpu_model(values["models"][workload.model], gpu.VARIANTS)
+
+
+def test_gpu_rows_without_any_time_name_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "LIMIT_SECONDS", 0)
+    words = ["--quick", "--device", "cpu", "--results", str(tmp_path)]
+    assert cli.run(gpu.main, words) == 0
+    assert "Not measured for lack of time: CCT-7/3×1, plain" in capsys.readouterr().out
+    (found,) = shared.records(tmp_path).read()
+    assert found.command == f"python -m benchmarks.gpu --quick --device cpu --results {tmp_path}"
+
+
+def test_an_interrupted_row_keeps_what_it_measured(tmp_path):
+    def measure(settings):
+        settings.keep({"first": 1})
+        raise KeyboardInterrupt
+
+    row = Row("cut", measure, lambda values: "", lambda values: [])
+    options = shared.parser("cut", None).parse_args(["--results", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        shared.run(row, options, ["cut"])
+    (found,) = shared.records(tmp_path).read()
+    assert found.values == {"first": 1}
+
+
+def test_a_number_of_rounds_must_be_one(capsys):
+    with pytest.raises(SystemExit):
+        shared.parser("row", None).parse_args(["--rounds", "0"])
+    assert "--rounds: got '0'; allowed: a whole number from 1" in capsys.readouterr().err
+
+
+def test_memory_between_steps_is_counted_on_a_device_with_or_without_an_index():
+    step = Steps(TINY, "plain")
+    parameters = sum(p.numel() * p.element_size() for p in step.learner.model.parameters())
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        step.learner.device = device
+        assert gpu.kept_bytes(step) >= parameters
+
+
+@pytest.mark.parametrize(
+    "spans, share", [([], 0), ([(2, 6), (0, 4), (10, 11), (20, 22.5)], (6 + 1 + 2.5) / 22.5)]
+)
+def test_busy_share(spans, share):
+    assert gpu.busy_share(spans) == pytest.approx(share)
+
+
+def test_gpu_rows_need_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.run(gpu.main, []) == 2
+    assert capsys.readouterr().err.startswith("error: benchmarks.gpu: torch finds no CUDA device")
+    assert cli.run(gpu.main, ["--device", "cpu"]) == 2
+    assert "allowed without --quick: cuda" in capsys.readouterr().err
+
+
+def test_unknown_rows_are_named():
+    with pytest.raises(ConfigError, match=r"'step' is not a row; .*steps"):
+        run_all(["step"])
+
+
+def test_variants_start_from_the_same_weights_and_all_forms_take_the_same_step():
+    plain, both = (Steps(TINY, name).learner.model.backbone for name in ("plain", "HVTM"))
+    for name, parameter in plain.state_dict().items():
+        assert torch.equal(parameter, both.state_dict()[name]), name
+    steps = {"ours": Steps(TINY, "HTM"), "direct": Steps(TINY, "HTM", wrap=DirectModel)}
+    found = {}
+    for name, step in steps.items():  # dropout draws other numbers where maps are stored
+        for module in step.learner.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if type(module).__name__ == "DropPath":
+                module.drop_prob = 0.0
+        for _ in range(3):
+            step()
+        found[name] = step.measured()
+    assert found["ours"]["loss"] == pytest.approx(found["direct"]["loss"], rel=1e-4)
+    share = "htm/layer1/mixed_share"
+    assert found["ours"][share] == found["direct"][share] > 0
+
+
+def test_each_step_gets_the_same_images():
+    """timm's Mixup writes into the images it is given."""
+    step = Steps(TINY, "HTM")
+    before = step.images.clone()
+    for _ in range(4):
+        step()
+    assert torch.equal(step.images, before)
+
+
+def test_a_step_that_mixes_nothing_is_refused():
+    step = Steps(TINY, "HTM")
+    with torch.no_grad():
+        for block in step.learner.model.backbone.blocks:
+            block.attn.qkv.weight.zero_()  # maps become even
+    with pytest.raises(RuntimeError, match="HTM mixed 0% of the samples"):
+        time_steps({"step": step}, rounds=1, warm_up=0)
