@@ -15,7 +15,8 @@ set -euo pipefail
 cd "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 bash run/setup.sh
-unset PYTHONPATH PYTHONHOME
+# Tests start many processes, and each would compile this project again without bytecode.
+unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 selected=(-m 'not slow')
 arguments=()

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 # The tensors are tiny: a second thread costs more than it gives, and one thread sums in one order.
+# Processes that tests start inherit the variable; their threads would compete with the other tests.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile(
     "tokenmixup",
