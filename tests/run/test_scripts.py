@@ -69,7 +69,7 @@ def test_quickstart_trains_evaluates_and_compares(tmp_path: Path) -> None:
     status, said, steps = checkout.run("--fresh", FAIL="experiments.train")
     assert not kept.exists()
     assert status == 1
-    assert "The same command" in said.splitlines()[-1]
+    assert "The same command resumes it" in said.splitlines()[-1]
     assert len(steps) == 1, "nothing runs after a failure"
 
 
