@@ -1,7 +1,7 @@
-"""Sphinx makes the site from `docs/` and the library's docstrings: `bash run/docs.sh`.
+"""Settings of Sphinx, which makes the site from `docs/` and the docstrings: `bash run/docs.sh`.
 
-The build is strict. Sphinx and MyST check every link and reference; what they do not know of, a
-public name without a docstring or without a place in the reference, is checked here.
+The build is strict. Sphinx and MyST check every link and reference; this file checks that every
+public name has a docstring and a place in the reference.
 """
 
 import builtins
@@ -36,13 +36,13 @@ html_css_files = ["site.css"]
 html_show_copyright = False
 html_copy_source = False
 
-# The address `page.md#heading` works as it does on a code host, and is checked.
+# Links such as `page.md#heading` work as on a code host, and are checked.
 myst_heading_anchors = 4
 # The tutorial is shown with its committed outputs; tests/docs/test_tutorial.py executes it.
 nb_execution_mode = "off"
 
 nitpicky = True
-# No inventories are fetched: the build works offline, and others' names are text.
+# The build works offline, without inventories, so names of other libraries are plain text.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|F|abc|collections|typing)\..*"),
     (r"py:.*", "|".join(name for name in dir(builtins) if not name.startswith("_"))),
@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
-    """Public functions and classes by full name, each where it is defined."""
+    """Public functions and classes by full name, each in the module that defines it."""
     for module in PUBLIC_MODULES:
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
@@ -82,7 +82,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
 
 
 def undocumented(name: str, value: Any) -> Iterator[str]:
-    """What a function or class lacks: a docstring, or one of a method, or a field's line."""
+    """The missing docstrings of a function, or of a class, its methods and its fields."""
     if not inspect.getdoc(value):
         yield name
     if not inspect.isclass(value):
@@ -101,14 +101,14 @@ def undocumented(name: str, value: Any) -> Iterator[str]:
 
 
 def check_docstrings(app: Sphinx) -> None:
-    """Warn of whatever is public and not documented."""
+    """Warn of every public name without a docstring."""
     for name, value in public_objects():
         for missing in undocumented(name, value):
             logger.warning("%s has no docstring", missing)
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warn of whatever is public and not in the reference."""
+    """Warn of every public name outside the reference."""
     shown = env.domains.python_domain.objects
     for name, value in public_objects():
         short = f"tokenmixup.{value.__name__}"
@@ -117,12 +117,12 @@ def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
 
 
 def skip_tuple_fields(app: Sphinx, what: str, name: str, value: Any, skip: bool, *_: Any) -> Any:
-    """Leave fields of NamedTuples to the class's docstring, which describes them."""
+    """Skip fields of NamedTuples: the class's docstring describes them."""
     return True if type(value).__name__ == "_tuplegetter" else None
 
 
 def tidy_docstring(app: Sphinx, what: str, name: str, value: Any, opts: Any, lines: Any) -> None:
-    """Keep "P." from being the first point of a list, and types short, as in signatures."""
+    """Escape a lone "P.", which would start a list, and shorten types as in signatures."""
     for number, line in enumerate(lines):
         line = re.sub(r"^(:\w+ \w+: [A-Z]|\s+[A-Z])\.$", r"\1\\.", line)
         if line.startswith(":vartype "):
@@ -131,7 +131,7 @@ def tidy_docstring(app: Sphinx, what: str, name: str, value: Any, opts: Any, lin
 
 
 def link_code(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Make names of the library that stand as code in a page lead to the reference."""
+    """Link names of the library, where they stand as code, to the reference."""
     shown = app.env.domains.python_domain.objects
     for literal in list(doctree.findall(nodes.literal)):
         if isinstance(literal.parent, nodes.reference):

@@ -1,7 +1,7 @@
-"""TokenMixup in one's own encoder, by the two wrapper layers: `examples/custom_encoder.py`.
+"""TokenMixup in your own encoder, with the two wrapper layers: `examples/custom_encoder.py`.
 
-The interface is the one of the paper's repository. What the encoder has to bring: an attention that
-returns its map, and a layer that is called `layer(x, y)` and offers `get_attention_map(x, y)`.
+The interface is that of the paper's repository. The encoder needs an attention that returns its
+map, and layers that are called as `layer(x, y)` and have a method `get_attention_map(x, y)`.
 """
 
 import torch
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm layer; y, the targets, pass through it."""
+    """A pre-norm layer that returns the targets y unchanged."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
                     layer, tau=0.05, rho=0.005, d_model=WIDTH, num_classes=CLASSES
                 )
             self.layers.append(layer)
-        self.vertical = attention  # any of them: they share what they remember
+        self.vertical = attention  # any of them: they share the remembered tokens
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
 
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1) + self.positions
         for layer in self.layers:
             x, y = layer(x, y)
-        self.vertical.reset()  # or the remembered tokens would stay in memory until the next step
+        self.vertical.reset()  # frees the remembered tokens now, not at the next step
         return self.head(self.norm(x[:, 0])), y
 
 

@@ -1,4 +1,4 @@
-"""Real images that come with an installed package: scikit-learn's handwritten digits, offline."""
+"""Real images without a download: the handwritten digits that scikit-learn contains."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (1500, 1, 8, 8) and labels (1500,), then 297 of each for testing."""
+    """Training images (1500, 1, 8, 8) and labels (1500,), then 297 of each for the test."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(data.images).float().unsqueeze(1)[order] / 8 - 1

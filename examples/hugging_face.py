@@ -1,6 +1,6 @@
 """TokenMixup on a Hugging Face classifier: `python examples/hugging_face.py`.
 
-Nothing is downloaded: the model starts from a config. `from_pretrained` works the same way.
+Nothing is downloaded: the model is built from a config. `from_pretrained` works the same way.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ model = attach(
 model.train()
 optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for images, labels in batches(train_images, train_labels, epochs=8):
-    out = model(images, labels)  # pixel values and labels; out.logits is a tensor
+    out = model(images, labels)  # pixel values and labels
     loss = soft_cross_entropy(out.logits, out.targets).mean() + out.scorenet_loss
     optimiser.zero_grad()
     loss.backward()

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Evaluates one checkpoint: sh run/eval.sh NAME FILE [--section.key VALUE ...]
 #
-# NAME is a file of configs/ without its ending, FILE a checkpoint: a path, or a name in the folder
-# WEIGHTS (default: weights). DATA is the folder of the data set, where it is not the one that the config
-# names. Processes and machines: run/launch.sh.
+# NAME is a file of configs/ without its suffix. FILE is a checkpoint: a path, or a name in the folder
+# WEIGHTS (default: weights). DATA replaces the folder of the data set that the config names. For several
+# processes and machines see run/launch.sh.
 set -eu
 cd "$(dirname -- "$0")/.."
 . ./run/launch.sh

@@ -1,15 +1,14 @@
-# One process or torchrun, from the environment. run/train.sh and run/eval.sh source it; by itself it
-# runs experiments.train or experiments.evaluate in the folder where one is:
-# sh run/launch.sh MODULE [ARGUMENT ...]
+# Starts one process, or several with torchrun, as the environment says. run/train.sh and run/eval.sh source
+# this file; called directly it runs a module in the current folder: sh run/launch.sh MODULE [ARGUMENT ...]
 #
-#   NPROC       processes on this machine, one a GPU (default: 1)
+#   NPROC       processes on this machine, one per GPU (default: 1)
 #   NNODES      machines (default: 1)
-#   NODE_RANK   which of them this is, 0 to NNODES - 1 (needed where NNODES > 1 and RDZV_ENDPOINT is not set)
-#   MASTER_ADDR, MASTER_PORT   where machine 0 listens (default port: 29500)
+#   NODE_RANK   rank of this machine, 0 to NNODES - 1 (needed if NNODES > 1 and RDZV_ENDPOINT is not set)
+#   MASTER_ADDR, MASTER_PORT   address of machine 0 (default port: 29500)
 #   RDZV_ENDPOINT, RDZV_ID, RDZV_BACKEND   torchrun's elastic rendezvous instead of the two lines above
 #   MAX_RESTARTS   restarts of all processes after one has died (default: 3)
 #
-# The interpreter is TOKENMIXUP_PYTHON, or that of the checkout's .venv, or python3 where there is none (conda).
+# The interpreter is TOKENMIXUP_PYTHON, else that of the checkout's .venv, else python3 (conda).
 
 # Runs a module of the project: launch MODULE [ARGUMENT ...]
 launch() {
@@ -23,10 +22,10 @@ launch() {
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
     exec "$python" -m "$@"
   fi
-  # torchrun takes a mistake for a fault and would repeat it MAX_RESTARTS times
+  # torchrun would retry a mistake MAX_RESTARTS times.
   "$python" -m "$@" --check || exit $?
-  # torchrun (of torch 2.9 and newer) hands these on to its processes, which save and stop; Slurm's
-  # SIGUSR1 alone is not among its own
+  # torchrun (since torch 2.9) forwards these signals to its processes, which save and stop; all but Slurm's
+  # SIGUSR1 are its defaults.
   export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
   if [ -n "${RDZV_ENDPOINT:-}" ]; then
     exec "$python" -m torch.distributed.run --nproc-per-node "$nproc" --nnodes "$nnodes" \

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Trains and evaluates four small models on real images, plain and with HTM, VTM and both, then
-# prints a table and draws what was mixed. Needs neither a GPU nor, after set-up, a network.
+# prints a table and draws the mixed images. Needs no GPU and, after set-up, no network.
 #
-#   bash run/quickstart.sh                          goes on where an earlier call stopped; what is
-#                                                   finished is kept and only shown again
-#   bash run/quickstart.sh --fresh                  forgets earlier calls
+#   bash run/quickstart.sh                          resumes an interrupted call; finished trainings are kept
+#   bash run/quickstart.sh --fresh                  deletes the trainings of earlier calls
 #   bash run/quickstart.sh --fresh --schedule.epochs 1
 #                                                   other arguments go to every training
 
@@ -27,8 +26,8 @@ done
 
 bash run/setup.sh
 unset PYTHONPATH PYTHONHOME
-# Threads that wait for each other sleep instead of spinning: little is lost on an idle machine, and a
-# lot is won where something else runs beside (docs/log.md).
+# Waiting threads sleep instead of spinning: this costs little on an idle machine and saves much on a busy
+# one (docs/log.md).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 started=$SECONDS
 
@@ -38,19 +37,19 @@ python_m() {
   .venv/bin/python -m "$@"
 }
 
-tell_how_to_go_on() {
+tell_how_to_resume() {
   local status=$?
   [ "$status" -eq 0 ] || printf 'quickstart: stopped. %s %s\n' \
-    "The same command again goes on from here;" "with --fresh it starts anew." >&2
+    "The same command resumes it;" "with --fresh it starts over." >&2
 }
-trap tell_how_to_go_on EXIT
+trap tell_how_to_resume EXIT
 
 runs=()
 for name in "${names[@]}"; do
   run=$folder/$name
   runs+=("$run")
   if $fresh; then rm -rf "$run"; fi
-  # The odd expansions: an empty array is an unset variable to bash before 4.4.
+  # Before bash 4.4 an empty array is an unset variable, hence ${…+…}.
   python_m experiments.train --config "configs/$name.yaml" --output "$run" \
     ${arguments[@]+"${arguments[@]}"}
   python_m experiments.evaluate --config "configs/$name.yaml" \

@@ -1,8 +1,8 @@
 #!/bin/sh
 # A template for Slurm: sbatch --nodes 1 --gpus-per-node 4 run/slurm.sh vit_imagenet_HTM [--section.key VALUE ...]
 #
-# RUN_FOLDER is the run folder, in the place of --output (default: output/NAME). Two minutes before the
-# time limit the run saves and stops, and the job queues itself again until the run is done.
+# RUN_FOLDER is the run folder; it replaces --output (default: output/NAME). Two minutes before the time
+# limit the run saves and stops, and the job requeues itself until the run is done.
 #SBATCH --job-name=tokenmixup
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -12,8 +12,8 @@
 set -eu
 cd "${SLURM_SUBMIT_DIR:-.}"
 : "${SLURM_JOB_ID:?run this with sbatch}"
-folder=${RUN_FOLDER:-output/${1:?which experiment? a file of configs/ without its ending}}
-# One torchrun a machine; they meet at the first machine of the job.
+folder=${RUN_FOLDER:-output/${1:?which experiment? a file of configs/ without its suffix}}
+# One torchrun per machine; they meet at the first machine of the job.
 NNODES=${SLURM_NNODES:-1}
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 RDZV_ID=$SLURM_JOB_ID
@@ -24,11 +24,11 @@ begin=$(mktemp)
 trap 'rm -f "$begin"' EXIT
 code=0
 srun sh run/train.sh "$@" --output "$folder" || code=$?
-# Stopped, saved and not done? The run's heartbeat tells, where the exit code cannot: torchrun has codes
-# of its own. One from before this job says nothing of this job, which may have failed at its start.
+# The run's heartbeat says whether it has saved and stopped before its end; the exit code does not, since
+# torchrun has codes of its own. An older heartbeat says nothing about this job, which may have failed early.
 heartbeat=$folder/heartbeat.json
 if [ "$heartbeat" -nt "$begin" ] && grep -q '"state": "stopped"' "$heartbeat"; then
-  echo "$0: the run was stopped and has saved: queued again" >&2
+  echo "$0: the run has saved and stopped: requeued" >&2
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi

@@ -1,9 +1,8 @@
 #!/bin/sh
 # Trains one experiment: sh run/train.sh NAME [--section.key VALUE ...]
 #
-# NAME is a file of configs/ without its ending. DATA is the folder of the data set and WEIGHTS that of
-# pretrained weights, where they are not those that the config names. Processes and machines:
-# run/launch.sh.
+# NAME is a file of configs/ without its suffix. DATA replaces the folder of the data set, and WEIGHTS the
+# folder of pretrained weights, that the config names. For several processes and machines see run/launch.sh.
 set -eu
 cd "$(dirname -- "$0")/.."
 . ./run/launch.sh

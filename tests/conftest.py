@@ -1,4 +1,4 @@
-"""What every test shares: seeds, one thread, hypothesis' profile, no CUDA tests without CUDA."""
+"""For all tests: seeds, one thread, hypothesis' profile, no CUDA tests without CUDA."""
 
 import os
 import random
@@ -10,12 +10,14 @@ import pytest
 import torch
 
 # The tensors are tiny: a second thread costs more than it gives, and one thread sums in one order.
+# Processes that tests start inherit the variable; their threads would compete with the other tests.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hypothesis.settings.register_profile(
     "tokenmixup",
-    deadline=None,  # a first call of torch may take a second
-    derandomize="CI" in os.environ,  # in CI the same commit always sees the same examples
+    deadline=None,  # the first call of torch may take a second
+    derandomize="CI" in os.environ,  # in CI a commit always gets the same examples
     print_blob=True,
 )
 hypothesis.settings.load_profile("tokenmixup")
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state."""
     value = 0
     random.seed(value)
     np.random.seed(value)
@@ -42,5 +44,5 @@ def seed() -> int:
 
 @pytest.fixture
 def data_folder() -> Path:
-    """The arrays that tests compare with."""
+    """The folder of reference arrays."""
     return Path(__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""The house's rules, read off the source: a folder is a floor, and imports go downwards only."""
+"""The rules of the house, read from the source: a folder is a floor, and imports go downwards."""
 
 import ast
 import functools
@@ -17,11 +17,12 @@ FLOORS = (
     {"data", "models"},
     {"checkpoint", "released"},
     {"cli", "config", "provenance"},
-    {"documents", "errors", "files", "seeding"},
+    {"documents"},
+    {"errors", "files", "seeding"},
 )
-"""Rooms of `experiments`, from the top to the ground; below them lies `tokenmixup`."""
+"""The rooms of `experiments`, from top to bottom; `tokenmixup` lies below them."""
 STAIRS = {("reproduce", "study")}
-"""`reproduce --train` is a study: the one import between two commands."""
+"""`reproduce --train` is a study: the only import between two commands."""
 
 LIBRARY_NEEDS = {"torch", "numpy", "lap", "tokenmixup"}
 HOST_LIBRARIES = {"timm", "torchvision", "transformers"}
@@ -33,7 +34,8 @@ FOLDERS = (
 
 
 def repository_files() -> Iterator[Path]:
-    yield from sorted(path for path in ROOT.iterdir() if path.is_file())
+    # `.git` is a file in a worktree
+    yield from sorted(p for p in ROOT.iterdir() if p.is_file() and p.name != ".git")
     for folder in FOLDERS:
         paths = sorted((ROOT / folder).rglob("*"))
         yield from (p for p in paths if p.is_file() and "__pycache__" not in p.parts)
@@ -60,9 +62,9 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all imported modules, wherever in the file the import stands.
+    """Full names of all imported modules, anywhere in the file.
 
-    `from a import b` gives a.b where that is a module of this repository, else a.
+    `from a import b` gives a.b if that is a module of this repository, else a.
     """
     found: set[str] = set()
     for node in nodes(path):
@@ -100,19 +102,19 @@ def test_there_is_something_to_check() -> None:
     assert any(name == "torch.load" for path in SOURCES for name, _ in calls(path))
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_library_imports_little(path: Path) -> None:
-    allowed = LIBRARY_NEEDS | set(sys.stdlib_module_names)
-    if path.parent.name in ("hosts", "models", "integrations"):
-        allowed |= HOST_LIBRARIES
-    others = {name.partition(".")[0] for name in imports(path)} - allowed
-    assert not others, f"{name_of(path)} imports {', '.join(sorted(others))}"
+def test_library_imports_little() -> None:
+    for path in LIBRARY:
+        allowed = LIBRARY_NEEDS | set(sys.stdlib_module_names)
+        if path.parent.name in ("hosts", "models", "integrations"):
+            allowed |= HOST_LIBRARIES
+        others = {name.partition(".")[0] for name in imports(path)} - allowed
+        assert not others, f"{name_of(path)} imports {', '.join(sorted(others))}"
 
 
 def test_importing_the_library_imports_no_host_library() -> None:
-    """An adapter knows its hosts by name: whoever uses one family needs only that library."""
+    """An adapter knows its hosts by name, so a user of one family needs only its library."""
     for path in LIBRARY:
-        if path.parent.name in ("models", "integrations"):  # imported by those who want timm's
+        if path.parent.name in ("models", "integrations"):  # imported on purpose, for timm
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:
@@ -122,16 +124,16 @@ def test_importing_the_library_imports_no_host_library() -> None:
             assert not tops & HOST_LIBRARIES, f"{name_of(path)}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_library_neither_prints_nor_rebinds_globals(path: Path) -> None:
-    printing = [node.lineno for name, node in calls(path) if name == "print"]
-    assert not printing, f"{name_of(path)}: prints in line {printing}"
-    rebinding = [node.lineno for node in nodes(path) if isinstance(node, ast.Global)]
-    assert not rebinding, f"{name_of(path)}: `global` in line {rebinding}"
+def test_library_neither_prints_nor_rebinds_globals() -> None:
+    for path in LIBRARY:
+        printing = [node.lineno for name, node in calls(path) if name == "print"]
+        assert not printing, f"{name_of(path)}: prints in line {printing}"
+        rebinding = [node.lineno for node in nodes(path) if isinstance(node, ast.Global)]
+        assert not rebinding, f"{name_of(path)}: `global` in line {rebinding}"
 
 
 def room(name: str) -> str:
-    """The folder of a module in `experiments`, or its own name where it lies in none."""
+    """The folder of a module in `experiments`, or its own name if it lies in none."""
     return name.split(".")[1]
 
 
@@ -149,7 +151,7 @@ def is_command(name: str) -> bool:
 def test_imports_go_downwards(path: Path) -> None:
     own = module_name(path)
     if own == "experiments":
-        assert not imports(path) & MODULES.keys(), "whoever imports a part would get the whole"
+        assert not imports(path) & MODULES.keys(), "an import of a part would load the whole"
         return
     lies_in_no_folder = path.parent.name == "experiments"
     for name in sorted(imports(path)):
@@ -167,18 +169,18 @@ def test_few_modules_lie_in_no_folder() -> None:
     assert sum(path.parent.name == "experiments" for path in EXPERIMENTS) <= 12
 
 
-def test_commands_are_known_as_such() -> None:
+def test_only_commands_can_be_started() -> None:
     for name, path in MODULES.items():
         if '__name__ == "__main__"' in path.read_text():
-            assert is_command(module_name(path)), f"{name} is started, so it is a command"
+            assert is_command(module_name(path)), f"{name} can be started, but is no command"
 
 
-def test_no_circle_of_imports() -> None:
+def test_no_cycle_of_imports() -> None:
     graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, "a circle: " + " -> ".join([*way, name])
+        assert name not in way, "a cycle: " + " -> ".join([*way, name])
         if name not in done:
             for other in sorted(graph[name] - {name}):
                 visit(other, (*way, name))
@@ -205,17 +207,17 @@ def safe_loaders(path: Path) -> set[str]:
     }
 
 
-# Ways from a file or a text to code, whoever calls them.
+# Functions that turn a file or a text into code.
 NEVER = {
     *("eval", "exec", "compile", "os.system", "os.popen", "os.execl", "os.execv", "os.execvp"),
     *("yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all"),
     *("torch.jit.load", "torch.package.PackageImporter", "torch.serialization.add_safe_globals"),
     *("torch.hub.load", "shutil.unpack_archive", "subprocess.getoutput"),
 }
-# Packages whose every way of reading runs what it reads; the tests write with pickle.
+# Packages that run what they read; the tests write with pickle.
 RUNNING = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 READING = {"load", "loads", "Unpickler", "open"}
-# `safe_globals` opens torch's reader for more classes: these alone.
+# `safe_globals` may allow these further classes in torch's reader.
 SAFE_CLASSES = {"argparse.Namespace"}
 
 
@@ -224,7 +226,7 @@ def faults(path: Path) -> Iterator[str]:
         where = f"{name_of(path)}:{node.lineno}: {name}"
         keywords = {k.arg: k.value for k in node.keywords}
         first, _, last = name.rpartition(".")
-        # a test may read what it has just pickled itself
+        # A test may read what it has pickled itself.
         own = first == "pickle" and path.is_relative_to(ROOT / "tests")
         if name in NEVER or (first in RUNNING and last in READING and not own):
             yield where
@@ -241,19 +243,19 @@ def faults(path: Path) -> Iterator[str]:
             if loader is None or ast.unparse(loader) not in safe_loaders(path):
                 yield f"{where} with a loader that is not safe"
         if last in ("extract", "extractall") and not path.is_relative_to(ROOT / "tests"):
-            yield f"{where}: names in an archive are paths"
+            yield f"{where}: names in an archive may be any paths"
         if last == "safe_globals" and {ast.unparse(argument) for argument in node.args} != {
             f"[{', '.join(sorted(SAFE_CLASSES))}]"
         }:
             yield f"{where} of more than {', '.join(SAFE_CLASSES)}"
-        # what is imported must be named in the source
+        # The source must name what it imports.
         is_import = name in ("importlib.import_module", "__import__")
         if (
             is_import
             and not path.is_relative_to(ROOT / "tests")
             and not (node.args and isinstance(node.args[0], ast.Constant))
         ):
-            yield f"{where} of a name that is computed"
+            yield f"{where} of a computed name"
     for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module in RUNNING:
             names = READING & {alias.name for alias in node.names}
@@ -299,7 +301,7 @@ def test_no_shell_script_runs_what_it_reads() -> None:
         "pickle.loads(content)",
     ],
 )
-def test_the_search_for_faults_finds_them(text: str, tmp_path: Path) -> None:
+def test_faults_are_found(text: str, tmp_path: Path) -> None:
     path = tmp_path / "case.py"
     path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
@@ -317,8 +319,7 @@ def test_pytest_finds_every_test() -> None:
             assert len(set(functions)) == len(functions), f"{name_of(path)}: a test hides another"
 
 
-# Pieces, so that this file does not contain what it looks for: folders of a developer's machine,
-# hosts of package registries, markers of unfinished work.
+# In pieces, so that this file does not contain what it searches for.
 UNWANTED = {
     "a path of some machine": r"(?<![\w.])/(?:wo"
     + r"rk|ro"

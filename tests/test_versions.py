@@ -1,4 +1,4 @@
-"""What is in the environment: pyproject.toml, constraints.txt and env.yaml say the same."""
+"""The environment: pyproject.toml, constraints.txt and env.yaml agree."""
 
 import ast
 import importlib.metadata
@@ -30,7 +30,7 @@ def pins() -> list[Requirement]:
 
 
 def pins_for(python: str) -> dict[str, Version]:
-    """What constraints.txt demands on Linux under a version of Python."""
+    """The versions in constraints.txt for Linux and a version of Python."""
     environment: dict[str, str] = {
         **cast(dict[str, str], default_environment()),
         "sys_platform": "linux",
@@ -51,7 +51,7 @@ def pins_for(python: str) -> dict[str, Version]:
 
 
 def demands() -> list[Requirement]:
-    """Every requirement that pyproject.toml names, that of the build included."""
+    """Every requirement in pyproject.toml, including that of the build."""
     extras = itertools.chain(*PROJECT["optional-dependencies"].values())
     needed = [*PYPROJECT["build-system"]["requires"], *PROJECT["dependencies"], *extras]
     return [Requirement(text) for text in needed]
@@ -67,14 +67,13 @@ def demands() -> list[Requirement]:
     ],
 )
 def test_every_imported_package_is_declared(folder: str, extras: tuple[str, ...]) -> None:
-    """What an import finds only because something else happens to need it is gone one day."""
+    """A package that is there only because another one needs it may disappear."""
     named = list(PROJECT["dependencies"])
     named += itertools.chain(*(PROJECT["optional-dependencies"][extra] for extra in extras))
     declared = {canonicalize_name(Requirement(text).name) for text in named}
-    own = {"tokenmixup", "experiments", "benchmarks"}
-    own |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    own = {"tokenmixup", "experiments", "benchmarks", "tests"}
     if folder == "tokenmixup":
-        own |= {"timm", "torchvision", "transformers"}  # hosts: who has one has its library
+        own |= {"timm", "torchvision", "transformers"}  # a user with such a host has its library
     providers = importlib.metadata.packages_distributions()
     for path in (ROOT / folder).rglob("*.py"):
         imported: set[str] = set()
@@ -85,7 +84,7 @@ def test_every_imported_package_is_declared(folder: str, extras: tuple[str, ...]
                 imported.add((node.module or "").partition(".")[0])
         for name in imported - own - sys.stdlib_module_names:
             packages = {canonicalize_name(package) for package in providers.get(name, [])}
-            assert packages & declared, f"{path}: {name} is of {packages or 'nowhere'}"
+            assert packages & declared, f"{path}: {name} comes from {packages or 'nowhere'}"
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -110,10 +109,10 @@ def test_torch_and_torchvision_are_a_pair() -> None:
         assert found["pillow"].major < 13
 
 
-def test_constraints_hold_versions_alone() -> None:
+def test_constraints_contain_only_versions() -> None:
     text = (ROOT / "constraints.txt").read_text()
     command = re.search(r"^# +uv (pip compile .*) -o constraints\.txt$", text, re.MULTILINE)
-    assert command is not None, "the command that made the file stands at its top"
+    assert command is not None, "its first lines name the command that made it"
     assert command[1] in (ROOT / "CONTRIBUTING.md").read_text()
     assert not re.search(r"://|^ *-|--hash|\\$|@", text, re.MULTILINE)
     assert all(not pin.extras and pin.url is None for pin in pins())
@@ -125,12 +124,12 @@ def test_conda_gets_the_same_versions() -> None:
     extras = ",".join(PROJECT["optional-dependencies"])
     assert pip == ["-c constraints.txt", f"-e .[{extras}]"]
     conda = {r.name: r for r in (Requirement(e) for e in dependencies if isinstance(e, str))}
-    assert set(conda) == {"python", "pip"}, "all else comes from pip, at the versions of pip"
+    assert set(conda) == {"python", "pip"}, "pip installs everything else, at the same versions"
     allowed = [f"3.{minor}" for minor in range(20) if f"3.{minor}.5" in conda["python"].specifier]
     assert tuple(allowed) == PYTHONS
 
 
-def test_the_supported_pythons_are_named_once_for_all() -> None:
+def test_the_same_pythons_are_supported_everywhere() -> None:
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
     prefix = "Programming Language :: Python :: "
     named = [c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)]
@@ -144,7 +143,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_only_the_library_is_installed_and_it_carries_its_types() -> None:
+def test_only_the_library_is_installed_with_its_types() -> None:
     packages = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     assert packages == ["tokenmixup", "tokenmixup.*"]
     assert (ROOT / "tokenmixup" / "py.typed").is_file()

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, what they name exists, and the site's build is strict."""
+"""The documents: links and names in them are right, and the site's build is strict."""
 
 import importlib
 import re
@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 
 import tokenmixup
-from experiments.config import known_keys, load_config, optional_sections, sections
+from experiments.config import known_keys, optional_sections, sections
+from experiments.documents.markdown import fill_blocks
 from tests.helpers import documents
 from tests.helpers.documents import ROOT, Document
+from tests.helpers.settings_table import settings_table
 
 DOCUMENTS = documents.documents()
-# Of these, what stood in an older version may be gone.
-CURRENT = [d for d in DOCUMENTS if d.name not in ("CHANGELOG.md", "docs/log.md")]
-
-
-def name_of(document: Document) -> str:
-    return document.name
+# These two name things of older versions.
+HISTORY = ("CHANGELOG.md", "docs/log.md")
 
 
 def broken_links(document: Document) -> list[str]:
@@ -43,9 +41,9 @@ def broken_links(document: Document) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_links_lead_somewhere(document: Document) -> None:
-    assert not broken_links(document)
+def test_no_link_is_broken() -> None:
+    broken = {document.name: broken_links(document) for document in DOCUMENTS}
+    assert not {name: links for name, links in broken.items() if links}
 
 
 FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|tokenmixup|weights)"
@@ -53,7 +51,7 @@ FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|toke
 
 def missing_files(code: str) -> set[str]:
     names = re.findall(rf"(?<![\w./…-])({FILES}/[\w./-]*\.(?:py|sh|yaml|md|jsonl|ipynb))\b", code)
-    # capitals alone stand for a name: configs/NAME.yaml
+    # capitals are a placeholder: configs/NAME.yaml
     return {
         name
         for name in names
@@ -66,7 +64,7 @@ MODULES = {path.stem for path in (ROOT / "tokenmixup").glob("*.py")} | {"hosts"}
 
 
 def resolves(name: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
+    """Whether a dotted name is a module, or a name in one."""
     parts = name.split(".")
     for split in range(len(parts), 0, -1):
         try:
@@ -83,7 +81,7 @@ def resolves(name: str) -> bool:
 
 
 def missing_names(code: str) -> set[str]:
-    """Names of this project's modules, and keys of its configs, that do not exist."""
+    """Names of modules of this project and keys of its configs that do not exist."""
     whole = re.fullmatch(r"([A-Za-z_][\w.]*\.\w+)(?:\(.*\)|: .*)?", code)
     names = set(re.findall(r"\b(?:tokenmixup|experiments)(?:\.[A-Za-z_]\w*)+", code))
     names -= {name for name in names if name.endswith((".py", ".yaml", ".gif"))}
@@ -92,7 +90,7 @@ def missing_names(code: str) -> set[str]:
         name = whole[1]
         first, _, rest = name.partition(".")
         if rest not in ("py", "yaml", "gif") and (first in MODULES or first in sections()):
-            # a key of the configs, something in a module, or of the model that attach returned
+            # a key of the configs, a name in a module, or an attribute of the attached model
             found = name in known_keys() or (first in MODULES and resolves(f"tokenmixup.{name}"))
             if not found and not (first == "model" and is_of_the_model(rest.split(".")[0])):
                 missing.add(name)
@@ -132,12 +130,15 @@ def missing_options(code: str) -> set[str]:
     return {name for name in named if name not in OPTIONS and name.replace("-", "_") not in OPTIONS}
 
 
-@pytest.mark.parametrize("document", CURRENT, ids=name_of)
-def test_what_is_named_exists(document: Document) -> None:
-    for code in document.code():
-        assert not missing_files(code), code
-        assert not missing_names(code), code
-        assert not missing_options(code), code
+def test_every_named_file_key_and_option_exists() -> None:
+    missing = [
+        f"{document.name}: {name}, in {code!r}"
+        for document in DOCUMENTS
+        if document.name not in HISTORY
+        for code in document.code()
+        for name in missing_files(code) | missing_names(code) | missing_options(code)
+    ]
+    assert not missing, "\n".join(missing)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_what_is_named_exists(document: Document) -> None:
         (missing_options, "--nothing"),
     ],
 )
-def test_what_does_not_exist_is_found(find, code: str) -> None:
+def test_a_missing_name_is_found(find, code: str) -> None:
     assert find(code)
 
 
@@ -167,27 +168,16 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert found == ["#nothing", "nothing.md", "http://x.org", "e.png"]
 
 
-def test_the_table_of_settings_is_that_of_the_configs() -> None:
+def test_the_table_of_settings_is_made_from_the_configs() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    table = text.partition("settings: begin -->")[2].partition("<!--")[0]
-    rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", table, re.MULTILINE)
-    shown = {name: cells.split(" | ") for name, cells in rows}
-    configs = {path.stem: load_config(path) for path in (ROOT / "configs").glob("*TM.yaml")}
-    assert shown.keys() == {name for name in configs if not name.startswith("digits")}
-    for name, cells in shown.items():
-        htm, vtm = configs[name].horizontal, configs[name].vertical
-        expected = ["–"] * 7
-        if htm is not None:
-            stop = ", stop-gradient" if htm.scorenet_stop_gradient else ""
-            expected[:3] = [*map(str, htm.layers), str(htm.tau), str(htm.rho)]
-            expected[3:5] = [f"{htm.scorenet}{stop}", str(htm.scorenet_lambda)]
-        if vtm is not None:
-            expected[5:] = [*map(str, vtm.layers), str(vtm.kappa)]
-        assert cells == expected, name
+    assert fill_blocks(text, {"configs": settings_table}) == text, (
+        "run `python -m tests.helpers.settings_table`"
+    )
+    assert "`vit_imagenet_HVTM` | 3 |" in text
 
 
-def test_the_build_fails_on_what_is_broken(tmp_path: Path) -> None:
-    """One site with every fault that the build is to find."""
+def test_the_build_finds_every_fault(tmp_path: Path) -> None:
+    """Build one site with every fault that the build must find."""
     site = tmp_path / "docs"
     shutil.copytree(ROOT / "docs" / "api", site / "api")
     shutil.copytree(ROOT / "docs" / "static", site / "static")

@@ -1,4 +1,4 @@
-"""docs/tutorial.ipynb: it runs, and what is committed is what it gives."""
+"""docs/tutorial.ipynb: it runs, and the committed outputs are those that it gives."""
 
 import re
 
@@ -17,7 +17,7 @@ def executed() -> NotebookNode:
 
 
 def shape(cell: NotebookNode) -> list[str]:
-    """The outputs of a cell without their numbers, which another machine rounds otherwise."""
+    """The outputs of a cell without their numbers, which differ by rounding between machines."""
     found = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -33,15 +33,15 @@ def printed(notebook: NotebookNode) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
-def test_it_runs_and_gives_the_outputs_that_are_committed(executed: NotebookNode) -> None:
+def test_it_runs_and_gives_the_committed_outputs(executed: NotebookNode) -> None:
     again = [cell for cell in executed.cells if cell.cell_type == "code"]
     for number, (committed, now) in enumerate(zip(CODE, again, strict=True), 1):
         assert shape(committed) == shape(now), (
-            f"cell {number} gives something else: run `python tests/helpers/tutorial_notebook.py`"
+            f"cell {number} gives other outputs: run `python -m tests.helpers.tutorial_notebook`"
         )
 
 
-def test_what_it_trains_has_learnt(executed: NotebookNode) -> None:
+def test_its_models_learn(executed: NotebookNode) -> None:
     for notebook in (COMMITTED, executed):
         accuracies = re.findall(r"test accuracy ([\d.]+)", printed(notebook))
         assert len(accuracies) == 2
@@ -51,7 +51,7 @@ def test_what_it_trains_has_learnt(executed: NotebookNode) -> None:
         assert 0.1 < float(mixed[1]) < 1, "a notebook that mixes nothing shows nothing"
 
 
-def test_what_is_committed_is_whole_and_clean() -> None:
+def test_the_committed_notebook_is_complete_and_clean() -> None:
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]

@@ -14,8 +14,8 @@ BEGIN = "<!-- table of hosts: begin -->\n"
 END = "<!-- table of hosts: end -->"
 REFUSED = "<!-- refused: begin -->\n"
 REFUSED_END = "<!-- refused: end -->"
-SUMMARY = "<!-- hosts: begin -->\n"
-SUMMARY_END = "<!-- hosts: end -->"
+SUMMARY = "<!-- generated: hosts families -->\n\n"
+SUMMARY_END = "\n<!-- end of what is generated -->"
 
 
 def table() -> str:

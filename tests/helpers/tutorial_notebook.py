@@ -1,4 +1,4 @@
-"""The tutorial: `python tests/helpers/tutorial_notebook.py` executes it and writes its outputs into it."""
+"""Runs the tutorial: `python -m tests.helpers.tutorial_notebook` writes the outputs into it."""
 
 import os
 from pathlib import Path
@@ -20,12 +20,12 @@ def execute(notebook: NotebookNode) -> NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=600,
-        coalesce_streams=True,  # where a busy machine cuts them says nothing
+        coalesce_streams=True,  # a busy machine splits them anywhere
         kernel_name="python3",
         record_timing=False,  # dates would change at every run
         resources={"metadata": {"path": str(PATH.parent)}},
     )
-    # tqdm warns of progress bars that nobody asked for, and names the folder that it lies in
+    # tqdm, which timm imports, warns about missing progress bars and names its own folder
     return client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
 
 

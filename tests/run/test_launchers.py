@@ -1,4 +1,4 @@
-"""The shared launcher, with real processes: on one machine, and on two, both on loopback."""
+"""The launcher, with real processes on one machine and on two, both on loopback."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
 
-# two steps are enough to see that all processes met
+# Two steps show that all processes have met.
 SHORT = ("--schedule.epochs", "1", "--data.batch_size", "700", "--logging.tensorboard", "false")
 
 
@@ -38,7 +38,7 @@ def finish(*processes):
     return "".join(text for text, _ in texts)
 
 
-def test_a_mistake_is_told_once_and_not_tried_again(tmp_path):
+def test_a_mistake_is_reported_once_and_not_retried(tmp_path):
     process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
@@ -63,5 +63,5 @@ def test_two_machines(tmp_path, way):
         common = {"RDZV_ENDPOINT": f"127.0.0.1:{port}"}
     nodes = [start(tmp_path / "run", NNODES="2", NODE_RANK=str(rank), **common) for rank in (0, 1)]
     text = finish(*nodes)
-    assert text.count("2 × cpu") == 1, "one process of the two tells"
+    assert text.count("2 × cpu") == 1, "one of the two processes reports"
     assert load_file(tmp_path / "run" / "final.safetensors")

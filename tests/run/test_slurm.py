@@ -1,4 +1,4 @@
-"""run/slurm.sh with real trainings; `srun` and `scontrol` are scripts in the place of Slurm's."""
+"""run/slurm.sh with real trainings; small scripts replace Slurm's `srun` and `scontrol`."""
 
 import os
 import subprocess
@@ -47,10 +47,10 @@ def submit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_is_queued_again_until_it_is_done_and_a_failed_one_never(submit, tmp_path):
+def test_a_stopped_run_is_requeued_until_it_is_done_and_a_failed_run_is_not(submit, tmp_path):
     done, requeued = submit("--max-minutes", "0.0001")
     assert (done.returncode, requeued) == (0, ["requeue 7"]), done.stderr
-    # the stop's heartbeat is still there, but it is not of this start
+    # The heartbeat of the stop is still there, but it is older than this job.
     done, requeued = submit("--seed", "9")
     assert (done.returncode, requeued) == (2, []), done.stderr
     assert "seed" in done.stderr
@@ -68,7 +68,7 @@ def test_torchruns_exit_code_does_not_hide_a_stop(submit, tmp_path):
     assert (tmp_path / "run" / "final.safetensors").exists()
 
 
-def test_it_is_run_by_sbatch_alone(submit):
+def test_it_needs_sbatch(submit):
     done, requeued = submit(SLURM_JOB_ID="")
     assert done.returncode != 0
     assert "sbatch" in done.stderr
