@@ -1,5 +1,7 @@
 """Build the model of a config: timm's host with TokenMixup attached."""
 
+from typing import Any
+
 import timm
 from timm.layers.mlp import Mlp
 from torch import nn
@@ -49,19 +51,18 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
         raise ConfigError(f"model.name: got {name!r}, which timm does not know; {near}")
-    rates = {
-        rate: getattr(config, rate)
-        for rate in ("drop_rate", "attn_drop_rate", "drop_path_rate")
-        if getattr(config, rate) is not None
+    rates = ("drop_rate", "attn_drop_rate", "drop_path_rate")
+    arguments: dict[str, Any] = {
+        rate: getattr(config, rate) for rate in rates if getattr(config, rate) is not None
     }
+    arguments |= config.kwargs
     try:
         host = timm.create_model(
             name,
             pretrained=False,
             num_classes=num_classes,
             img_size=config.image_size,
-            **rates,
-            **config.kwargs,
+            **arguments,
         )
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         if "'img_size'" in str(error):
@@ -69,7 +70,7 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
                 f"model.name: got {name!r}, which takes no image size; allowed: the families of "
                 "transformers that tokenmixup.attach supports"
             ) from None
-        further = "".join(f", {key} {value!r}" for key, value in (rates | config.kwargs).items())
+        further = "".join(f", {key} {value!r}" for key, value in arguments.items())
         raise ConfigError(
             f"model: {name!r} cannot be built with image_size {config.image_size}{further}: {error}"
         ) from None
