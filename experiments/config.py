@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
 
@@ -142,7 +142,7 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _finite(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
     json.dumps(values, allow_nan=False)  # a ValueError for nan and infinity
     return values
 
@@ -178,9 +178,7 @@ Ratios = Annotated[
     AfterValidator(_rising),
     "a list of 2 finite numbers above 0, the smaller first",
 ]
-Arguments = Annotated[
-    dict[str, JsonValue], AfterValidator(_finite), "names with finite, plain values"
-]
+Arguments = Annotated[dict[str, Any], AfterValidator(_finite), "names with finite, plain values"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
