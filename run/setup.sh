@@ -5,8 +5,7 @@
 #   bash run/setup.sh            with a Python 3.11 to 3.13 that uv finds, or downloads where there is none
 #   PYTHON=/path/to/python3 bash run/setup.sh
 #
-# It needs uv, or a Python with pip or venv to fetch uv. Any folder, other environments and a second call
-# at the same time do no harm.
+# It needs uv, or a Python with pip or venv to fetch uv. It may run twice at once and from any folder.
 
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
@@ -39,9 +38,8 @@ is_right() {
 # Makes uv one that pip installs into the folder $1.
 fetch_uv() {
   if ! "$python" -m pip --version >/dev/null 2>&1; then
-    "$python" -m venv "$1/venv" >/dev/null 2>&1 || fail "found neither uv nor a Python with pip or venv" \
-      "(tried $python). On Debian and Ubuntu: apt install python3-venv." \
-      "Or name a Python: PYTHON=/path/to/python3 bash run/setup.sh"
+    "$python" -m venv "$1/venv" >/dev/null 2>&1 || fail "found neither uv nor a Python with pip or venv (tried" \
+      "$python). Debian, Ubuntu: apt install python3-venv. Or name one: PYTHON=/path/to/python3 bash run/setup.sh"
     python=$1/venv/bin/python
   fi
   "$python" -m pip install --quiet --no-input --constraint constraints.txt --target "$1/uv" uv ||
@@ -51,9 +49,11 @@ fetch_uv() {
 
 install() {
   local folder uv=uv python=${PYTHON:-python3} mirror cert
+  [ -z "${PYTHON:-}" ] || "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "PYTHON=$PYTHON is not a Python 3.11 or newer that runs"
   folder=$(mktemp -d) && trap "rm -rf '$folder'" EXIT
   uv --version >/dev/null 2>&1 || fetch_uv "$folder"
-  # uv does not read pip's settings. Follow all but find-links and extra indexes (local wheels, as above).
+  # uv ignores pip's settings: follow them here, except find-links and extra indexes (local wheels, see above).
   mirror=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
   cert=${PIP_CERT:-$("$python" -m pip config get global.cert 2>/dev/null || true)}
   [ -z "$mirror" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$mirror}}
@@ -69,8 +69,7 @@ install() {
   .venv/bin/python -c 'import torch, torchvision, timm' || fail "torch, torchvision and timm do not load" \
     "together (see above). torch and torchvision must be of one build: wheels or an extra index in uv's" \
     "settings may bring another. Without these settings: UV_NO_CONFIG=1 bash run/setup.sh"
-  state | LC_ALL=C sort >.venv/incomplete
-  mv .venv/incomplete .venv/complete
+  state | LC_ALL=C sort >.venv/incomplete && mv .venv/incomplete .venv/complete
 }
 
 is_right || {

@@ -86,7 +86,7 @@ def test_figures_trains_draws_and_copies(tmp_path: Path) -> None:
         variant, seed = name.removeprefix("digits_").split("_seed")
         config = f"--config configs/digits_{variant}.yaml --seed {seed}"
         assert step == f"-m experiments.train {config} --output output/figures/{name}"
-    images, curves = steps[6:]
+    curves, images = sorted(steps[6:], key=lambda step: "--checkpoint" in step)
     assert "--checkpoint output/figures/digits_HVTM_seed42/final.safetensors" in images
     assert f"--compare {' '.join(f'output/figures/{name}' for name in runs)}" in curves
     copied = sorted(path.name for path in (checkout.root / "docs" / "figures").iterdir())

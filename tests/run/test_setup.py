@@ -268,9 +268,14 @@ def test_two_calls_at_once_install_once(checkout: Checkout) -> None:
 def test_what_is_missing_is_named(checkout: Checkout) -> None:
     for tool in ("uv", "python3"):
         (checkout.tools / tool).unlink()
-    (line,) = checkout.setup(status=1).splitlines()
-    assert line.startswith("setup: found neither uv nor a Python with pip or venv")
+    assert "found neither uv nor a Python with pip or venv" in checkout.setup(status=1)
     assert not checkout.venv.exists()
+
+
+def test_a_wrong_python_is_named_and_removes_nothing(ready: Checkout) -> None:
+    said = ready.setup(status=1, PYTHON="/no/python")
+    assert "PYTHON=/no/python is not a Python 3.11 or newer" in said.splitlines()[-1]
+    assert (ready.venv / "complete").exists()
 
 
 @pytest.mark.slow
