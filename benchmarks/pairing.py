@@ -83,7 +83,8 @@ def _case(
     )
     tokens = torch.randn(batch, patches, width)
     targets = torch.eye(10)[torch.arange(batch) % 10]
-    partner, mask = decide_mixing(values, targets, easy, RHO)
+    decision = decide_mixing(values, targets, easy, RHO)
+    partner, mask = decision.partner, decision.mask
     mixing = _timed(
         {
             "whole": lambda: horizontal_mixup(tokens, targets, values, easy, RHO),

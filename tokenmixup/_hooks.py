@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenmixup._session import Session, StepRecord
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.functional import mix_tokens, salient_positions
 from tokenmixup.horizontal import horizontal_step, scorenet_loss
 from tokenmixup.hosts.base import (
     Args,
@@ -27,8 +26,9 @@ from tokenmixup.hosts.base import (
     input_saliency,
     layer_saliency,
 )
+from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
-from tokenmixup.vertical import remember, remembered_before
+from tokenmixup.vertical import remembered_before
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Attachment:
     adapter: HostAdapter
     layout: TokenLayout
     session: Session
+    rules: Rules
     horizontal: HorizontalConfig | None
     vertical: VerticalConfig | None
 
@@ -61,7 +62,7 @@ class _SaliencyHook(_Hook):
         """Keep the tokens at the positions that were chosen."""
         config = self.shared.vertical
         assert config is not None
-        remembered = remember(
+        remembered = self.shared.rules.remember(
             tokens, record.positions[self.index], config, self.shared.layout.num_prefix_tokens
         )
         if not again:
@@ -71,7 +72,7 @@ class _SaliencyHook(_Hook):
         """Choose the positions that are remembered."""
         config = self.shared.vertical
         assert config is not None
-        record.positions[self.index] = salient_positions(saliency, config.kappa)
+        record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
 
 
 class _LayerHook(_SaliencyHook):
@@ -149,13 +150,13 @@ class _LayerHook(_SaliencyHook):
                 record.scorenet_losses.append(losses)
         if not again:
             saliency = self._input_saliency(layer, tokens, args, kwargs)
-            step = horizontal_step(targets, saliency, logits, config)
+            step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
             record.targets = step.targets
             for name, value in step.stats.items():
                 record.stats[f"htm/layer{self.index}/{name}"] = value
         decision = record.decisions[self.index][1]
-        return mix_tokens(tokens, decision, self.shared.layout.num_prefix_tokens)
+        return self.shared.rules.mix(tokens, decision, self.shared.layout.num_prefix_tokens)
 
     def _input_saliency(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs

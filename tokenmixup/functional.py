@@ -8,6 +8,8 @@ difficulty and relabelling are computed in float32. Equations are those of Choi,
 "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,7 +40,8 @@ class HorizontalMixup(NamedTuple):
     mask: Tensor
 
 
-class MixingDecision(NamedTuple):
+@dataclass(frozen=True)
+class MixingDecision:
     """Which tokens come from where.
 
     Attributes:
@@ -177,26 +180,6 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     return gain_rows(saliency[easy], saliency, rho)
 
 
-def assign_partners(gain: Tensor) -> Tensor:
-    """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
-
-    The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
-    assignments with equal totals the same is taken whatever the other gains are.
-
-    Args:
-        gain: (E, B) with E <= B.
-
-    Returns:
-        (E,) int64, the column of each row; no column occurs twice.
-
-    Raises:
-        ValueError: the shape is not (E, B) with E <= B, or an entry is not finite.
-    """
-    if gain.dim() != 2 or gain.shape[0] > gain.shape[1]:
-        raise ValueError(f"gain must be (E, B) with E <= B, got shape {tuple(gain.shape)}")
-    return solve_assignment(gain.detach())
-
-
 def horizontal_mixup(
     tokens: Tensor,
     targets: Tensor,
@@ -237,12 +220,63 @@ def horizontal_mixup(
     )
 
 
+def assign_partners(gain: Tensor) -> Tensor:
+    """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
+
+    The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
+    assignments with equal totals the same is taken whatever the other gains are.
+
+    Args:
+        gain: (E, B) with E <= B.
+
+    Returns:
+        (E,) int64, the column of each row; no column occurs twice.
+
+    Raises:
+        ValueError: the shape is not (E, B) with E <= B, or an entry is not finite.
+    """
+    if gain.dim() != 2 or gain.shape[0] > gain.shape[1]:
+        raise ValueError(f"gain must be (E, B) with E <= B, got shape {tuple(gain.shape)}")
+    return solve_assignment(gain.detach())
+
+
+def mixing_mask(saliency: Tensor, partner: Tensor, easy: Tensor, rho: float) -> Tensor:
+    """The tokens that are more salient in the partner, ``M_i[t] = (s_j[t] - s_i[t] > rho)``.
+
+    Args:
+        saliency: (B, T).
+        partner: j for each sample i, (B,) int64.
+        easy: (B,) bool; the rows of other samples are False.
+        rho: least saliency difference that moves a token.
+
+    Returns:
+        (B, T) bool.
+    """
+    return (saliency[partner] - saliency > rho) & easy.unsqueeze(1)
+
+
 @torch.no_grad()
-def decide_mixing(saliency: Tensor, targets: Tensor, easy: Tensor, rho: float) -> MixingDecision:
+def decide_mixing(
+    saliency: Tensor,
+    targets: Tensor,
+    easy: Tensor,
+    rho: float,
+    *,
+    partners: Callable[[Tensor], Tensor] = assign_partners,
+    mask: Callable[[Tensor, Tensor, Tensor, float], Tensor] = mixing_mask,
+) -> MixingDecision:
     """Choose partners and tokens: the part of :func:`horizontal_mixup` that has no gradient.
 
     The square problem with zero rows for the samples that are not easy has the same optimum for
     the easy ones as the rectangular problem, and its shape does not depend on the data.
+
+    Args:
+        saliency: (B, T).
+        targets: soft targets, (B, C).
+        easy: (B,) bool.
+        rho: least saliency difference that moves a token.
+        partners: chooses the partners by the gains, in place of :func:`assign_partners`.
+        mask: chooses the tokens, in place of :func:`mixing_mask`.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
@@ -250,10 +284,10 @@ def decide_mixing(saliency: Tensor, targets: Tensor, easy: Tensor, rho: float) -
     # 0 * x is nan where x is not finite: bad targets reach the check inside the solver, which has
     # to read the gains anyway, so that finding them costs no device synchronisation of its own.
     gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
-    partner = solve_assignment(gain)
-    mask = (saliency[partner] - saliency > rho) & easy.unsqueeze(1)
+    partner = partners(gain)
+    taken = mask(saliency, partner, easy, rho)
     own = torch.arange(len(partner), device=partner.device)
-    return MixingDecision(torch.where(mask.any(1), partner, own), mask)
+    return MixingDecision(torch.where(taken.any(1), partner, own), taken)
 
 
 def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int = 0) -> Tensor:
@@ -269,7 +303,7 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     A sample of which no token was replaced, or whose a + b vanishes, keeps its target as it is.
     """
     saliency = saliency.to(_wide(saliency))
-    partner, mask = decision
+    partner, mask = decision.partner, decision.mask
     kept = torch.where(mask, 0, saliency).sum(1)
     taken = torch.where(mask, saliency[partner], 0).sum(1)
     total = kept + taken

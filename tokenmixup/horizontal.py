@@ -17,15 +17,14 @@ from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
     MixingDecision,
     attention_saliency,
-    decide_mixing,
-    mix_targets,
-    mix_tokens,
     sample_difficulty,
     soft_cross_entropy,
 )
+from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
 
 logger = logging.getLogger(__name__)
+_PAPER = Rules()
 
 
 @dataclass
@@ -53,11 +52,18 @@ def scorenet_loss(
 
 @torch.no_grad()
 def horizontal_step(
-    targets: Tensor, saliency: Tensor, logits: Tensor | None, config: HorizontalConfig
+    rules: Rules,
+    layer: int,
+    targets: Tensor,
+    saliency: Tensor,
+    logits: Tensor | None,
+    config: HorizontalConfig,
 ) -> HorizontalStep:
     """Difficulty, partners, mask and relabelling of one layer.
 
     Args:
+        rules: what decides.
+        layer: index of the layer.
         targets: soft targets before this layer's mixing, (B, C).
         saliency: of the layer's unmixed tokens, (B, T).
         logits: ScoreNet's, (B, C); None makes every sample easy.
@@ -70,10 +76,11 @@ def horizontal_step(
         assert config.tau is not None, "HorizontalConfig checks that ScoreNet comes with tau"
         difficulty = sample_difficulty(logits, targets)
         easy = difficulty <= config.tau
-    decision = decide_mixing(saliency, targets, easy, config.rho)
+    saliency = rules.saliency(layer, saliency)
+    decision = rules.decide(layer, saliency, targets, easy, config.rho)
     return HorizontalStep(
         decision,
-        mix_targets(targets, saliency, decision),
+        rules.relabel(targets, saliency, decision),
         _statistics(saliency, easy, difficulty, decision),
     )
 
@@ -82,7 +89,7 @@ def _statistics(
     saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
 ) -> dict[str, Tensor]:
     """What a person needs to choose tau and rho, as 0-d tensors: nothing waits for the device."""
-    partner, mask = decision
+    partner, mask = decision.partner, decision.mask
     num_easy = easy.sum()
     at_least_one = num_easy.clamp_min(1)
     difference = (saliency[partner] - saliency) * easy.unsqueeze(1)
@@ -221,8 +228,8 @@ class HorizontalTokenMixupLayer(nn.Module):
         if self.scorenet is not None:
             logits, loss = scorenet_loss(self.scorenet, tokens, targets, self.config)
             loss = loss if earlier_loss is None else earlier_loss + loss
-        step = horizontal_step(targets, saliency, logits, self.config)
-        mixed = self._original(mix_tokens(tokens, step.decision, self.num_prefix_tokens))
+        step = horizontal_step(_PAPER, 0, targets, saliency, logits, self.config)
+        mixed = self._original(_PAPER.mix(tokens, step.decision, self.num_prefix_tokens))
         self._report(step)
         carried = step.targets if loss is None else (step.targets, loss)
         return self.layer(mixed, carried, *args, **kwargs)

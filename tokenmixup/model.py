@@ -14,6 +14,7 @@ from tokenmixup._session import Session, StepRecord
 from tokenmixup._targets import check_soft_targets, one_hot_targets
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.hosts import HostAdapter, TokenLayout, UnsupportedHostError, find_adapter
+from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
 
 
@@ -46,6 +47,7 @@ class TokenMixupModel(nn.Module):
         vertical: settings of VTM, or None.
         layout: how the host lays out its tokens.
         num_classes: C.
+        rules: what decides in training.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TokenMixupModel(nn.Module):
         horizontal: HorizontalConfig | None,
         vertical: VerticalConfig | None,
         num_classes: int | None,
+        rules: Rules,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -63,6 +66,7 @@ class TokenMixupModel(nn.Module):
         self.vertical = vertical
         self.layout = adapter.layout(backbone)
         self.num_classes = num_classes
+        self.rules = rules
         self.scorenets = nn.ModuleDict()
         if horizontal is not None and horizontal.scorenet is not None:
             assert num_classes is not None, "attach asks for num_classes where there is a ScoreNet"
@@ -102,6 +106,7 @@ class TokenMixupModel(nn.Module):
             return logits
         self._check_usable()
         targets = self._soft_targets(images, targets)
+        self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
             record = self._session.begin_traced(targets)
             try:  # dynamo cannot trace step(), a context manager of its own
@@ -193,7 +198,12 @@ class TokenMixupModel(nn.Module):
 
     def _install_hooks(self) -> list[Any]:
         shared = Attachment(
-            self.adapter, self.layout, self._session, self.horizontal, self.vertical
+            self.adapter,
+            self.layout,
+            self._session,
+            self.rules,
+            self.horizontal,
+            self.vertical,
         )
         scorenets = {name: cast(ScoreNet, net) for name, net in self.scorenets.items()}
         return install_hooks(self.adapter.layers(self.backbone), shared, scorenets)
@@ -205,6 +215,7 @@ def attach(
     horizontal: HorizontalConfig | None = None,
     vertical: VerticalConfig | None = None,
     num_classes: int | None = None,
+    rules: Rules | None = None,
 ) -> TokenMixupModel:
     """Put TokenMixup on a host model without editing it.
 
@@ -217,6 +228,7 @@ def attach(
         horizontal: settings of Horizontal TokenMixup.
         vertical: settings of Vertical TokenMixup.
         num_classes: C, where the host does not know it.
+        rules: for research, what decides in place of the paper's method; it belongs to this model.
 
     Raises:
         UnsupportedHostError: (a ValueError) the host is of no supported family.
@@ -231,6 +243,7 @@ def attach(
     for name, value, kind in (
         ("horizontal", horizontal, HorizontalConfig),
         ("vertical", vertical, VerticalConfig),
+        ("rules", rules, Rules),
     ):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
@@ -239,7 +252,7 @@ def attach(
     _check_layers(horizontal, vertical, adapter.layers(model))
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
-    return TokenMixupModel(model, adapter, horizontal, vertical, classes)
+    return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())
 
 
 def _check_layers(

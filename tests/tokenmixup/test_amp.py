@@ -5,19 +5,18 @@ import copy
 import pytest
 import torch
 
-import tokenmixup._hooks
-import tokenmixup.horizontal
 from tests.helpers.host_cases import batch, every_host, one_of_each
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
+from tokenmixup.rules import Rules
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
 VTM = VerticalConfig(layers=(2,), kappa=3)
 LOW = [torch.bfloat16, torch.float16]
 
 
-def build(case, dtype=torch.float32):
+def build(case, dtype=torch.float32, rules=None):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build().to(dtype), horizontal=HTM, vertical=VTM).train()
+    return attach(case.build().to(dtype), horizontal=HTM, vertical=VTM, rules=rules).train()
 
 
 def step(model, images, targets):
@@ -40,18 +39,16 @@ def assert_finite(model, out):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @every_host
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_autocast(case, dtype, monkeypatch):
+def test_autocast(case, dtype):
     """Low-precision layers, and decisions in float32, those of the float32 model for the most."""
-    decided = {}
-    inner = tokenmixup._hooks.horizontal_step
+    measured = {}
 
-    def spy(targets, saliency, logits, config):
-        result = inner(targets, saliency, logits, config)
-        decided[torch.is_autocast_enabled("cpu")] = (saliency, result)
-        return result
+    class Noting(Rules):
+        def saliency(self, layer, saliency):
+            measured[torch.is_autocast_enabled("cpu")] = saliency
+            return saliency
 
-    monkeypatch.setattr(tokenmixup._hooks, "horizontal_step", spy)
-    model = build(case)
+    model = build(case, rules=Noting())
     images, targets = batch(case)
     full, _ = step(model, images, targets)
     with torch.autocast("cpu", dtype):
@@ -60,11 +57,10 @@ def test_autocast(case, dtype, monkeypatch):
 
     assert_finite(model, out)
     assert out.logits.dtype in (dtype, torch.float32)
-    saliency, result = decided[True]
-    assert saliency.dtype == torch.float32
+    assert measured[True].dtype == torch.float32
     assert out.targets.dtype == out.scorenet_loss.dtype == torch.float32
-    assert result.stats["difficulty_mean"].dtype == torch.float32
-    torch.testing.assert_close(saliency, decided[False][0], rtol=0, atol=0.05)
+    assert out.stats["htm/layer1/difficulty_mean"].dtype == torch.float32
+    torch.testing.assert_close(measured[True], measured[False], rtol=0, atol=0.05)
     torch.testing.assert_close(out.targets.sum(1), targets.sum(1))
     torch.testing.assert_close(
         out.stats["htm/layer1/difficulty_mean"],
