@@ -8,13 +8,16 @@ from experiments.config import ModelConfig, RunConfig, nearest
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
+from tokenmixup.rules import Rules
 
 
-def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
+def build_model(
+    config: RunConfig, num_classes: int, rules: Rules | None = None
+) -> TokenMixupModel:
     """Build the host with its initial weights, and attach what the config asks for.
 
     The baseline, too, is a TokenMixupModel, so that one training loop serves all. Initial weights
-    depend on the config and the seed alone.
+    depend on the config and the seed alone. `rules` are the paper's by default.
 
     Raises:
         ConfigError: an unknown model, an argument that it does not take, or settings of
@@ -28,6 +31,7 @@ def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
                 horizontal=config.horizontal,
                 vertical=config.vertical,
                 num_classes=num_classes,
+                rules=rules,
             )
         except ValueError as error:
             message = str(error)

@@ -30,18 +30,20 @@ from experiments.training.run_folder import CHECKPOINT_FOLDER, RunFolder, SavedR
 from experiments.training.run_state import RunState
 from experiments.training.step import Learner, train_epoch
 from experiments.training.stopping import StopRequests
+from tokenmixup.rules import Rules
 
 
 class Run:
     """One training, in its run folder.
 
-    Making one checks everything and reads the data; `fit` trains.
+    Making one checks everything and reads the data; `fit` trains. A study passes the rules by
+    which TokenMixup decides; by default they are the paper's.
 
     Raises:
         UserError: whatever of the config cannot work.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, rules: Rules | None = None) -> None:
         assert config.output is not None, "the reader of the config fills it in"
         self.config = config
         self.world = world
@@ -49,13 +51,13 @@ class Run:
         check_optimizer(config.optimizer)
         num_classes = known_num_classes(config)
         if num_classes is not None:
-            model = build_model(config, num_classes)  # its mistakes need no data to be found
+            model = build_model(config, num_classes, rules)  # its mistakes need no data to be found
         with world.main_first():  # which may have to fetch them
             images = open_images(config.data, config.data.train_split)
             val_images = open_images(config.data, config.data.val_split)
         if num_classes is None:
             num_classes = stated_num_classes(config, images)
-            model = build_model(config, num_classes)
+            model = build_model(config, num_classes, rules)
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
