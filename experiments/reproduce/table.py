@@ -27,16 +27,11 @@ EVALUATED = "evaluated"  # there is no published figure
 PARTIAL = "part of the images"
 NOT_YET = "not evaluated"
 
-HEAD: Sequence[str] = ("data set", "method", "published", "ours", "difference", "images", "status")
+HEAD: Sequence[str]
+HEAD = ("data set", "method", "published", "ours", "difference", "images", "status")
 RIGHT: Sequence[int] = (2, 3, 4, 5)
-TRAINING_HEAD: Sequence[str] = (
-    "data set",
-    "method",
-    "published",
-    "trained here",
-    "seeds",
-    "epochs",
-)
+TRAINING_HEAD: Sequence[str]
+TRAINING_HEAD = ("data set", "method", "published", "trained here", "seeds", "epochs")
 TRAINING_RIGHT: Sequence[int] = (2, 3)
 
 

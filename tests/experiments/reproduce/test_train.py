@@ -1,4 +1,4 @@
-"""`reproduce --train`: rows over seeds, kept one by one, and taken up again."""
+"""`reproduce --train`: a study of rows and seeds, whose trainings are kept and resumed."""
 
 import contextlib
 import json
@@ -13,21 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, train
+from experiments import cli
 from experiments.reproduce import __main__ as reproduce
+from experiments.study.run import Runner
 from experiments.training.metrics import read_metrics
 from tests.helpers.runs_helper import HTM, write_config
 from tests.helpers.standins import write_yaml
 
 ROOT = Path(__file__).parent.parent.parent.parent
+FEW = {"train_split": "tune_validation", "val_split": "tune_validation", "batch_size": 64}
 
 
 @pytest.fixture
 def manifest(tmp_path):
     """Two rows of digits, trained for two epochs."""
-    few = {"train_split": "tune_validation", "val_split": "tune_validation", "batch_size": 64}
-    write_config(tmp_path, "plain", data=few)
-    write_config(tmp_path, "mixed", data=few, horizontal=HTM)
+    write_config(tmp_path, "plain", data=FEW)
+    write_config(tmp_path, "mixed", data=FEW, horizontal=HTM)
     rows = {
         "plain": {"dataset": "digits", "method": "baseline", "published_top1": 97.0},
         "mixed": {"dataset": "digits", "method": "HTM"},
@@ -54,18 +55,30 @@ def words(tmp_path, manifest):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Trainings run inside this process; `fail` lists the seeds that end badly."""
-    seen: list[list[str]] = []
-    fail: dict[str, int] = {}
+    """The commands of the trainings, which run inside this process.
 
-    def run(command):
-        assert command[:3] == [sys.executable, "-m", "experiments.train"]
-        seed = command[command.index("--seed") + 1]
-        seen.append(command[3:])
-        return fail.get(seed) or cli.run(train.main, command[3:])
+    `codes` maps a training's name to the exit code with which it ends instead.
+    """
+    seen, codes = [], {}
 
-    monkeypatch.setattr("experiments.reproduce.training._run", run)
-    return seen, fail
+    class Ended:
+        def __init__(self, code):
+            self.returncode = code
+
+        def poll(self):
+            return self.returncode
+
+    def start(runner, training):
+        seen.append(training.name)
+        command = [*runner._words(training), *runner.places]
+        assert command[:3] == ["-m", "experiments.reproduce", "--train"]
+        if training.name in codes:
+            return Ended(codes[training.name])
+        return Ended(cli.run(reproduce.main, command[2:]))
+
+    monkeypatch.setattr(Runner, "_start", start)
+    monkeypatch.setattr("experiments.study.run._SECONDS_BETWEEN_LOOKS", 0)
+    return seen, codes
 
 
 def training_of(tmp_path, name="plain"):
@@ -73,26 +86,28 @@ def training_of(tmp_path, name="plain"):
     return next(entry for entry in content["training"] if entry["name"] == name)
 
 
-def test_seeds_are_trained_and_summed_up(tmp_path, words, calls, capsys):
+def test_seeds_are_trained_and_averaged(tmp_path, words, calls, capsys):
     seen, _ = calls
-    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1,2")) == 0
+    given = words("plain", "mixed", "--seeds", "1,2", "--schedule.lr", "0.002")
+    assert cli.run(reproduce.main, given) == 0
     out = capsys.readouterr().out
-    seeds = [(call[call.index("--seed") + 1], Path(call[1]).stem) for call in seen]
-    assert seeds == [("1", "plain"), ("1", "mixed"), ("2", "plain"), ("2", "mixed")]
+    assert seen == ["plain/1", "mixed/1", "plain/2", "mixed/2"]
     plain = training_of(tmp_path)
     figures = []
     for seed, entry in zip((1, 2), plain["seeds"], strict=True):
         folder = tmp_path / "runs" / "plain" / f"seed{seed}"
         rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
-        assert entry["seed"] == seed and entry["folder"] == str(folder)
+        assert entry["seed"] == seed
         assert entry["top1"] == round(rows[-1]["top1"], 4)
         assert entry["best_top1"] == round(max(row["top1"] for row in rows), 4)
         assert (entry["epochs"], entry["steps"]) == (2, rows[-1]["step"])
         assert entry["hardware"] and entry["versions"] and entry["time"]
         figures.append(entry["top1"])
-        # the recorded command is the one that a person would give
-        said = shlex.split(entry["command"])
-        assert said[:3] == ["python", "-m", "experiments.train"] and said[3:] in seen
+        # the recorded command is one that a person would give
+        assert shlex.split(entry["command"]) == [
+            *("python", "-m", "experiments.reproduce", "--train", "--run", f"plain/{seed}"),
+            *("--schedule.lr", "0.002"),
+        ]
     assert plain["mean"] == pytest.approx(statistics.fmean(figures))
     assert plain["std"] == pytest.approx(statistics.stdev(figures))
     text = f"{plain['mean']:.2f} ± {plain['std']:.2f}"
@@ -101,95 +116,71 @@ def test_seeds_are_trained_and_summed_up(tmp_path, words, calls, capsys):
     assert text in (tmp_path / "r" / "digits.html").read_text()
 
 
-def test_what_is_finished_is_not_trained_again(tmp_path, words, calls, capsys):
+def test_finished_trainings_are_kept_and_not_mixed_with_other_settings(
+    tmp_path, words, calls, capsys
+):
     seen, _ = calls
     assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 0
     first = training_of(tmp_path)
     assert cli.run(reproduce.main, words("plain", "--seeds", "1,2")) == 0
-    assert [call[call.index("--seed") + 1] for call in seen] == ["1", "2"]
     both = training_of(tmp_path)
     assert both["seeds"][0] == first["seeds"][0] and first["std"] is None
-    assert ", trained 20" in capsys.readouterr().out
     # the same wherever the data lie and however they are read
     assert cli.run(reproduce.main, words("plain", "--seeds", "1", "--data.root", "elsewhere")) == 0
-    assert len(seen) == 2
+    assert seen == ["plain/1", "plain/2"]
+    for seeds in ("1", "3", "1,2,3"):
+        more = ("--seeds", seeds, "--schedule.lr", "0.001")
+        assert cli.run(reproduce.main, words("mixed", "plain", *more)) == 2
+        assert "records.jsonl: holds plain/1 with other settings" in capsys.readouterr().err
+    assert training_of(tmp_path) == both
+    assert seen == ["plain/1", "plain/2"], "refused before anything is trained"
 
 
-@pytest.mark.parametrize("seeds", ["1", "3", "1,2,3"])
-def test_seeds_of_other_settings_are_not_averaged(tmp_path, words, calls, capsys, seeds):
-    seen, _ = calls
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2")) == 0
-    before = training_of(tmp_path)
-    more = ("--seeds", seeds, "--schedule.lr", "0.001")
-    assert cli.run(reproduce.main, words("mixed", "plain", *more)) == 2
-    told = capsys.readouterr().err
-    assert "digits.json: holds plain with seed 1, 2, trained with other settings" in told
-    assert training_of(tmp_path) == before
-    assert len(seen) == 2, "refused before anything is trained"
+def test_a_finished_run_folder_is_taken(tmp_path, words, calls, capsys):
+    """As for trainings on several machines, which `run/train.sh` has started."""
+    from experiments import train
+
+    folder = tmp_path / "runs" / "plain" / "seed1"
+    config = ["--config", str(tmp_path / "plain.yaml"), "--seed", "1", "--output", str(folder)]
+    assert cli.run(train.main, config) == 0
+    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 0
+    assert "all 2 epochs are done already" in capsys.readouterr().out
+    assert len(training_of(tmp_path)["seeds"]) == 1
 
 
-def forgets_its_weights(folder):
-    (folder / "final.safetensors").unlink()
-
-
-def lacks_its_last_row(folder):
+def test_a_run_without_its_last_row_is_not_recorded(tmp_path, words, capsys):
+    one = words("--run", "plain/1")
+    assert cli.run(reproduce.main, one) == 0
+    folder = tmp_path / "runs" / "plain" / "seed1"
+    (tmp_path / "r" / "studies" / "reproduce" / "records.jsonl").unlink()
     path = folder / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert cli.run(reproduce.main, one) == 2
+    assert "metrics.jsonl lacks rows of the training" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "studies" / "reproduce" / "records.jsonl").exists()
 
 
-def lacks_all_rows(folder):
-    (folder / "metrics.jsonl").unlink()
-
-
-@pytest.mark.parametrize("damage", [forgets_its_weights, lacks_its_last_row, lacks_all_rows])
-def test_what_is_not_finished_is_not_recorded(tmp_path, words, monkeypatch, capsys, damage):
-    def run(command):
-        code = cli.run(train.main, command[3:])
-        damage(tmp_path / "runs" / "plain" / "seed1")
-        return code
-
-    monkeypatch.setattr("experiments.reproduce.training._run", run)
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 3
-    told = capsys.readouterr().err
-    assert "ended with status 0, but" in told and "lacks the weights or the row of its" in told
-    assert not (tmp_path / "r" / "digits.json").exists()
-
-
-def test_a_stop_under_torchrun_is_told_as_one(tmp_path, words, monkeypatch, capsys):
-    """A run that was asked to stop leaves torchrun with 0."""
-    stop = ["--max-minutes", "0.0001"]
-
-    def run(command):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-        code = cli.run(train.main, [*command[3:], *stop])
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-        assert stop == [] or code == 0
-        return code
-
-    monkeypatch.setattr("experiments.reproduce.training._run", run)
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_training_that_was_stopped_is_told_as_one(words, calls, capsys, code):
+    """torchrun ends with 0 after its processes have saved and stopped."""
+    _, codes = calls
+    codes["plain/1"] = code
     assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 75
-    assert "plain, seed 1: the training was asked to stop and has saved" in capsys.readouterr().err
-    assert not (tmp_path / "r" / "digits.json").exists()
-    # that it has stopped once says nothing of the next start, which fails
-    os.utime(tmp_path / "runs" / "plain" / "seed1" / "heartbeat.json", (0, 0))
-    monkeypatch.setattr("experiments.reproduce.training._run", lambda command: 2)
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 2
-    monkeypatch.setattr("experiments.reproduce.training._run", run)
-    stop.clear()
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 0
-    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [2]
+    assert "plain/1 was asked to stop and saved itself" in capsys.readouterr().err
 
 
-def test_a_training_that_fails_stops_and_is_taken_up_again(tmp_path, words, calls, capsys):
-    seen, fail = calls
-    fail["2"] = 3
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2,3")) == 3
-    assert "plain, seed 2: the training ended with status 3" in capsys.readouterr().err
+def test_a_failed_training_ends_the_study_and_is_taken_up_again(tmp_path, words, calls, capsys):
+    seen, codes = calls
+    codes["plain/2"] = 3
+    given = words("plain", "--seeds", "1,2,3")
+    assert cli.run(reproduce.main, given) == 3
+    told = capsys.readouterr().err
+    assert "plain/2 ended with status 3, see" in told and "log.txt" in told
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
-    fail.clear()
-    assert cli.run(reproduce.main, words("plain", "--seeds", "1,2,3")) == 0
+    codes.clear()
+    assert cli.run(reproduce.main, given) == 0
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2, 3]
-    assert [call[call.index("--seed") + 1] for call in seen] == ["1", "2", "2", "3"]
+    assert seen == ["plain/1", "plain/2", "plain/2", "plain/3"]
 
 
 def test_a_config_that_cannot_be_used_is_told_before_anything_is_trained(
@@ -199,19 +190,17 @@ def test_a_config_that_cannot_be_used_is_told_before_anything_is_trained(
     (tmp_path / "mixed.yaml").write_text("sched: {}")
     assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1")) == 2
     assert "mixed.yaml: 'sched': unknown key" in capsys.readouterr().err
+    assert cli.run(reproduce.main, words("plain", "--device", "tpu")) == 2
+    assert "command line: device: got 'tpu'" in capsys.readouterr().err
     assert seen == []
 
 
-def test_pretrained_weights_come_from_their_folder(tmp_path, words, calls, monkeypatch):
-    seen, fail = calls
-    fail["1"] = 2
-    write_config(tmp_path, "plain", model={"weights": "weights/ViT.npz"})
-    monkeypatch.setenv("WEIGHTS", "/elsewhere")
-    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1")) == 2
-    fail["1"] = 2
-    assert cli.run(reproduce.main, words("mixed", "--seeds", "1")) == 2
-    assert seen[0][seen[0].index("--model.weights") + 1] == "/elsewhere/ViT.npz"
-    assert "--model.weights" not in seen[1]
+def test_pretrained_weights_come_from_their_folder(tmp_path, words, monkeypatch, capsys):
+    write_config(tmp_path, "plain", data=FEW, model={"weights": "weights/ViT.npz"})
+    monkeypatch.setenv("WEIGHTS", str(tmp_path / "elsewhere"))
+    assert cli.run(reproduce.main, words("--run", "plain/1")) == 2
+    assert str(tmp_path / "elsewhere" / "ViT.npz") in capsys.readouterr().err
+    assert cli.run(reproduce.main, words("--run", "mixed/1")) == 0
 
 
 def test_a_wrong_number_of_processes_is_refused(words, calls, capsys, monkeypatch):
@@ -246,29 +235,6 @@ def wait_for(path, process, seconds=120):
     pytest.fail(f"{path} did not come: {process.communicate()}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_training_and_all_goes_on(tmp_path, words, number, capsys):
-    """Real processes: the second training is stopped in its middle."""
-    given = words("plain", "--seeds", "1,2", "--schedule.epochs", "40")  # of 4 steps each
-    process = started(given)
-    wait_for(tmp_path / "runs" / "plain" / "seed2" / "checkpoints" / "step-00000004.pt", process)
-    process.send_signal(number)
-    if number == signal.SIGINT:  # as a terminal does, which tells the whole group
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in children:
-            os.kill(int(child), number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode not in (0, None), out + err
-    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
-    again = started(given)
-    out, err = again.communicate(timeout=180)
-    assert again.returncode == 0, out + err
-    assert "going on after step" in out
-    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1, 2]
-    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [40, 40]
-
-
 def living_processes(word):
     """Ids of the processes whose command line holds a word."""
     found = []
@@ -280,22 +246,40 @@ def living_processes(word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_all_processes_of_a_training(tmp_path, words, number):
-    """Real processes under torchrun, which by itself would leave them behind at SIGUSR1."""
-    given = words("plain", "--seeds", "1", "--schedule.epochs", "60", "--data.batch_size", "32")
-    process = started(given, NPROC="2")
-    folder = tmp_path / "runs" / "plain" / "seed1"
-    wait_for(folder / "checkpoints" / "step-00000008.pt", process)
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)],
+)
+def test_a_signal_reaches_all_processes_and_all_resumes(tmp_path, words, number, processes):
+    """Real processes, of torchrun as well: the second training is stopped in its middle."""
+    given = words("plain", "--seeds", "1,2", "--schedule.epochs", "40", "--data.batch_size", "32")
+    environment = {"NPROC": str(processes)}
+    process = started(given, **environment)
+    folder = tmp_path / "runs" / "plain" / "seed2"
+    wait_for(folder / "checkpoints" / "step-00000008.pt", process, seconds=300)
     process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal does, which tells the whole group
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, out + err
-    assert "NPROC=2 sh run/launch.sh experiments.train" in out
-    assert "plain, seed 1: the training was asked to stop and has saved" in err
-    assert living_processes(str(folder)) == []
-    assert not (tmp_path / "r" / "digits.json").exists()
-    again = started(given, NPROC="2")
-    out, err = again.communicate(timeout=240)
+    assert "plain/2 was running and saved itself" in err
+    assert living_processes(str(tmp_path / "runs")) == []
+    assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
+    again = started(given, **environment)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, out + err
-    assert "going on after step" in out
-    assert [entry["epochs"] for entry in training_of(tmp_path)["seeds"]] == [60]
+    assert "going on after step" in (folder / "log.txt").read_text()
+    seeds = training_of(tmp_path)["seeds"]
+    assert [(entry["seed"], entry["epochs"]) for entry in seeds] == [(1, 40), (2, 40)]
+    assert seeds[1]["command"].startswith("NPROC=2 python" if processes == 2 else "python")
+
+
+@pytest.mark.slow
+def test_trainings_run_at_a_time(tmp_path, words):
+    process = started(words("--table", "digits", "--seeds", "1", "--jobs", "2"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert out.index("mixed/1: started") < out.index("% in "), "both before one is finished"
+    assert {len(training_of(tmp_path, name)["seeds"]) for name in ("plain", "mixed")} == {1}
