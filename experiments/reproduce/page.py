@@ -101,13 +101,21 @@ def _draw_top1(lines: list[Line], text: str) -> Figure:
     middle, span = (min(values) + max(values)) / 2, max(0.5, max(values) - min(values))
     axes.set_xlim(middle - 0.58 * span, middle + 0.58 * span)
     axes.set_xlabel("top-1 (%)")
-    axes.set_title(text, loc="left")
+    _title(figure, text)
     handles, labels = axes.get_legend_handles_labels()
     words = {"seed": "trained here, one per seed"}
     unique = {
         words.get(label, label): handle for label, handle in zip(labels, handles, strict=True)
     }
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3)
+    figure.legend(
+        unique.values(),
+        unique.keys(),
+        loc="outside lower center",
+        ncols=3,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=1,
+    )
     return figure
 
 
@@ -121,8 +129,12 @@ def _draw_differences(lines: list[Line]) -> Figure:
     reach = 1.16 * max(2 * band, *(abs(value) for value in differences if value is not None))
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("ours − published (points)")
-    axes.set_title(f"Difference to the published figure; band: ±{band} points", loc="left")
+    _title(figure, f"Difference to the published figure (band: ±{band})")
     return figure
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize=8, x=0.02, ha="left")
 
 
 def _rows(labels: list[str]) -> tuple[Figure, Any]:

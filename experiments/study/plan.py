@@ -53,6 +53,11 @@ class Variant:
         """The name as a folder's name."""
         return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-")
 
+    def identity(self, config: RunConfig) -> str:
+        """A hash of what a training depends on; the place of the data does not count."""
+        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
+        return training_identity(config, data=data, substitutions=sorted(self.substitutions))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -102,10 +107,8 @@ class Study:
     def identity(
         self, variant: Variant, seed: int, overrides: Mapping[str, str] | None = None
     ) -> str:
-        """A hash of what the training depends on; the place of the data does not count."""
-        config = self.config(variant, seed, overrides)
-        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
-        return training_identity(config, data=data, substitutions=sorted(variant.substitutions))
+        """A hash of what the training depends on."""
+        return variant.identity(self.config(variant, seed, overrides))
 
     def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
         """Settings that differ from another variant's, by default the plain one's: key -> value."""

@@ -100,17 +100,7 @@ class Runner:
 
     def trainings(self) -> list[Training]:
         """All of the study, seed by seed."""
-        return [
-            Training(
-                variant,
-                seed,
-                self.study.config(
-                    variant, seed, self.overrides, self.runs / variant.folder / f"seed{seed}"
-                ),
-                self.study.identity(variant, seed, self.overrides),
-            )
-            for variant, seed in self.study.runs()
-        ]
+        return [self._training(variant, seed) for variant, seed in self.study.runs()]
 
     def missing(self) -> list[Training]:
         """The trainings without a record, after taking over those that another study has done.
@@ -118,12 +108,14 @@ class Runner:
         Raises:
             ConfigError: there is a record of one of the variants with other settings.
         """
-        records = self.records.read()
+        records, trainings = self.records.read(), self.trainings()
+        now = {(training.variant.name, training.seed): training for training in trainings}
         for record in records:
             variant = self.study.variants.get(record.variant)
             if variant is None:
                 continue
-            if record.identity != self.study.identity(variant, record.seed, self.overrides):
+            training = now.get((record.variant, record.seed))
+            if record.identity != (training or self._training(variant, record.seed)).identity:
                 raise ConfigError(
                     f"{self.records.path}: holds {record.variant}/{record.seed} with other "
                     f"settings than {variant.file} and the command line say now; remove its line "
@@ -132,7 +124,7 @@ class Runner:
         done = {(record.variant, record.seed) for record in records}
         return [
             training
-            for training in self.trainings()
+            for training in trainings
             if (training.variant.name, training.seed) not in done and not self._take(training)
         ]
 
@@ -197,6 +189,11 @@ class Runner:
                 record = self._measured(training, provenance(world.device))
                 self.records.keep(record)
                 self._say(f"{name}: {record.top1:.2f}%, kept in {self.records.path}")
+
+    def _training(self, variant: Variant, seed: int) -> Training:
+        folder = self.runs / variant.folder / f"seed{seed}"
+        config = self.study.config(variant, seed, self.overrides, folder)
+        return Training(variant, seed, config, variant.identity(config))
 
     def _say(self, text: str) -> None:
         print(text, flush=True)

@@ -86,6 +86,21 @@ def test_the_page_stands_alone(text):
     assert len(re.findall(r'<img alt="[^"]{10,}"', text)) == 5
 
 
+def test_no_plot_is_cut_off(example, monkeypatch):
+    boxes = []
+
+    def measure(figure, text):
+        figure.draw_without_rendering()
+        boxes.append((figure.get_tightbbox(), figure.get_size_inches()))
+        return ""
+
+    monkeypatch.setattr("experiments.reproduce.page._svg", measure)
+    page(example)
+    assert len(boxes) == 5
+    for box, (width, height) in boxes:
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
+
+
 def test_the_same_records_give_the_same_page(text, example):
     assert page(example) == text
 
