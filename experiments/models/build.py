@@ -10,13 +10,14 @@ from experiments.config import ModelConfig, RunConfig, nearest
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
+from tokenmixup.rules import Rules
 
 
-def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
+def build_model(config: RunConfig, num_classes: int, rules: Rules | None = None) -> TokenMixupModel:
     """Build the host with its initial weights, and attach the config's HTM and VTM.
 
     The baseline is a TokenMixupModel, too, so that there is one training loop. Initial weights
-    depend only on the config and the seed.
+    depend only on the config and the seed. The rules default to the paper's.
 
     Raises:
         ConfigError: an unknown model, an argument that it does not take, or settings of
@@ -30,6 +31,7 @@ def build_model(config: RunConfig, num_classes: int) -> TokenMixupModel:
                 horizontal=config.horizontal,
                 vertical=config.vertical,
                 num_classes=num_classes,
+                rules=rules,
             )
         except ValueError as error:
             raise ConfigError(_with_keys(str(error), config.model.name)) from None

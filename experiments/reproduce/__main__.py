@@ -1,5 +1,6 @@
 """The paper's tables beside ours: `python -m experiments.reproduce [--table cifar|imagenet]`."""
 
+import io
 import os
 import shlex
 import sys
@@ -10,17 +11,17 @@ from typing import TYPE_CHECKING
 from experiments import cli
 from experiments.config import known_keys
 from experiments.errors import ConfigError, DataError
-from experiments.reproduce.terminal import Terminal
 from experiments.zoo.manifest import MANIFEST, Manifest, Row, read_manifest
 
 if TYPE_CHECKING:
-    from experiments.reproduce.records import TableRecord
+    from experiments.reproduce.table import PaperTable
+    from experiments.study.plan import Study
 
 USAGE = """usage: python -m experiments.reproduce [ROW...] [OPTION ...] [--SECTION.KEY VALUE ...]
 
-Evaluate the released checkpoints that are there, and put the results beside the paper's figures:
-RESULTS/TABLE.json, .md and .html. What is interrupted goes on where it stopped, with the same
-command. With --train, train the rows with several seeds instead.
+Evaluate the released checkpoints that are there, and compare the results with the paper's figures:
+RESULTS/TABLE.json, .md and .html. The same command resumes what was interrupted. With --train,
+train the rows with several seeds instead.
 
 ROW is a row's name, the file of its checkpoint or its config; without one, all rows of the table.
 
@@ -31,8 +32,10 @@ options:
   --train            train the rows (name them, or give --table) and report mean and deviation;
                      NPROC=N in the environment starts each training with N processes
   --seeds LIST       of the trainings (default: 42,43,44)
+  --jobs N           trainings at a time (default: 1)
+  --run CONFIG/SEED  with --train: one training alone, in this process
   --runs DIR         folder of the trainings' run folders (default: output/reproduce)
-  --render           only make the pages, and the tables in README and docs, from the records
+  --render           only rewrite the pages, and the tables in README and docs, from the records
   --results DIR      folder of what is written (default: results)
   --weights DIR      folder of the weights (default: $WEIGHTS, else weights)
   --manifest FILE    what is in the zoo (default: weights/zoo.yaml of this project)
@@ -45,6 +48,8 @@ _OPTIONS = {
     "fresh": cli.Option("evaluate everything", takes_value=False),
     "train": cli.Option("train instead", takes_value=False),
     "seeds": cli.Option("seeds of the trainings"),
+    "jobs": cli.Option("trainings at a time"),
+    "run": cli.Option("one training alone"),
     "runs": cli.Option("folder of run folders"),
     "render": cli.Option("only make the pages", takes_value=False),
     "results": cli.Option("folder of what is written"),
@@ -52,10 +57,11 @@ _OPTIONS = {
     "manifest": cli.Option("what is in the zoo"),
 }
 _ALL = "all"
+_COLOURS = {"reproduced": "green", "differs": "red", "part of the images": "yellow"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line and do what it says."""
+    """Read the command line, then evaluate, train or render."""
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE, end="")
         return
@@ -65,12 +71,7 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if os.environ.get("DATA"):
         overrides.setdefault("data.root", os.environ["DATA"])
-    _check(options)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            "environment: WORLD_SIZE: reproduce runs in one process; start it without torchrun "
-            "(with --train, NPROC=N starts each training with N processes)"
-        )
+    _check(options, words)
     manifest = read_manifest(Path(options.get("manifest", MANIFEST)))
     results = Path(options.get("results", "results"))
     table = options.get("table", _ALL)
@@ -82,13 +83,13 @@ def main(argv: Sequence[str]) -> None:
         render(manifest, results)
         return
     if "train" in options:
-        if not words and "table" not in options:
-            raise ConfigError("command line: --train: name the rows, or give --table")
         train(manifest, results, rows, options, overrides)
+        if "run" in options:
+            return
     else:
         command = shlex.join(["python", "-m", "experiments.reproduce", *argv])
         evaluate(manifest, results, rows, options, overrides, command)
-    _finish(manifest, results, sorted({row.table for row in rows}), table == _ALL and not words)
+    _finish(manifest, results, {row.table for row in rows}, table == _ALL and not words)
 
 
 def evaluate(
@@ -100,21 +101,20 @@ def evaluate(
     command: str,
 ) -> None:
     """Evaluate rows, and keep records and pages up to date after each."""
-    from experiments.reproduce.evaluation import Reproduction
+    from experiments.reproduce.evaluate import Evaluator
+    from experiments.reproduce.table import row_records
     from experiments.zoo.download import Zoo
 
-    terminal = Terminal(sys.stdout)
     folder = Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")
-    Reproduction(
+    Evaluator(
         manifest=manifest,
-        zoo=Zoo(folder, say=terminal.line),
-        results=results,
+        zoo=Zoo(folder, say=print),
+        records=row_records(results),
         overrides=overrides,
         download="download" in options,
         fresh="fresh" in options,
         command=command,
-        say=terminal.line,
-        finished=lambda record: _write([record], results, record.table),
+        finished=lambda row: _write(manifest, results, row.table),
     ).evaluate(rows)
 
 
@@ -125,70 +125,138 @@ def train(
     options: dict[str, str],
     overrides: dict[str, str],
 ) -> None:
-    """Train rows, and keep records and pages up to date after each."""
-    from experiments.reproduce.training import Trainings
+    """Train rows as a study without a plain variant, and keep pages up to date after each."""
+    from experiments.study.run import Runner, whole_number
+    from experiments.training.stopping import StopRequests
 
-    Trainings(
-        manifest=manifest,
-        results=results,
-        output=Path(options.get("runs", "output/reproduce")),
+    seeds, jobs = _seeds(options.get("seeds", "42,43,44")), whole_number(options, "jobs")
+    if "run" in options:
+        name, _, seed = options["run"].rpartition("/")
+        rows, seeds = [manifest.row(name)], _seeds(seed)
+    runs = Path(options.get("runs", "output/reproduce"))
+    places = {"--runs": runs, "--results": results, "--manifest": manifest.path}
+    names = {row.table for row in rows}
+    runner = Runner(
+        _study(manifest, rows, seeds),
+        command=["-m", "experiments.reproduce", "--train"],
+        places=[str(word) for pair in places.items() for word in pair],
         overrides=overrides,
-        weights=Path(os.environ["WEIGHTS"]) if os.environ.get("WEIGHTS") else None,
-        say=Terminal(sys.stdout).line,
-        finished=lambda record: _write([record], results, record.table),
-    ).train(rows, _seeds(options.get("seeds", "42,43,44")))
+        runs=runs,
+        results=results,
+        threads=None,
+        processes=number_of_processes(),
+        finished=lambda: [_write(manifest, results, name) for name in names],
+    )
+    with StopRequests() as requests:
+        if "run" in options:
+            runner.train_one(options["run"], requests)
+        else:
+            runner.train(jobs, requests)
+
+
+def _study(manifest: Manifest, rows: list[Row], seeds: tuple[int, ...]) -> "Study":
+    """The rows with the seeds; pretrained weights come from $WEIGHTS where a config wants some."""
+    from experiments.config import Setting, read_settings
+    from experiments.reproduce.table import STUDY
+    from experiments.study.plan import Study, Variant
+
+    variants, key, folder = {}, "model.weights", os.environ.get("WEIGHTS")
+    for row in rows:
+        path = manifest.config_path(row.config)
+        settings = read_settings(path)
+        if folder and key in settings and settings[key].value is not None:
+            path_there = Path(folder) / Path(str(settings[key].value)).name
+            settings[key] = Setting(str(path_there), "environment: WEIGHTS")
+        variants[row.config] = Variant(row.config, row.config, str(path), settings)
+    title = "The paper's tables, trained here"
+    return Study(STUDY, "the configs", title, title, plain="", seeds=seeds, variants=variants)
+
+
+def number_of_processes() -> int:
+    """The processes of each training: NPROC in the environment, as for `run/launch.sh`.
+
+    Raises:
+        ConfigError: NPROC is no number.
+    """
+    text = os.environ.get("NPROC") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"environment: NPROC: got {text!r}; allowed: a whole number from 1")
+    return int(text)
 
 
 def render(manifest: Manifest, results: Path) -> None:
     """Make all pages and all generated blocks of the documents from the records."""
-    from experiments.reproduce.records import read_record
-    from experiments.reproduce.table import update_documents
+    from experiments.documents.markdown import update_documents
+    from experiments.reproduce.table import makers
+    from experiments.study import page as study_page
 
-    records = [read_record(results, manifest, name) for name in manifest.tables]
-    for record in records:
-        _write([record], results, record.table)
-    _write(records, results, _ALL)
-    for path in update_documents(MANIFEST.parent.parent, manifest, results):
+    for name in (*manifest.tables, _ALL):
+        _write(manifest, results, name)
+    every = {**makers(manifest, results), **study_page.makers(results)}
+    for path in update_documents(MANIFEST.parent.parent, every):
         print(f"changed: {path}")
 
 
-def _finish(manifest: Manifest, results: Path, tables: list[str], everything: bool) -> None:
-    """Print the tables and say where they are."""
-    from experiments.reproduce.records import read_record, record_path
-    from experiments.reproduce.table import print_record
-
-    terminal = Terminal(sys.stdout)
-    records = [read_record(results, manifest, name) for name in manifest.tables if name in tables]
-    names = list(tables)
-    for record in records:
-        print_record(record, terminal)
-    if everything:
-        _write(records, results, _ALL)
-        names.append(_ALL)
-    terminal.line()
+def _finish(manifest: Manifest, results: Path, tables: set[str], everything: bool) -> None:
+    """Write the pages, print the tables and say where they are."""
+    names = [name for name in manifest.tables if name in tables]
     for name in names:
-        _write([r for r in records if name in (r.table, _ALL)], results, name)
-        path = record_path(results, name)
-        terminal.line(f"{path}, {path.stem}.md, {path.stem}.html")
+        for table in _write(manifest, results, name):
+            _print(table)
+    if everything:
+        _write(manifest, results, _ALL)
+        names.append(_ALL)
+    print()
+    for name in names:
+        print(f"{results / name}.json, {name}.md, {name}.html")
 
 
-def _write(records: "list[TableRecord]", results: Path, name: str) -> None:
-    """The pages of one or all tables, and for all of them the joint JSON."""
+def _write(manifest: Manifest, results: Path, name: str) -> "list[PaperTable]":
+    """Write the pages of one table or, by the name `all`, of all of them in one."""
     from experiments.files import write_atomically
     from experiments.reproduce.page import page
-    from experiments.reproduce.records import as_json
-    from experiments.reproduce.table import markdown
+    from experiments.reproduce.table import json_text, markdown, read_table
 
-    contents = {"md": markdown(records), "html": page(records)}
-    if name == _ALL:
-        joined = ",\n".join(as_json(record).rstrip() for record in records)
-        contents["json"] = f'{{"tables": [\n{joined}\n]}}\n'
+    names = list(manifest.tables) if name == _ALL else [name]
+    tables = [read_table(results, manifest, each) for each in names]
+    contents = {
+        "md": markdown(tables),
+        "html": page(tables),
+        "json": json_text(tables, joint=name == _ALL),
+    }
     try:
         results.mkdir(parents=True, exist_ok=True)
         for ending, text in contents.items():
             write_atomically(results / f"{name}.{ending}", text.encode())
     except OSError as error:
         raise DataError(f"{results}: cannot write the pages: {error.strerror}") from None
+    return tables
+
+
+def _print(table: "PaperTable") -> None:
+    """Print a table: coloured on a terminal that shows colours, plain text in a pipe."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from experiments.reproduce.table import HEAD, RIGHT, TRAINING_HEAD, TRAINING_RIGHT
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter
+    # a pipe has no width that lines could be broken at
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    training = [line.training_cells() for line in table.trained]
+    shown = [(table.title, HEAD, RIGHT, [line.cells() for line in table.lines])]
+    if training:
+        shown.append(("Trained here", TRAINING_HEAD, TRAINING_RIGHT, training))
+    for title, head, right, rows in shown:
+        grid = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+        for number, name in enumerate(head):
+            grid.add_column(name, justify="right" if number in right else "left")
+        for cells in rows:
+            grid.add_row(*cells[:-1], Text(cells[-1], _COLOURS.get(cells[-1], "")))
+        console.print(grid)
 
 
 def _rows(manifest: Manifest, table: str, words: list[str]) -> list[Row]:
@@ -201,28 +269,38 @@ def _rows(manifest: Manifest, table: str, words: list[str]) -> list[Row]:
     return list(dict.fromkeys(rows))
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() for word in words) or len(set(words)) < len(words):
         raise ConfigError(
             f"command line: --seeds: got {text!r}; allowed: whole numbers with commas between, "
             "each once"
         )
-    return [int(word) for word in words]
+    return tuple(int(word) for word in words)
 
 
-def _check(options: dict[str, str]) -> None:
+def _check(options: dict[str, str], words: list[str]) -> None:
     """Refuse options that have no meaning together."""
     for mode, others in {
         "train": ("download", "fresh", "render", "weights"),
-        "render": ("download", "fresh", "table", "seeds", "runs", "weights"),
+        "render": ("download", "fresh", "table", "weights"),
+        "run": ("seeds", "jobs", "table"),
     }.items():
         for other in others:
             if mode in options and other in options:
                 raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
-    for option in ("seeds", "runs"):
+    for option in ("seeds", "jobs", "run", "runs"):
         if option in options and "train" not in options:
             raise ConfigError(f"command line: --{option}: has a meaning only with --train")
+    if "train" in options and not words and not {"table", "run"} & options.keys():
+        raise ConfigError("command line: --train: name the rows, or give --table")
+    if "run" in options and words:
+        raise ConfigError(f"command line: {words[0]!r}: has no meaning with --run")
+    if "run" not in options and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "environment: WORLD_SIZE: reproduce runs in one process; start it without torchrun "
+            "(with --train, NPROC=N starts each training with N processes)"
+        )
 
 
 if __name__ == "__main__":

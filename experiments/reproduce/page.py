@@ -1,211 +1,159 @@
-"""One page that stands alone: tables and plots, for light and dark, for a phone and a desk.
+"""One page that stands alone: tables and plots, for light and dark, for a phone and a desk."""
 
-It has no script and asks for nothing from anywhere.
-"""
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import html
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
-from experiments.reproduce import records
-from experiments.reproduce import table as report
-from experiments.reproduce.records import Result, TableRecord
-from experiments.reproduce.svg_plots import difference_plot, top1_plot
+from experiments.documents import figures
+from experiments.reproduce import table as tables
+from experiments.reproduce.table import Line, PaperTable
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #57606a;
-  --line: #d0d7de; --card: #f6f8fa; --ours: #0072b2; --published: #b35c00; --seed: #007a5a;
-  --good: #12703c; --good-back: #dcf5e5; --bad: #a8071a; --bad-back: #fde4e4;
-  --fair: #7a4d00; --fair-back: #fff1d0; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0f1419; --ink: #e6edf3; --soft: #9aa5b1;
-  --line: #323b45; --card: #171d24; --ours: #5bb8f0; --published: #f0a050; --seed: #4fcfa5;
-  --good: #7ee2a0; --good-back: #12331f; --bad: #ff9aa2; --bad-back: #431a1e;
-  --fair: #f2c265; --fair-back: #3a2c0c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.25rem 1rem 3rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line);
-  padding-top: 1.5rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, li { color: var(--soft); margin: .4rem 0; }
-ul { padding-left: 1.2rem; }
-code { font-size: .85em; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .5rem; }
-th, td { text-align: left; padding: .45rem .6rem; border-bottom: 1px solid var(--line); }
-th { font-size: .85rem; color: var(--soft); font-weight: 600; }
-th.number, td.number { text-align: right; }
-.mark { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; font-size: .85rem;
-  background: var(--line); color: var(--soft); white-space: nowrap; }
-.good { color: var(--good); background: var(--good-back); }
-.bad { color: var(--bad); background: var(--bad-back); }
-.fair { color: var(--fair); background: var(--fair-back); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
-  gap: 1.5rem; margin: 1.5rem 0; }
-figure { margin: 0; padding: .75rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; }
-figcaption { font-size: .85rem; color: var(--soft); margin-bottom: .4rem; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-svg .name { text-anchor: end; fill: var(--ink); }
-svg .tick, svg .unit { text-anchor: middle; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .zero { stroke: var(--soft); stroke-width: 1; }
-svg .band { fill: var(--good-back); }
-svg .link { stroke: var(--soft); stroke-width: 1.5; }
-svg .ours { fill: var(--ours); }
-svg .published { fill: none; stroke: var(--published); stroke-width: 2; }
-svg .seed { stroke: var(--seed); stroke-width: 2.5; }
-.key { display: inline-block; margin-right: .9rem; white-space: nowrap; }
-.key svg { display: inline-block; width: 14px; height: 14px; vertical-align: -2px; }
-@media (max-width: 44rem) {
-  thead { position: absolute; clip-path: inset(50%); height: 1px; width: 1px; overflow: hidden; }
-  table, tbody { display: block; }
-  caption { display: block; }
-  tr { display: grid; grid-template-columns: 1fr 1fr; padding: .6rem .75rem; margin: .6rem 0;
-    background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-  td, td.number { display: flex; justify-content: space-between; gap: .5rem; border: 0;
-    padding: .2rem .3rem; text-align: right; }
-  td::before { content: attr(data-label); color: var(--soft); font-size: .85rem;
-    white-space: nowrap; }
-  td.wide { grid-column: 1 / -1; }
-  td:nth-child(-n+2) { font-weight: 600; }
-  td:nth-child(-n+2)::before { content: none; }
-  td:nth-child(2) { justify-content: end; }
-}
-@media print { figure, tr { break-inside: avoid; } }
-"""
-_MARKS = {records.REPRODUCED: "good", records.DIFFERS: "bad", records.PARTIAL: "fair"}
-_KEYS = (
-    ("published", '<path class="published" d="M1 7L7 1L13 7L7 13Z"/>'),
-    ("ours", '<circle class="ours" cx="7" cy="7" r="4"/>'),
-    ("trained here, a line a seed", '<line class="seed" x1="7" x2="7" y1="0" y2="14"/>'),
-)
+_MARKS = {tables.REPRODUCED: "good", tables.DIFFERS: "bad", tables.PARTIAL: "fair"}
+_TEMPLATE = "page.html.j2"
+_WIDTH = 3.6
+"""Inches of a plot: on a phone of 390 pixels its letters of 8 points are 10 pixels high."""
 
 
-def page(record_list: list[TableRecord]) -> str:
+def page(paper: list[PaperTable]) -> str:
     """The whole page."""
-    sections = "\n".join(_section(record) for record in record_list)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>TokenMixup: the paper's tables, reproduced</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>TokenMixup: the paper's tables, reproduced</h1>
-<p>{html.escape(summary(record_list))}</p>
-{sections}
-</body>
-</html>
-"""
-
-
-def summary(record_list: list[TableRecord]) -> str:
-    """How many rows came out as published, in a sentence."""
-    rows = [row for record in record_list for row in record.rows.values()]
-    with_figure = [row for row in rows if row.published is not None]
-    count = {s: sum(row.status == s for row in with_figure) for s in (*_MARKS, records.EVALUATED)}
-    evaluated = sum(count.values())
-    text = (
-        f"{count[records.REPRODUCED]} of {evaluated} evaluated rows reproduced "
-        f"({len(with_figure)} have a published figure). {report.explanation()}"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    trainings = sum(len(t.seeds) for record in record_list for t in record.training.values())
+    return environment.get_template(_TEMPLATE).render(
+        ground=figures.GROUND,
+        summary=summary(paper),
+        head=tables.HEAD,
+        right=tables.RIGHT,
+        training_head=tables.TRAINING_HEAD,
+        training_right=tables.TRAINING_RIGHT,
+        sections=[_section(table) for table in paper],
+    )
+
+
+def summary(paper: list[PaperTable]) -> str:
+    """How many rows were reproduced, in a sentence."""
+    published = [
+        line for table in paper for line in table.lines if line.row.published_top1 is not None
+    ]
+    evaluated = [line for line in published if line.ours is not None]
+    reproduced = sum(line.status == tables.REPRODUCED for line in evaluated)
+    trainings = sum(len(line.seeds) for table in paper for line in table.trained)
+    text = (
+        f"{reproduced} of {len(evaluated)} evaluated rows reproduced ({len(published)} have a "
+        f"published figure). {tables.explanation()}"
+    )
     return text + (f" {trainings} trainings were run here." if trainings else "")
 
 
-def _section(record: TableRecord) -> str:
-    parts = [f"<section>\n<h2>{html.escape(record.title)}</h2>", _table(record)]
-    datasets = dict.fromkeys(row.dataset for row in record.rows.values())
-    plots = [
-        (f"Top-1 on {html.escape(name)}. {_legend(record)}", top1_plot(record, name))
-        for name in datasets
-    ]
-    band = f"Difference to the published figure. Band: ±{records.TOLERANCE} points, reproduced."
-    plots.append((band, difference_plot(record)))
-    drawn = [f"<figure><figcaption>{c}</figcaption>{plot}</figure>" for c, plot in plots if plot]
-    if drawn:
-        parts.append(f'<div class="plots">{"".join(drawn)}</div>')
-    if record.training:
-        parts.append(_training(record))
-    parts.append(_list("Remarks", report.remarks_of(record)))
-    parts.append(_list("Where the figures come from", report.sources_of(record)))
-    return "\n".join([*filter(None, parts), "</section>"])
+def _section(table: PaperTable) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "rows": [
+            (line.row.name, line.cells(), _MARKS.get(line.status, "plain")) for line in table.lines
+        ],
+        "training": [(line.row.name, line.training_cells(), "") for line in table.trained],
+        "figures": list(_figures(table)),
+        "remarks": tables.remarks_of(table),
+        "sources": tables.sources_of(table),
+    }
 
 
-def _table(record: TableRecord) -> str:
-    rows = [(report.cells(row), _mark(row), row.name) for row in record.rows.values()]
-    body = []
-    for cells, mark, name in rows:
-        line = _cells(report.HEAD[:-1], cells[:-1], report.RIGHT)
-        line += f'<td class="wide" data-label="{report.HEAD[-1]}">{mark}</td>'
-        body.append(f'<tr data-row="{html.escape(name)}">{line}</tr>')
-    return _grid("Top-1 in per cent", report.HEAD, report.RIGHT, body)
+def _figures(table: PaperTable) -> Iterator[tuple[str, str]]:
+    """Each figure as SVG in base64, with its words."""
+    with figures.house_style():
+        for dataset in dict.fromkeys(line.row.dataset.name for line in table.lines):
+            lines = [line for line in table.lines if line.row.dataset.name == dataset]
+            lines = [line for line in lines if _values(line)]
+            if lines:
+                text = f"Top-1 on {dataset}, published and ours"
+                yield _svg(_draw_top1(lines, text), text), text
+        lines = [line for line in table.lines if line.difference is not None]
+        if lines:
+            text = f"Difference to the published top-1, {table.title}"
+            yield _svg(_draw_differences(lines), text), text
 
 
-def _training(record: TableRecord) -> str:
-    body = [
-        f'<tr data-training="{html.escape(training.name)}">'
-        f"{_cells(report.TRAINING_HEAD, report.training_cells(training), (2, 3), wide=(2, 3))}</tr>"
-        for training in record.training.values()
-    ]
-    caption = "Trained here: top-1 after the last epoch, mean ± standard deviation over the seeds"
-    return _grid(caption, report.TRAINING_HEAD, (2, 3), body)
+def _values(line: Line) -> list[float]:
+    found = [line.row.published_top1, line.ours, *(seed.top1 for seed in line.seeds)]
+    return [value for value in found if value is not None]
 
 
-def _grid(caption: str, head: tuple[str, ...], right: tuple[int, ...], body: list[str]) -> str:
-    names = "".join(
-        f'<th scope="col"{_classes(column, right)}>{name}</th>' for column, name in enumerate(head)
+def _draw_top1(lines: list[Line], text: str) -> Figure:
+    figure, axes = _rows([line.row.method for line in lines])
+    for height, line in enumerate(lines):
+        published, ours = line.row.published_top1, line.ours
+        if published is not None and ours is not None:
+            axes.plot([published, ours], [height] * 2, color=figures.SOFT, linewidth=1, zorder=1)
+        for seed in line.seeds:
+            axes.plot(seed.top1, height, "|", color=figures.GREEN, markersize=14, label="seed")
+        if published is not None:
+            axes.plot(
+                published, height, "D", color=figures.VERMILION, mfc="none", label="published"
+            )
+        if ours is not None:
+            axes.plot(ours, height, "o", color=figures.BLUE, label="ours")
+    values = [value for line in lines for value in _values(line)]
+    middle, span = (min(values) + max(values)) / 2, max(0.5, max(values) - min(values))
+    axes.set_xlim(middle - 0.58 * span, middle + 0.58 * span)
+    axes.set_xlabel("top-1 (%)")
+    _title(figure, text)
+    handles, labels = axes.get_legend_handles_labels()
+    words = {"seed": "trained here, one per seed"}
+    unique = {
+        words.get(label, label): handle for label, handle in zip(labels, handles, strict=True)
+    }
+    figure.legend(
+        unique.values(),
+        unique.keys(),
+        loc="outside lower center",
+        ncols=3,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=1,
     )
-    return (
-        f"<table>\n<caption>{caption}</caption>\n<thead><tr>{names}</tr></thead>\n<tbody>\n"
-        + "\n".join(body)
-        + "\n</tbody>\n</table>"
-    )
+    return figure
 
 
-def _cells(
-    head: tuple[str, ...], cells: list[str], right: tuple[int, ...], wide: tuple[int, ...] = ()
-) -> str:
-    return "".join(
-        f'<td{_classes(column, right, wide)} data-label="{name}">{html.escape(cell)}</td>'
-        for column, (name, cell) in enumerate(zip(head, cells, strict=True))
-    )
+def _draw_differences(lines: list[Line]) -> Figure:
+    figure, axes = _rows([f"{line.row.dataset.name} {line.row.method}" for line in lines])
+    band = tables.TOLERANCE
+    axes.axvspan(-band, band, color=figures.GREEN, alpha=0.18, linewidth=0)
+    axes.axvline(0, color=figures.SOFT, linewidth=1)
+    differences = [line.difference for line in lines]
+    axes.plot(differences, range(len(lines)), "o", color=figures.BLUE)
+    reach = 1.16 * max(2 * band, *(abs(value) for value in differences if value is not None))
+    axes.set_xlim(-reach, reach)
+    axes.set_xlabel("ours − published (points)")
+    _title(figure, f"Difference to the published figure (band: ±{band})")
+    return figure
 
 
-def _classes(column: int, right: tuple[int, ...], wide: tuple[int, ...] = ()) -> str:
-    """The classes of a cell: numbers are aligned to the right, wide ones fill a phone's card."""
-    names = [name for name, columns in (("number", right), ("wide", wide)) if column in columns]
-    return f' class="{" ".join(names)}"' if names else ""
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize=8, x=0.02, ha="left")
 
 
-def _mark(row: Result) -> str:
-    return f'<span class="mark {_MARKS.get(row.status, "")}">{html.escape(row.status)}</span>'
+def _rows(labels: list[str]) -> tuple[Figure, Any]:
+    """A figure with one row per label."""
+    figure = figures.make_figure(1.1 + 0.3 * len(labels), _WIDTH)
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="x", color=figures.GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    return figure, axes
 
 
-def _legend(record: TableRecord) -> str:
-    keys = _KEYS if record.training else _KEYS[:2]
-    return "".join(
-        f'<span class="key"><svg viewBox="0 0 14 14" aria-hidden="true">{drawing}</svg> '
-        f"{name}</span>"
-        for name, drawing in keys
-    )
-
-
-def _list(title: str, lines: list[str]) -> str:
-    if not lines:
-        return ""
-    items = "".join(f"<li>{_code(html.escape(line))}</li>" for line in lines)
-    return f"<h3>{title}</h3>\n<ul>{items}</ul>"
-
-
-def _code(text: str) -> str:
-    """What stands between back-ticks as code."""
-    parts = text.split("`")
-    return "".join(
-        f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts)
-    )
+def _svg(figure: Figure, text: str) -> str:
+    content = io.BytesIO()
+    metadata = {"Date": None, "Creator": None, "Title": text}
+    figure.savefig(content, format="svg", metadata=metadata)
+    return base64.b64encode(content.getvalue()).decode()

@@ -1,150 +1,285 @@
-"""The paper's tables beside ours: in Markdown, for a terminal, and inside the documents.
+"""The paper's tables beside ours: what was evaluated and trained here, in Markdown and in JSON.
 
-Every figure comes from a record; nothing here is typed by hand.
+Every figure comes from a record.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiments.documents import markdown as markdown_blocks
-from experiments.documents.markdown import Makers, aligned_table, fill_blocks
+from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
-from experiments.provenance import ROOT
-from experiments.reproduce import records
-from experiments.reproduce.records import Result, SeedResult, TableRecord, Training
-from experiments.reproduce.terminal import Terminal
-from experiments.study import page as studies_page
-from experiments.zoo.manifest import Manifest
+from experiments.provenance import Record, Records
+from experiments.study.records import StudyRecord, study_records
+from experiments.zoo.manifest import Manifest, Row
 
+STUDY = "reproduce"
+"""Name of the study that `--train` is; its variants are named after the rows' configs."""
+
+TOLERANCE = 0.1
+"""Points of top-1 within which a row counts as reproduced."""
+
+REPRODUCED, DIFFERS, SKIPPED = "reproduced", "differs", "skipped"
+EVALUATED = "evaluated"  # there is no published figure
+PARTIAL = "part of the images"
+NOT_YET = "not evaluated"
+
+HEAD: Sequence[str]
 HEAD = ("data set", "method", "published", "ours", "difference", "images", "status")
+RIGHT: Sequence[int] = (2, 3, 4, 5)
+TRAINING_HEAD: Sequence[str]
 TRAINING_HEAD = ("data set", "method", "published", "trained here", "seeds", "epochs")
-RIGHT = (2, 3, 4, 5)
-_COLOURS = {records.REPRODUCED: "green", records.DIFFERS: "red", records.PARTIAL: "yellow"}
+TRAINING_RIGHT: Sequence[int] = (2, 3)
 
 
-def cells(result: Result) -> list[str]:
-    """A row's cells, in the order of HEAD."""
-    return [
-        result.dataset,
-        result.method,
-        _percent(result.published),
-        _percent(result.ours),
-        "–" if result.difference is None else f"{result.difference:+.2f}".replace("-", "−"),
-        "–" if result.images is None else f"{result.images:,}",
-        result.status,
-    ]
+class RowRecord(Record):
+    """The evaluation of one row's checkpoint, or the reason why it was skipped."""
+
+    row: str
+    reason: str = ""
+    """Why the row was skipped."""
+    ours: float | None = None
+    """Top-1, per cent; None if skipped."""
+    top5: float | None = None
+    loss: float | None = None
+    images: int | None = None
+    checkpoint_sha256: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    seconds: float | None = None
+    identity: str | None = None
+    """Hash of all that the figure depends on: the record is kept while it is the same."""
 
 
-def training_cells(training: Training) -> list[str]:
-    """A row's cells, in the order of TRAINING_HEAD."""
-    epochs = sorted({seed.epochs for seed in training.seeds})
-    mean = _percent(training.mean)
-    return [
-        training.dataset,
-        training.method,
-        _percent(training.published),
-        mean if training.std is None else f"{mean} ± {training.std:.2f}",
-        ", ".join(str(seed.seed) for seed in training.seeds),
-        ", ".join(map(str, epochs)),
-    ]
+def row_records(results: Path) -> Records[RowRecord]:
+    """The evaluations of all tables' rows."""
+    return Records(results / "evaluations.jsonl", RowRecord, lambda record: record.row)
 
 
-def markdown_table(record: TableRecord) -> str:
-    """The table in Markdown, without anything around it."""
-    return aligned_table(HEAD, [cells(row) for row in record.rows.values()], RIGHT)
+@dataclass(frozen=True)
+class Line:
+    """One row of a table with its results.
+
+    Attributes:
+        row: of the zoo.
+        record: its evaluation, or None.
+        seeds: its trainings, by seed.
+    """
+
+    row: Row
+    record: RowRecord | None
+    seeds: tuple[StudyRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """Data set and method."""
+        return f"{self.row.dataset.name}, {self.row.method}"
+
+    @property
+    def ours(self) -> float | None:
+        """Top-1, per cent."""
+        return self.record.ours if self.record else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published, points."""
+        if self.ours is None or self.row.published_top1 is None:
+            return None
+        return round(self.ours - self.row.published_top1, 4)  # both are known to 0.01 at best
+
+    @property
+    def status(self) -> str:
+        """How the row compares with the published figure."""
+        if self.record is None:
+            return NOT_YET
+        if self.ours is None:
+            return SKIPPED
+        if self.row.dataset.images not in (None, self.record.images):
+            return PARTIAL
+        if self.difference is None:
+            return EVALUATED
+        return REPRODUCED if abs(self.difference) <= TOLERANCE + 1e-9 else DIFFERS
+
+    @property
+    def mean(self) -> float | None:
+        """Mean top-1 of the trainings."""
+        return statistics.fmean(seed.top1 for seed in self.seeds) if self.seeds else None
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the trainings (n - 1 in the denominator), from two seeds on."""
+        return statistics.stdev(s.top1 for s in self.seeds) if len(self.seeds) > 1 else None
+
+    def cells(self) -> list[str]:
+        """In the order of HEAD."""
+        images = self.record.images if self.record else None
+        difference = self.difference
+        return [
+            self.row.dataset.name,
+            self.row.method,
+            _percent(self.row.published_top1),
+            _percent(self.ours),
+            "–" if difference is None else f"{difference:+.2f}".replace("-", "−"),
+            "–" if images is None else f"{images:,}",
+            self.status,
+        ]
+
+    def training_cells(self) -> list[str]:
+        """In the order of TRAINING_HEAD."""
+        mean = _percent(self.mean)
+        return [
+            self.row.dataset.name,
+            self.row.method,
+            _percent(self.row.published_top1),
+            mean if self.std is None else f"{mean} ± {self.std:.2f}",
+            ", ".join(str(seed.seed) for seed in self.seeds),
+            ", ".join(map(str, sorted({seed.epochs for seed in self.seeds}))),
+        ]
 
 
-def markdown_training(record: TableRecord) -> str:
-    """The table of the trainings in Markdown."""
-    rows = [training_cells(training) for training in record.training.values()]
-    return aligned_table(TRAINING_HEAD, rows, (2, 3))
+@dataclass(frozen=True)
+class PaperTable:
+    """One of the paper's tables, in the order of the zoo."""
+
+    name: str
+    title: str
+    lines: list[Line]
+
+    @property
+    def trained(self) -> list[Line]:
+        """The lines with trainings."""
+        return [line for line in self.lines if line.seeds]
 
 
-def markdown(record_list: list[TableRecord]) -> str:
-    """A whole page in Markdown: tables, reasons, and where the figures come from."""
+def read_table(results: Path, manifest: Manifest, name: str) -> PaperTable:
+    """A table with all results that there are.
+
+    Raises:
+        DataError: the records are damaged.
+    """
+    evaluated = {record.row: record for record in row_records(results).read()}
+    trained: dict[str, list[StudyRecord]] = {}
+    for record in study_records(results, STUDY).read():
+        trained.setdefault(record.variant, []).append(record)
+    lines = []
+    for row in manifest.rows(name):
+        # rows may share a config: the first one, a baseline, shows its trainings
+        seeds = sorted(trained.pop(row.config, []), key=lambda record: record.seed)
+        lines.append(Line(row, evaluated.get(row.name), tuple(seeds)))
+    return PaperTable(name, manifest.tables[name].title, lines)
+
+
+def as_json(table: PaperTable) -> dict[str, Any]:
+    """A table as plain values."""
+    rows, training = [], []
+    for line in table.lines:
+        row = line.row
+        head = {
+            "name": row.name,
+            "dataset": row.dataset.name,
+            "method": row.method,
+            "config": row.config,
+            "published": row.published_top1,
+        }
+        nothing: dict[str, Any] = dict.fromkeys(RowRecord.model_fields) | {"reason": ""}
+        facts = line.record.model_dump() if line.record else nothing
+        more = {
+            "status": line.status,
+            "difference": line.difference,
+            "expected_images": row.dataset.images,
+            "checkpoint": row.checkpoint.file if row.checkpoint else None,
+            "note": row.note,
+        }
+        rows.append({**head, **more, **{k: v for k, v in facts.items() if k != "row"}})
+        if line.seeds:
+            seeds = [
+                {**seed.model_dump(), "best_top1": max(seed.top1_by_epoch.values())}
+                for seed in line.seeds
+            ]
+            training.append({**head, "mean": line.mean, "std": line.std, "seeds": seeds})
+    return {
+        "table": table.name,
+        "title": table.title,
+        "tolerance": TOLERANCE,
+        "rows": rows,
+        "training": training,
+    }
+
+
+def json_text(tables: list[PaperTable], joint: bool) -> str:
+    """One table as JSON, or all of them under `tables`."""
+    plain = [as_json(table) for table in tables]
+    content = {"tables": plain} if joint else plain[0]
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def markdown(tables: list[PaperTable]) -> str:
+    """A whole page in Markdown: tables, remarks, and where the figures come from."""
     parts = []
-    for record in record_list:
-        parts.append(f"# {record.title}\n\nTop-1 in per cent. {explanation()}\n")
-        parts.append(markdown_table(record))
-        remarks = [f"- {text}" for text in remarks_of(record)]
-        if remarks:
-            parts.append("\n".join(remarks) + "\n")
-        if record.training:
+    for table in tables:
+        parts.append(f"# {table.title}\n\nTop-1 in per cent. {explanation()}\n")
+        parts.append(markdown_table(table))
+        remarks = [f"- {text}\n" for text in remarks_of(table)]
+        parts += ["".join(remarks)] if remarks else []
+        if table.trained:
             parts.append(
-                "## Trained here\n\nMean ± standard deviation over the seeds, after the "
-                "last epoch.\n"
+                "## Trained here\n\nTop-1 after the last epoch: mean ± standard deviation over "
+                "the seeds.\n"
             )
-            parts.append(markdown_training(record))
-        sources = sources_of(record)
-        if sources:
-            parts.append("## Where the figures come from\n")
-            parts.append("\n".join(f"- {text}" for text in sources) + "\n")
+            parts.append(markdown_training(table))
+        sources = [f"- {text}\n" for text in sources_of(table)]
+        parts += ["## Where the figures come from\n", "".join(sources)] if sources else []
     return "\n".join(parts)
 
 
+def markdown_table(table: PaperTable) -> str:
+    """The rows."""
+    return aligned_table(HEAD, [line.cells() for line in table.lines], RIGHT)
+
+
+def markdown_training(table: PaperTable) -> str:
+    """The rows that were trained."""
+    rows = [line.training_cells() for line in table.trained]
+    return aligned_table(TRAINING_HEAD, rows, TRAINING_RIGHT)
+
+
 def explanation() -> str:
-    """What the mark of a row means."""
+    """The meaning of the status."""
     return (
-        f"Reproduced: within {records.TOLERANCE} points of the published figure, on all images of "
-        "the validation split."
+        f"Reproduced: within {TOLERANCE} points of the published figure, on all images of the "
+        "validation split."
     )
 
 
-def remarks_of(record: TableRecord) -> list[str]:
-    """What there is to say of single rows: why one was skipped, whose a figure is."""
+def remarks_of(table: PaperTable) -> list[str]:
+    """Notes on single rows: why one was skipped, whose figure it is."""
     remarks = []
-    for row in record.rows.values():
-        said = [text for text in (row.note, row.reason) if text]
+    for line in table.lines:
+        reason = line.record.reason if line.record else ""
+        said = "; ".join(filter(None, (line.row.note, reason)))
         if said:
-            remarks.append(f"{row.dataset}, {row.method}: {'; '.join(said)}")
+            remarks.append(f"{line.name}: {said}")
     return remarks
 
 
-def sources_of(record: TableRecord) -> list[str]:
-    """Hardware, versions, commit, command and time of the figures, equal ones once."""
-    found: dict[tuple[str, ...], list[str]] = {}
-    entries: list[tuple[str, Result | SeedResult]] = [
-        (f"{r.dataset}, {r.method}", r) for r in record.rows.values() if r.ours is not None
+def sources_of(table: PaperTable) -> list[str]:
+    """Day, hardware, versions, commit and command of the figures; equal ones once."""
+    entries: list[tuple[str, Record]] = [
+        (line.name, line.record) for line in table.lines if line.record and line.ours is not None
     ]
-    entries += [
-        (f"{t.dataset}, {t.method}, seed {s.seed}", s)
-        for t in record.training.values()
-        for s in t.seeds
-    ]
-    for name, entry in entries:
-        versions = ", ".join(f"{key} {value}" for key, value in entry.versions.items())
-        day = (entry.time or "").partition("T")[0]
-        facts = (
-            day,
-            entry.hardware or "",
-            versions,
-            entry.commit or "no commit",
-            entry.command or "",
+    entries += [(f"{line.name}, seed {s.seed}", s) for line in table.trained for s in line.seeds]
+    found: dict[str, list[str]] = {}
+    for name, record in entries:
+        versions = ", ".join(f"{key} {value}" for key, value in record.versions.items())
+        source = (
+            f"{record.time.partition('T')[0]}, {record.hardware}, {versions}, "
+            f"commit {record.commit or 'unknown'}, `{record.command}`"
         )
-        found.setdefault(facts, []).append(name)
-    return [
-        f"{'; '.join(names)}: {day}, {hardware}, {versions}, commit {commit}, `{command}`"
-        for (day, hardware, versions, commit, command), names in found.items()
-    ]
-
-
-def print_record(record: TableRecord, terminal: Terminal) -> None:
-    """Write the tables to a terminal."""
-    rows = list(record.rows.values())
-    terminal.line()
-    terminal.line(record.title, "bold")
-    terminal.table(
-        [list(HEAD), *(cells(row) for row in rows)],
-        right=RIGHT,
-        colours=[_COLOURS.get(row.status) for row in rows],
-    )
-    if record.training:
-        terminal.line()
-        terminal.table(
-            [list(TRAINING_HEAD), *(training_cells(t) for t in record.training.values())],
-            right=(2, 3),
-        )
+        found.setdefault(source, []).append(name)
+    return [f"{'; '.join(names)}: {source}" for source, names in found.items()]
 
 
 def zoo_table(manifest: Manifest) -> str:
@@ -165,46 +300,33 @@ def zoo_table(manifest: Manifest) -> str:
     )
 
 
-def regenerated(text: str, manifest: Manifest, results: Path) -> str:
-    """A document with the blocks that are generated made anew: `table cifar`, `training cifar`,
-    `zoo all`, `study digits`.
-
-    Raises:
-        DataError: a block asks for what there is not.
-    """
-    return fill_blocks(text, makers(manifest, results))
-
-
 def makers(manifest: Manifest, results: Path) -> Makers:
-    """What makes the blocks of the paper's tables, the zoo and the studies."""
+    """What makes the blocks `table NAME`, `training NAME` and `zoo all` of the documents.
 
-    def of_record(make: Callable[[TableRecord], str], kind: str, name: str) -> str:
+    Raises (when called):
+        DataError: there is no such table.
+    """
+
+    def of_table(make: Callable[[PaperTable], str], kind: str, name: str) -> str:
         if name not in manifest.tables:
             raise DataError(
                 f"generated: got {kind} {name}; allowed: {kind} of {', '.join(manifest.tables)}"
             )
-        return make(_told(records.read_record(results, manifest, name)))
+        return make(_without_skipped(read_table(results, manifest, name)))
 
     return {
         "zoo": lambda _: zoo_table(manifest),
-        "study": lambda name: studies_page.block(name, results, ROOT),
-        "table": lambda name: of_record(markdown_table, "table", name),
-        "training": lambda name: of_record(markdown_training, "training", name),
+        "table": lambda name: of_table(markdown_table, "table", name),
+        "training": lambda name: of_table(markdown_training, "training", name),
     }
 
 
-def _told(record: TableRecord) -> TableRecord:
-    """A record without the rows that could not be evaluated on some machine."""
-    rows = {
-        name: replace(row, status=records.NOT_YET) if row.status == records.SKIPPED else row
-        for name, row in record.rows.items()
-    }
-    return replace(record, rows=rows)
-
-
-def update_documents(root: Path, manifest: Manifest, results: Path) -> list[Path]:
-    """Make the generated blocks of all documents anew; gives the files that changed."""
-    return markdown_blocks.update_documents(root, makers(manifest, results))
+def _without_skipped(table: PaperTable) -> PaperTable:
+    """The rows that could not be evaluated on some machine count as not evaluated."""
+    lines = [
+        Line(line.row, None, line.seeds) if line.status == SKIPPED else line for line in table.lines
+    ]
+    return PaperTable(table.name, table.title, lines)
 
 
 def _percent(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""What a study came to, in Markdown: results/studies/STUDY/README.md, and blocks of documents.
+"""A study's results in Markdown: results/studies/STUDY/README.md, and blocks of documents.
 
-Every figure comes from a record; nothing here is typed by hand.
+Every figure comes from a record.
 """
 
 import json
@@ -8,64 +8,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.documents.markdown import aligned_table
+from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
-from experiments.study.comparison import Comparison, Line, compare, other_of
+from experiments.provenance import ROOT
 from experiments.study.plan import Study, read_study
-from experiments.study.records import StudyRecord, read_records, records_path
-from experiments.study.statistics import Difference, Summary
+from experiments.study.records import StudyRecord, study_records
+from experiments.study.statistics import Comparison, Difference, Standing, Summary, compare
 
 STUDIES = Path("configs/studies")
 PAGE, PICTURE = "README.md", "study"
 
 _METHOD = (
-    "Top-1 after the last epoch, never the best of several, in per cent of the evaluated images, "
-    "mean ± standard deviation over the seeds (n - 1 in the denominator). A seed gives all "
-    "variants the same initial weights of the host and the same batches, so differences are taken "
-    "seed by seed: their mean, in points, with the two-sided 95% interval of the paired t-test "
-    "over the n seeds that both have. An interval that includes 0 does not show a difference. "
-    "Intervals are not corrected for how many of them there are: of twenty differences that are "
-    "none, one is expected to look like one. Samples mixed and tokens mixed are of the training "
-    "steps of the last epoch; tokens mixed counts the tokens replaced in an easy sample."
+    "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
+    "images: mean ± standard deviation over the seeds (n - 1 in the denominator). All variants "
+    "with the same seed start from the same weights of the host and see the same batches, so "
+    "differences are taken per seed: their mean, in points, with the two-sided 95% interval of the "
+    "paired t-test over the n seeds that both have. An interval that includes 0 shows no "
+    "difference. Intervals are not corrected for multiple comparisons: of twenty comparisons "
+    "without any effect, one is expected to exclude 0. Samples mixed and tokens mixed are means "
+    "over the training steps of the last epoch; tokens mixed counts the replaced tokens per easy "
+    "sample."
 )
 
 
 def write_report(study: Study, results: Path) -> list[Path]:
-    """Write a study's page and picture from its records; gives their paths.
+    """Write a study's page and picture from its records, and return their paths.
 
     Raises:
         DataError: there are no records, they are damaged, or the page cannot be written.
     """
     from experiments.study.figure import draw
 
-    path = records_path(results, study.name)
-    comparison = compare(study, read_records(path))
+    records = study_records(results, study.name)
+    path, comparison = records.path, compare(study, records.read())
     if not comparison.records:
         raise DataError(
             f"{path}: holds no record yet; train: python -m experiments.study --study {study.file}"
         )
-    paths = draw(comparison, path.parent)
     page = path.parent / PAGE
     try:
+        paths = draw(comparison, path.parent / PICTURE)
         write_atomically(page, markdown(comparison).encode())
     except OSError as error:
         raise DataError(f"{page}: cannot write the page: {error.strerror}") from None
     return [page, *paths]
 
 
-def block(name: str, results: Path, root: Path) -> str:
-    """What a document shows of a study: state, table, and what the intervals say.
+def makers(results: Path) -> Makers:
+    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
 
-    Raises:
+    Raises (when called):
         DataError: there is no such study.
     """
-    file = STUDIES / f"{name}.yaml"
-    if not (root / file).is_file():
-        raise DataError(f"generated: got study {name}; allowed: a file of {STUDIES}")
-    study = read_study(root / file)
-    comparison = compare(study, read_records(records_path(results, name)))
-    return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
+
+    def block(name: str) -> str:
+        file = STUDIES / f"{name}.yaml"
+        if not (ROOT / file).is_file():
+            raise DataError(f"generated: got study {name}; allowed: a file of {STUDIES}")
+        comparison = compare(read_study(ROOT / file), study_records(results, name).read())
+        return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
+
+    return {"study": block}
 
 
 def markdown(comparison: Comparison) -> str:
@@ -78,11 +82,11 @@ def markdown(comparison: Comparison) -> str:
         table(comparison),
         f"{_METHOD}\n",
         verdict(comparison),
-        f"![Top-1 of each seed, and differences with their intervals]({PICTURE}.svg)\n",
+        f"![Top-1 per seed, and differences with their intervals]({PICTURE}.svg)\n",
         "## The variants\n",
-        "\n".join(f"- {_described(comparison, line)}" for line in comparison.lines) + "\n",
+        "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",
         "## Every training\n",
-        "Top-1 of each seed, per cent; – where the training has not been done.\n",
+        "Top-1 per seed, in per cent; – marks a training that is not done.\n",
         every_training(comparison),
         "## Where the figures come from\n",
         "\n".join(f"- {text}" for text in sources(comparison)) + "\n",
@@ -91,65 +95,61 @@ def markdown(comparison: Comparison) -> str:
 
 
 def state(comparison: Comparison) -> str:
-    """How much of the study is done."""
+    """How many trainings of the study are done."""
     done, wanted = len(comparison.records), comparison.wanted
     if done == wanted:
         return f"All {wanted} trainings are done."
     return (
-        f"**{done} of {wanted} trainings are done**: the study is not complete, and each line "
-        "counts the seeds that it has."
+        f"**{done} of {wanted} trainings are done**: the study is not complete; n is the number of "
+        "seeds that a variant has."
     )
 
 
 def table(comparison: Comparison) -> str:
-    """A line for every variant, none left out."""
-    study = comparison.study
+    """One line per variant."""
     head = ["variant", "n", "top-1", "difference to plain"]
     if comparison.has_others:
         head += ["against", "difference to that"]
     head += ["loss", "samples mixed", "tokens mixed"]
     rows = []
-    for line in comparison.lines:
-        row = [line.variant.name, str(line.top1.count if line.top1 else 0)]
-        row += [_summary(line.top1, 2), _difference(line.to_plain)]
+    for s in comparison.standings:
+        row = [s.variant.name, str(s.top1.count if s.top1 else 0)]
+        row += [_summary(s.top1, 2), _difference(s.to_plain)]
         if comparison.has_others:
-            row += [other_of(study, line.variant) or "", _difference(line.to_other)]
+            row += [s.other or "", _difference(s.to_other)]
         row += [
-            _summary(line.loss, 3),
-            "–" if line.mixed_share is None else f"{100 * line.mixed_share:.0f}%",
-            "–" if line.tokens_mixed is None else f"{line.tokens_mixed:.1f}",
+            _summary(s.loss, 3),
+            "–" if s.mixed_share is None else f"{100 * s.mixed_share:.0f}%",
+            "–" if s.tokens_mixed is None else f"{s.tokens_mixed:.1f}",
         ]
         rows.append(row)
     return aligned_table(head, rows, [n for n, name in enumerate(head) if n and name != "against"])
 
 
 def verdict(comparison: Comparison) -> str:
-    """What the intervals say, in words: which differences there are, and how many are none."""
+    """In words, which differences have an interval that excludes 0."""
     plain = comparison.study.plain
-    texts = [_verdict(f"to {plain}", [(line, line.to_plain) for line in comparison.lines])]
+    texts = [_verdict(f"to {plain}", [(s, s.to_plain) for s in comparison.standings])]
     if comparison.has_others:
-        pairs = [(line, line.to_other) for line in comparison.lines]
+        pairs = [(s, s.to_other) for s in comparison.standings]
         texts.append(_verdict("to the variant of the column “against”", pairs))
     return "\n".join(f"- {text}" for text in texts) + "\n"
 
 
-def _verdict(whom: str, pairs: Sequence[tuple[Line, Difference | None]]) -> str:
-    judged = [(line, d) for line, d in pairs if d is not None and d.half_width is not None]
-    found = [f"{line.variant.name} ({_signed(d.mean)})" for line, d in judged if d.excludes_zero]
+def _verdict(whom: str, pairs: Sequence[tuple[Standing, Difference | None]]) -> str:
+    judged = [(s, d) for s, d in pairs if d is not None and d.half_width is not None]
+    found = [f"{s.variant.name} ({_signed(d.mean)})" for s, d in judged if d.excludes_zero]
     text = f"Differences {whom}: {len(found)} of {len(judged)} intervals exclude 0"
     return f"{text}: {'; '.join(found)}." if found else f"{text}."
 
 
 def every_training(comparison: Comparison) -> str:
-    """Seeds in lines, variants in columns."""
+    """Top-1 of each seed, with one column per variant."""
     head = ["seed", *comparison.study.variants]
     rows = [
         [
             str(seed),
-            *(
-                f"{line.by_seed[seed]:.2f}" if seed in line.by_seed else "–"
-                for line in comparison.lines
-            ),
+            *(f"{s.by_seed[seed]:.2f}" if seed in s.by_seed else "–" for s in comparison.standings),
         ]
         for seed in comparison.study.seeds
     ]
@@ -167,7 +167,7 @@ def sources(comparison: Comparison) -> list[str]:
     images = sorted({(r.train_images, r.val_images) for r in records})
     lines = [
         f"command: `python -m experiments.study --study {comparison.study.file}`; each record "
-        "holds the command of its training alone",
+        "holds the command of its own training",
         *(f"trained on {train:,} images, evaluated on {val:,}" for train, val in images),
         *(f"hardware: {name}" for name in sorted({r.hardware for r in records})),
         *(f"versions: {text}" for text in sorted({_versions(r) for r in records})),
@@ -177,14 +177,13 @@ def sources(comparison: Comparison) -> list[str]:
     if own:
         hours = sum(record.cpu_seconds for record in own) / 3600
         lines.append(
-            f"time: {hours:.2f} hours of processor time in {len(own)} trainings; wall times are in "
-            "the records, and say little where other work ran beside"
+            f"time: {hours:.2f} hours of processor time in {len(own)} trainings; the records "
+            "also hold wall times, which include waiting for other work on the machine"
         )
     if taken:
         names = sorted({record.taken_from for record in taken if record.taken_from})
         lines.append(
-            f"{len(taken)} trainings are the same as in {', '.join(names)}, and are taken from "
-            "there"
+            f"{len(taken)} trainings are those of {', '.join(names)}: same settings, same seed"
         )
     overrides = sorted({f"--{k} {v}" for r in records for k, v in r.overrides.items()})
     if overrides:
@@ -192,24 +191,22 @@ def sources(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _described(comparison: Comparison, line: Line) -> str:
-    variant = line.variant
+def _described(study: Study, standing: Standing) -> str:
+    variant, other = standing.variant, standing.other or study.plain
     text = f"**{variant.name}**"
     if variant.about != variant.name:
         text += f": {variant.about}"
     if variant.substitutions:
-        text += f"; in the place of the library's: {', '.join(variant.substitutions)}"
-    study = comparison.study
-    other = other_of(study, variant) or study.plain
+        text += f"; in place of the library's rules: {', '.join(variant.substitutions)}"
     differences = study.differences(variant, other)
     if differences:
         shown = ", ".join(f"{key}: {_yaml(value)}" for key, value in differences.items())
-        text += f"; beside {other}: `{shown}`"
+        text += f"; compared with {other}: `{shown}`"
     return text
 
 
 def _yaml(value: Any) -> str:
-    """A value as a config would have it."""
+    """A value as a config writes it."""
     return json.dumps(value).strip('"')
 
 

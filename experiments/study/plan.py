@@ -1,4 +1,4 @@
-"""What a study is: variants of one training, each with the same seeds, read from one YAML file."""
+"""The plan of a study: variants of one training, each with the same seeds, from one YAML file."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ from experiments.config import (
 )
 from experiments.errors import ConfigError
 from experiments.provenance import training_identity
-from experiments.study.substitutions import SUBSTITUTIONS
+from experiments.study.variants import RULES, rules_of
 
 _STUDY_KEYS = ("title", "about", "config", "set", "plain", "seeds", "variants")
 _VARIANT_KEYS = ("about", "like", "config", "set", "with", "against")
@@ -33,11 +33,11 @@ class Variant:
     """One way of training.
 
     Attributes:
-        name: what it is called.
+        name: of the variant.
         about: what it is, in words.
         file: the config that it starts from.
         settings: of the training.
-        substitutions: names of what the study puts in the place of the library's decisions.
+        substitutions: names of the rules that replace the library's.
         against: the variant that it is compared with beside the plain one, or None.
     """
 
@@ -50,8 +50,13 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder."""
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-")
+        """The name as a folder's name."""
+        return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-")
+
+    def identity(self, config: RunConfig) -> str:
+        """A hash of what a training depends on; the place of the data does not count."""
+        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
+        return training_identity(config, data=data, substitutions=sorted(self.substitutions))
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ class Study:
 
     Attributes:
         name: the file's name, without its ending.
-        file: the YAML file.
+        file: the YAML file, or the words that stand for it in messages.
         title: for pages and pictures.
         about: the question, in words.
-        plain: the variant that all others are compared with.
+        plain: the variant that all others are compared with; "" if nothing is compared.
         seeds: of the trainings.
         variants: by name, in the order of the file.
     """
@@ -77,7 +82,7 @@ class Study:
     variants: dict[str, Variant] = field(default_factory=dict)
 
     def runs(self) -> Iterator[tuple[Variant, int]]:
-        """All trainings, seed by seed, so that what is done at any time is paired."""
+        """All trainings, seed by seed, so that an unfinished study has pairs, too."""
         for seed in self.seeds:
             for variant in self.variants.values():
                 yield variant, seed
@@ -102,13 +107,13 @@ class Study:
     def identity(
         self, variant: Variant, seed: int, overrides: Mapping[str, str] | None = None
     ) -> str:
-        """A hash of what the training depends on, wherever its data lie."""
-        config = self.config(variant, seed, overrides)
-        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
-        return training_identity(config, data=data, substitutions=sorted(variant.substitutions))
+        """A hash of what the training depends on."""
+        return variant.identity(self.config(variant, seed, overrides))
 
     def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
-        """What is set otherwise than in another variant, by default the plain one: key -> value."""
+        """Settings that differ from another variant's, by default the plain one's: key -> value."""
+        if not (other or self.plain):
+            return {}
         plain = _compared(self.config(self.variants[other or self.plain], 0))
         own = _compared(self.config(variant, 0))
         nowhere = object()  # null is a value, too
@@ -148,7 +153,7 @@ def read_study(path: str | Path) -> Study:
         seeds=_seeds(content["seeds"], str(path)),
         variants=variants,
     )
-    _check_variants(study)
+    check_variants(study)
     return study
 
 
@@ -167,19 +172,23 @@ def _variant(
     settings = dict(base.settings) if base else read_settings(file)
     if base is None:
         settings = _overlaid(settings, study.get("set"), f"{path}: set")
-    substitutions = _names(content.get("with"), f"{where}.with")
+    substitutions = (*(base.substitutions if base else ()), *_rules(content, f"{where}.with"))
+    try:
+        rules_of(substitutions)
+    except ValueError as error:
+        raise ConfigError(f"{where}.with: {error}") from None
     return Variant(
         name=name,
         about=" ".join(_check_text(content.get("about", name), f"{where}.about").split()),
         file=file,
         settings=_overlaid(settings, content.get("set"), f"{where}.set"),
-        substitutions=(*(base.substitutions if base else ()), *substitutions),
+        substitutions=substitutions,
         against=content.get("against", like),
     )
 
 
 def _overlaid(settings: Mapping[str, Setting], content: Any, where: str) -> dict[str, Setting]:
-    """Settings with others on top; an optional section that is null is switched off."""
+    """Settings with others on top; null switches an optional section off."""
     found = dict(settings)
     for section in optional_sections():
         if isinstance(content, dict) and section in content and content[section] is None:
@@ -187,8 +196,12 @@ def _overlaid(settings: Mapping[str, Setting], content: Any, where: str) -> dict
     return found | settings_of(content, where)
 
 
-def _check_variants(study: Study) -> None:
-    """Every name is known and every config can be made, before anything is trained."""
+def check_variants(study: Study) -> None:
+    """Check all names and configs before anything is trained.
+
+    Raises:
+        ConfigError: two variants are the same, or a config cannot be used.
+    """
     for first, second in itertools.combinations(study.variants.values(), 2):
         if first.folder == second.folder:
             raise ConfigError(
@@ -212,14 +225,15 @@ def _check_variants(study: Study) -> None:
         seen[identity] = variant.name
 
 
-def _names(value: Any, where: str) -> tuple[str, ...]:
+def _rules(content: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = content.get("with")
     if value is None:
         return ()
     if not isinstance(value, list):
         raise ConfigError(f"{where}: got {value!r}; allowed: a list of names")
     for name in value:
-        if name not in SUBSTITUTIONS:
-            raise ConfigError(f"{where}: got {name!r}; allowed: {', '.join(SUBSTITUTIONS)}")
+        if name not in RULES:
+            raise ConfigError(f"{where}: got {name!r}; allowed: {', '.join(RULES)}")
     return tuple(value)
 
 
@@ -248,7 +262,7 @@ def _check_text(value: Any, where: str) -> str:
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    """The keys by which variants are told apart; those of an absent section are absent."""
+    """The keys that tell variants apart; an absent section has none."""
     left_out = ("seed", "output", "logging", "checkpoint")
     return {
         key: value

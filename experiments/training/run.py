@@ -43,6 +43,7 @@ from experiments.training.step import Learner
 from experiments.training.stopping import StopRequests, explain_fault, loader_deaths_ignored
 from tokenmixup import TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
+from tokenmixup.rules import Rules
 
 
 def train_step(
@@ -83,13 +84,14 @@ def train_step(
 class Run:
     """One training, in its run folder.
 
-    The constructor checks everything and reads the data; `fit` trains.
+    The constructor checks everything and reads the data; `fit` trains. A study passes the rules by
+    which TokenMixup decides; by default they are the paper's.
 
     Raises:
         UserError: any setting that cannot work.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, rules: Rules | None = None) -> None:
         assert config.output is not None, "the reader of the config fills it in"
         self.config = config
         self.world = world
@@ -99,7 +101,7 @@ class Run:
         check_optimizer(config.optimizer)
         splits = (config.data.train_split, config.data.val_split)
         model, num_classes, (images, val_images) = model_and_images(
-            config, world, splits, lambda num_classes: build_model(config, num_classes)
+            config, world, splits, lambda num_classes: build_model(config, num_classes, rules)
         )
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)

@@ -45,8 +45,8 @@ def visit(address: str, profile: Path, *flags: str) -> Visit:
 def framed(address: str, width: int, height: int) -> str:
     """A page that shows another one at a width, which a window cannot have below 500 pixels.
 
-    It notes as JSON how large the content became, what sticks out of the page or of its drawing,
-    the size of the drawings' letters, and the colour of the paper.
+    It notes as JSON how large the content became, what sticks out of the page, the size in pixels
+    of the plots' letters of 8 points, and the colour of the paper.
     """
     return f"""<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
 <style>body {{ margin: 0 }}</style>
@@ -58,15 +58,11 @@ document.getElementById("frame").onload = function () {{
   const box = element => element.getBoundingClientRect();
   const out = [...inner.querySelectorAll("body *:not(thead *):not(thead)")]
     .filter(element => box(element).right > {width} + 0.5 || box(element).left < -0.5);
-  const cut = [...inner.querySelectorAll("svg text")].filter(text =>
-    box(text).left < box(text.closest("svg")).left - 0.5 ||
-    box(text).right > box(text.closest("svg")).right + 0.5);
-  const letters = [...inner.querySelectorAll("figure > svg")].map(drawing =>
-    12 * box(drawing).width / drawing.viewBox.baseVal.width);
+  const letters = [...inner.querySelectorAll("figure > img")].map(drawing =>
+    8 * 4 / 3 * box(drawing).width / drawing.naturalWidth);
   document.getElementById("facts").textContent = JSON.stringify({{
     width: root.scrollWidth, height: root.scrollHeight, letters: letters,
     out: out.map(element => element.outerHTML.slice(0, 80)),
-    cut: cut.map(text => text.textContent),
     paper: getComputedStyle(inner.body).backgroundColor }});
 }};
 </script>"""

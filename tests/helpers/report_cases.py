@@ -1,10 +1,7 @@
-"""Records to make pages from, without evaluating anything."""
+"""Results of the paper's tables to make pages from, without evaluating anything."""
 
-from dataclasses import replace
-from pathlib import Path
-
-from experiments.reproduce import records
-from experiments.reproduce.records import SeedResult, TableRecord
+from experiments.reproduce.table import RowRecord, read_table, row_records
+from experiments.study.records import StudyRecord, study_records
 from experiments.zoo.manifest import read_manifest
 
 MANIFEST = read_manifest()
@@ -23,56 +20,63 @@ OURS = {
     "VIT_HTM": 82.35,
     "ViT-B_16-224": 81.11,
 }
+TRAINED = {
+    "cct_cifar10_htm": {44: 97.61, 42: 97.3, 43: 97.52},
+    "cct_7-3x1_cifar10_baseline": {42: 97.4},
+}
 REASON = 'x<y> is not there; fetch it: python -m experiments.zoo download "x" & more'
 
 
-def evaluated(record: TableRecord, name: str, ours: float, images: int | None = None):
-    """The record with one row evaluated."""
-    row = record.rows[name]
-    result = replace(
-        row,
+def evaluated(name: str, ours: float, images: int | None = None) -> RowRecord:
+    """The record of an evaluated row, by default on all images."""
+    everything = MANIFEST.row(name).dataset.images
+    return RowRecord(
+        row=name,
         ours=ours,
-        images=row.expected_images if images is None else images,
+        images=everything if images is None else images,
         top5=99.0,
         loss=0.1,
         seconds=3.0,
         identity="i",
         **SOURCE,
     )
-    return record.with_row(records.judged(result))
 
 
-def trained(record: TableRecord, name: str, figures: dict[int, float]):
-    """The record with one row trained with several seeds."""
-    for seed, top1 in figures.items():
-        result = SeedResult(
-            seed=seed,
-            top1=top1,
-            best_top1=top1 + 0.1,
-            epochs=1510,
-            steps=588900,
-            folder="output/x",
-            seconds=3.0,
-            identity="i",
-            **SOURCE,
-        )
-        record = record.with_seed(MANIFEST.row(name), result)
-    return record
+def trained(name: str, seed: int, top1: float) -> StudyRecord:
+    """The record of a trained row."""
+    return StudyRecord(
+        study="reproduce",
+        variant=MANIFEST.row(name).config,
+        seed=seed,
+        differences={},
+        substitutions=[],
+        top1=top1,
+        top5=99.0,
+        loss=0.1,
+        epochs=1510,
+        steps=588900,
+        train_images=50000,
+        val_images=10000,
+        top1_by_epoch={"1509": top1 + 0.1, "1510": top1},
+        statistics={},
+        seconds=3.0,
+        cpu_seconds=3.0,
+        parts=1,
+        images_per_second=100.0,
+        identity="i",
+        **SOURCE,
+    )
 
 
-def example() -> list[TableRecord]:
-    """Both tables with rows of every status, and two rows that were trained."""
-    found = []
-    for table in MANIFEST.tables:
-        record = records.read_record(Path("nowhere"), MANIFEST, table)
-        for name, row in record.rows.items():
-            if name in OURS:
-                images = 500 if name == "VIT_HTM" else None
-                record = evaluated(record, name, OURS[name], images)
-            elif row.checkpoint:
-                skipped = replace(row, status=records.SKIPPED, reason=REASON)
-                record = record.with_row(skipped)
-        found.append(record)
-    cifar = trained(found[0], "cct_cifar10_htm", {44: 97.61, 42: 97.3, 43: 97.52})
-    cifar = trained(cifar, "cct_7-3x1_cifar10_baseline", {42: 97.4})
-    return [cifar, *found[1:]]
+def keep_example(results):
+    """Records with rows of every status, and of two rows that were trained; gives the tables."""
+    rows, trainings = row_records(results), study_records(results, "reproduce")
+    for row in MANIFEST.rows():
+        if row.name in OURS:
+            rows.keep(evaluated(row.name, OURS[row.name], 500 if row.name == "VIT_HTM" else None))
+        elif row.checkpoint and row.name != "VIT_VTM":
+            rows.keep(RowRecord(row=row.name, reason=REASON, **SOURCE))
+    for name, figures in TRAINED.items():
+        for seed, top1 in figures.items():
+            trainings.keep(trained(name, seed, top1))
+    return [read_table(results, MANIFEST, name) for name in MANIFEST.tables]

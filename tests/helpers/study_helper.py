@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from experiments.study.plan import read_study
-from experiments.study.queue import Queue
 from experiments.study.records import StudyRecord
+from experiments.study.run import Runner
 from tests.helpers.runs_helper import HTM, write_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,5 +67,15 @@ def record_of(study, variant, seed, top1, **more):
     return StudyRecord(**values)
 
 
-def queue_of(folder, path, **overrides):
-    return Queue(read_study(path), overrides, folder / "runs", folder / "results", 1, print)
+def runner_of(folder, path, **overrides):
+    """The runner of a study file, as the command makes it, with its folders inside `folder`."""
+    study = read_study(path)
+    command = ["-m", "experiments.study", "--study", str(path)]
+    runs = folder / "runs" / study.name
+    return Runner(study, command, [], overrides, runs, folder / "results")
+
+
+def keep(runner, *records):
+    """Keep records of trainings."""
+    for record in records:
+        runner.records.keep(record)

@@ -9,15 +9,15 @@ import time
 import pytest
 
 from experiments.config import load_config
-from experiments.errors import ConfigError, DataError
+from experiments.errors import ConfigError
 from experiments.study import __main__ as study
-from experiments.study.records import keep_record, read_records, records_path
-from experiments.study.training import _processor_seconds
+from experiments.study.records import study_records
+from experiments.study.run import _processor_seconds
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
 from tests.helpers.runs_helper import HTM, write_config
-from tests.helpers.study_helper import ROOT, TINY, queue_of, record_of, write_study
+from tests.helpers.study_helper import ROOT, TINY, keep, record_of, runner_of, write_study
 
 
 def words_of(folder, path, *more):
@@ -28,7 +28,8 @@ def words_of(folder, path, *more):
 def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
     path = write_study(tmp_path)
     study.main(words_of(tmp_path, path, "--run", "HTM/2"))
-    (record,) = read_records(records_path(tmp_path / "results", "tiny"))
+    store = study_records(tmp_path / "results", "tiny")
+    (record,) = store.read()
     folder = tmp_path / "runs" / "tiny" / "HTM" / "seed2"
     rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
     assert (record.variant, record.seed, record.epochs) == ("HTM", 2, 2)
@@ -47,7 +48,7 @@ def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
     assert [row["loss"] for row in same] == [row["loss"] for row in rows]
     # and the released mask gives another
     study.main(words_of(tmp_path, path, "--run", "mask/2"))
-    records = read_records(records_path(tmp_path / "results", "tiny"))
+    records = store.read()
     assert [r.variant for r in records] == ["HTM", "mask"]
     assert records[1].substitutions == ["released mask"]
     assert records[1].loss != records[0].loss
@@ -59,45 +60,37 @@ def test_processor_time_counts_processes_that_have_ended():
     assert _processor_seconds() - before > 0.05
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
+def test_finished_trainings_are_not_repeated(tmp_path):
     path = write_study(tmp_path)
-    queue = queue_of(tmp_path, path)
-    assert len(queue.missing()) == 6
-    keep_record(queue.path, queue.study, record_of(queue.study, "HTM", 1, 50.0))
-    assert [training.name for training in queue.missing()] == [
+    runner = runner_of(tmp_path, path)
+    assert len(runner.missing()) == 6
+    keep(runner, record_of(runner.study, "HTM", 1, 50.0))
+    assert [training.name for training in runner.missing()] == [
         *("plain/1", "mask/1"),
         *("plain/2", "HTM/2", "mask/2"),
     ]
-    changed = queue_of(tmp_path, path, **{"schedule.lr": "0.9"})
-    with pytest.raises(ConfigError, match="HTM/1 with other settings"):
-        changed.missing()
+    for seeds in ([1, 2], [3]):  # one mean speaks of one setting
+        write_study(tmp_path, seeds=seeds)
+        changed = runner_of(tmp_path, path, **{"schedule.lr": "0.9"})
+        with pytest.raises(ConfigError, match="HTM/1 with other settings"):
+            changed.missing()
 
 
 def test_the_same_training_is_taken_from_another_study(tmp_path):
-    first = queue_of(tmp_path, write_study(tmp_path))
-    keep_record(first.path, first.study, record_of(first.study, "HTM", 1, 51.0))
+    first = runner_of(tmp_path, write_study(tmp_path))
+    keep(first, record_of(first.study, "HTM", 1, 51.0))
     variants = {"none": {}, "same": {"set": {"horizontal": HTM}}}
     path = write_study(tmp_path, name="other", variants=variants, plain="none", seeds=[1])
-    second = queue_of(tmp_path, path)
+    second = runner_of(tmp_path, path)
     assert [training.name for training in second.missing()] == ["none/1"]
-    (record,) = read_records(second.path)
+    (record,) = second.records.read()
     assert (record.study, record.variant, record.top1) == ("other", "same", 51.0)
     assert record.taken_from == "tiny"
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    queue = queue_of(tmp_path, write_study(tmp_path))
-    keep_record(queue.path, queue.study, record_of(queue.study, "plain", 1, 50.0))
-    good = queue.path.read_text()
-    for bad in ("{", good.replace("50.0", '"50"', 1), good.replace('"top1"', '"top7"', 1)):
-        queue.path.write_text(good + bad.rstrip() + "\n")
-        with pytest.raises(DataError, match=r"records.jsonl, line 2: is damaged"):
-            read_records(queue.path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_study_that_was_cut_off_goes_on(tmp_path, number):
+def test_an_interrupted_study_resumes(tmp_path, number):
     """Real processes, two at a time: the result is that of a study that nobody stopped."""
     base = {"data": {**TINY["data"], "batch_size": 32}, "schedule": {"epochs": 6}}
     path = write_study(tmp_path, seeds=[1], config=str(write_config(tmp_path, "base", **base)))
@@ -110,15 +103,15 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path, number):
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
     code, _ = finished(process)
     assert code == (75 if number == signal.SIGTERM else -number)
-    records = records_path(cut / "results", "tiny")
-    assert len(read_records(records)) < 3
-    if number == signal.SIGTERM and records.exists():
-        assert "of 3 trainings are done" in (records.parent / "README.md").read_text()
+    store = study_records(cut / "results", "tiny")
+    assert len(store.read()) < 3
+    if number == signal.SIGTERM and store.path.exists():
+        assert "of 3 trainings are done" in (store.path.parent / "README.md").read_text()
     assert finished(started(words_of(cut, path, "--jobs", "2"))) == (0, "")
-    ours, theirs = read_records(records), read_records(records_path(whole / "results", "tiny"))
-    assert [(r.variant, r.top1, r.loss) for r in ours] == [
+    ours, theirs = store.read(), study_records(whole / "results", "tiny").read()
+    assert {(r.variant, r.top1, r.loss) for r in ours} == {
         (r.variant, r.top1, r.loss) for r in theirs
-    ]
+    }
     assert len(ours) == 3
     if number == signal.SIGTERM:
         assert max(record.parts for record in ours) == 2

@@ -1,18 +1,15 @@
 """Studies: tables, pages and pictures are those of the records."""
 
-import dataclasses
-import json
-
 import pytest
 
+from experiments.documents.markdown import fill_blocks
 from experiments.errors import DataError
-from experiments.reproduce import table as report
 from experiments.study import page
-from experiments.study.comparison import compare
-from experiments.study.page import markdown, table, verdict, write_report
+from experiments.study.page import makers, markdown, table, verdict, write_report
 from experiments.study.plan import read_study
-from experiments.study.records import keep_record, read_records, records_path
-from tests.helpers.study_helper import ROOT, queue_of, record_of, write_study
+from experiments.study.records import study_records
+from experiments.study.statistics import compare
+from tests.helpers.study_helper import ROOT, keep, record_of, runner_of, write_study
 
 
 def example(folder, **figures):
@@ -41,7 +38,7 @@ def test_the_page_leaves_nothing_out_and_says_what_is_missing(tmp_path):
         assert figure in page.every_training(comparison)
     assert "python -m experiments.study --study" in text and "a processor" in text
     assert "commits: abc" in text and "torch 2" in text and "2026-11-25" in text
-    assert "beside plain: `horizontal.layers: [1]" in text
+    assert "compared with plain: `horizontal.layers: [1]" in text
 
 
 def test_a_complete_study_says_so_and_its_words_follow_the_intervals(tmp_path):
@@ -56,42 +53,34 @@ def test_a_complete_study_says_so_and_its_words_follow_the_intervals(tmp_path):
 
 def test_records_of_what_the_study_no_longer_has_do_not_count(tmp_path):
     found = read_study(write_study(tmp_path))
-    stray = dataclasses.replace(record_of(found, "HTM", 1, 99.0), variant="gone")
+    stray = record_of(found, "HTM", 1, 99.0).model_copy(update={"variant": "gone"})
     comparison = compare(found, [stray, record_of(found, "HTM", 1, 50.0)])
     assert len(comparison.records) == 1 and "99.00" not in markdown(comparison)
 
 
 def test_report_writes_page_and_pictures_always_the_same(tmp_path):
-    queue = queue_of(tmp_path, write_study(tmp_path))
+    runner = runner_of(tmp_path, write_study(tmp_path))
     for seed, top1 in ((1, 50.0), (2, 52.0)):
-        keep_record(queue.path, queue.study, record_of(queue.study, "plain", seed, top1))
-        keep_record(queue.path, queue.study, record_of(queue.study, "HTM", seed, top1 + seed))
-    paths = write_report(queue.study, tmp_path / "results")
+        for variant, value in (("plain", top1), ("HTM", top1 + seed)):
+            keep(runner, record_of(runner.study, variant, seed, value))
+    paths = write_report(runner.study, tmp_path / "results")
     contents = [path.read_bytes() for path in paths]
-    assert [path.name for path in paths] == ["README.md", "study.svg", "study.png"]
-    assert contents[1].startswith(b"<?xml") and contents[2].startswith(b"\x89PNG")
-    assert [p.read_bytes() for p in write_report(queue.study, tmp_path / "results")] == contents
+    assert [path.name for path in paths] == ["README.md", "study.png", "study.svg"]
+    assert contents[1].startswith(b"\x89PNG") and contents[2].startswith(b"<?xml")
+    assert [p.read_bytes() for p in write_report(runner.study, tmp_path / "results")] == contents
 
 
 def test_documents_show_a_study(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = read_study("configs/studies/digits.yaml")
     for seed, variant in ((1, "plain"), (1, "HTM")):
-        record = record_of(found, variant, seed, 97.25)
-        keep_record(records_path(tmp_path, "digits"), found, record)
+        study_records(tmp_path, "digits").keep(record_of(found, variant, seed, 97.25))
     text = "a\n<!-- generated: study digits -->\nold\n<!-- end of what is generated -->\nz\n"
-    manifest = report_manifest()
-    made = report.regenerated(text, manifest, tmp_path)
+    made = fill_blocks(text, makers(tmp_path))
     assert "**2 of 40 trainings are done**" in made and "97.25" in made and "old" not in made
-    assert report.regenerated(made, manifest, tmp_path) == made
+    assert fill_blocks(made, makers(tmp_path)) == made
     with pytest.raises(DataError, match="got study nothing"):
-        report.regenerated(text.replace("digits", "nothing"), manifest, tmp_path)
-
-
-def report_manifest():
-    from experiments.zoo.manifest import read_manifest
-
-    return read_manifest(ROOT / "weights" / "zoo.yaml")
+        fill_blocks(text.replace("digits", "nothing"), makers(tmp_path))
 
 
 def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
@@ -99,9 +88,11 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
     for file in sorted((ROOT / "results" / "studies").glob("*/records.jsonl")):
         name = file.parent.name
         found = read_study(f"configs/studies/{name}.yaml")
-        made = markdown(compare(found, read_records(file)))
+        records = study_records(ROOT / "results", name).read()
+        made = markdown(compare(found, records))
         assert (file.parent / "README.md").read_text() == made, f"{name}: --report makes it anew"
-        for record in read_records(file):
+        for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
-        assert all(json.loads(line) for line in file.read_text().splitlines())
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert fill_blocks(document, makers(ROOT / "results")) == document, "--report makes it anew"

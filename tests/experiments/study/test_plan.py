@@ -63,6 +63,10 @@ def test_what_a_training_is_does_not_depend_on_where_its_data_lie(tmp_path):
         ({"plain": "plan"}, ["plain: got 'plan'", "the nearest is plain"]),
         ({"variants": {"plain": {"wiht": []}}}, ["variants.plain: 'wiht': unknown key"]),
         ({"variants": {"plain": {"with": ["magic"]}}}, ["got 'magic'", "released mask"]),
+        (
+            {"variants": {"plain": {"with": ["random partners", "greedy partners"]}}},
+            ["plain.with: random partners and greedy partners both replace partners"],
+        ),
         ({"variants": {"plain": {"like": "HTM"}}}, ["like: got 'HTM'", "before it"]),
         (
             {"variants": {"plain": {"set": {"data": {"bach": 1}}}}},

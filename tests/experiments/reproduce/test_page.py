@@ -1,5 +1,6 @@
 """The page: self-contained, its numbers those of the record, and readable in a real browser."""
 
+import base64
 import html
 import json
 import re
@@ -9,10 +10,10 @@ import pytest
 from PIL import Image
 
 from experiments.reproduce.page import page
-from experiments.reproduce.table import cells, training_cells
+from experiments.reproduce.table import PaperTable
 from tests.helpers.browser import PROGRAM, framed, visit
 from tests.helpers.http_server import Server, whole
-from tests.helpers.report_cases import REASON, example
+from tests.helpers.report_cases import REASON, keep_example
 
 needs_browser = pytest.mark.skipif(
     PROGRAM is None, reason="no chromium found (Debian: apt install chromium)"
@@ -48,62 +49,92 @@ class Tables(HTMLParser):
             self._row[-1] += data
 
 
-def holds_the_record(document):
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    return keep_example(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def text(example):
+    return page(example)
+
+
+def holds_the_records(document, example):
     found = Tables(document)
-    expected = {name: cells(row) for record in example() for name, row in record.rows.items()}
+    expected = {line.row.name: line.cells() for table in example for line in table.lines}
     assert found.rows == expected
-    trainings = {n: training_cells(t) for record in example() for n, t in record.training.items()}
+    trainings = {x.row.name: x.training_cells() for table in example for x in table.trained}
     assert found.trainings == trainings
 
 
-def test_the_numbers_are_those_of_the_record():
-    holds_the_record(page(example()))
+def test_the_numbers_are_those_of_the_records(text, example):
+    holds_the_records(text, example)
 
 
-def test_the_page_stands_alone():
-    text = page(example())
+def test_the_page_stands_alone(text):
     assert "<script" not in text and "@import" not in text and "url(" not in text
-    assert re.findall(r'\b(?:src|href|action|srcset)="([^"]*)"', text) == ["data:,"]
+    addresses = re.findall(r'\b(?:src|href|action|srcset)="([^"]*)"', text)
+    pictures = [a for a in addresses if a.startswith("data:image/svg+xml;base64,")]
+    assert sorted(set(addresses) - set(pictures)) == ["data:,"]
     assert not re.search(r"\bon\w+=", text)
+    # three data sets, and the differences of both tables
+    assert len(pictures) == 5
+    for picture in pictures:
+        drawing = base64.b64decode(picture.partition(",")[2]).decode()
+        assert "<svg" in drawing and "<script" not in drawing
+        assert not re.search(r'(?:href|src)="(?!#)', drawing), "it asks for something"
+    assert len(re.findall(r'<img alt="[^"]{10,}"', text)) == 5
 
 
-def test_text_of_the_record_is_text_in_the_page():
-    text = page(example())
-    assert REASON not in text and html.escape(REASON) in text
+def test_no_plot_is_cut_off(example, monkeypatch):
+    boxes = []
+
+    def measure(figure, text):
+        figure.draw_without_rendering()
+        boxes.append((figure.get_tightbbox(), figure.get_size_inches()))
+        return ""
+
+    monkeypatch.setattr("experiments.reproduce.page._svg", measure)
+    page(example)
+    assert len(boxes) == 5
+    for box, (width, height) in boxes:
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
 
 
-def test_well_formed():
+def test_the_same_records_give_the_same_page(text, example):
+    assert page(example) == text
+
+
+def test_text_of_the_record_is_text_in_the_page(text):
+    assert REASON not in text
+    assert REASON in html.unescape(re.sub(r"</?code>", "", text))
+
+
+def test_well_formed(text):
     class Nesting(HTMLParser):
-        open_tags: list[str]
-
         def handle_starttag(self, tag, attributes):
-            if tag not in ("meta", "link"):
+            if tag not in ("meta", "link", "img"):
                 self.open_tags.append(tag)
-
-        def handle_startendtag(self, tag, attributes):
-            pass
 
         def handle_endtag(self, tag):
             assert self.open_tags.pop() == tag
 
     parser = Nesting()
     parser.open_tags = []
-    parser.feed(page(example()))
+    parser.feed(text)
     assert parser.open_tags == []
 
 
 def test_tables_without_any_figure_have_a_page():
-    record = example()[1]
-    empty = type(record)(record.table, record.title, {}, {})
-    assert "0 of 0 evaluated rows reproduced" in page([empty])
-    assert "<svg" not in page([empty])
+    empty = page([PaperTable("imagenet", "ViT on ImageNet", [])])
+    assert "0 of 0 evaluated rows reproduced" in empty and "<img" not in empty
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(text):
     headers = {"Content_Type": "text/html; charset=utf-8"}
     with Server() as running:
-        running.offer("/page.html", whole(page(example()).encode(), **headers))
+        running.offer("/page.html", whole(text.encode(), **headers))
         for width in (390, 1280):
             frame = framed("page.html", width, 4000).encode()
             running.offer(f"/{width}.html", whole(frame, **headers))
@@ -111,10 +142,10 @@ def server():
 
 
 @needs_browser
-def test_opened_in_a_browser_it_says_nothing_and_asks_for_nothing(server, tmp_path):
+def test_opened_in_a_browser_it_says_nothing_and_asks_for_nothing(server, tmp_path, example):
     opened = visit(f"{server.address}/page.html", tmp_path, "--dump-dom")
     assert opened.console == []
-    holds_the_record(opened.document)
+    holds_the_records(opened.document, example)
     asked = {path for path in server.requests if path not in ("/390.html", "/1280.html")}
     assert asked == {"/page.html"}
 
@@ -129,7 +160,7 @@ def test_it_fits_and_is_legible(server, tmp_path, width, scheme):
     found = re.search(r'<p id="facts">(.*?)</p>', opened.document)
     assert found is not None
     facts = json.loads(html.unescape(found[1]))
-    assert facts["width"] <= width and facts["out"] == [] and facts["cut"] == []
+    assert facts["width"] <= width and facts["out"] == []
     assert len(facts["letters"]) == 5 and min(facts["letters"]) > 10
     assert (facts["paper"] == "rgb(255, 255, 255)") == (scheme == "light")
 
