@@ -6,7 +6,7 @@ targets; Vertical TokenMixup: the salient tokens that a layer remembers.
 Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class token, registers),
 T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
 
-Every function takes any floating dtype on any device and keeps no state. Half-precision saliency,
+Every function accepts any floating dtype on any device and keeps no state. Half-precision saliency,
 difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
 "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
 """
@@ -183,7 +183,7 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     Args:
         saliency: (B, T).
         easy: (B,) bool; the E rows of the result are the easy samples in batch order.
-        rho: least difference that is worth a token, >= 0, in the unit of the saliency.
+        rho: smallest difference that counts, >= 0, in the unit of the saliency.
 
     Returns:
         (E, B), in float32 or wider. E depends on the data; :func:`horizontal_mixup` does not.
@@ -238,7 +238,7 @@ def mixing_mask(saliency: Tensor, partner: Tensor, easy: Tensor, rho: float) -> 
         saliency: (B, T).
         partner: j for each sample i, (B,) int64.
         easy: (B,) bool; the rows of other samples are False.
-        rho: least saliency difference that moves a token.
+        rho: smallest saliency difference that replaces a token.
 
     Returns:
         (B, T) bool.
@@ -265,15 +265,15 @@ def decide_mixing(
         saliency: (B, T).
         targets: soft targets, (B, C).
         easy: (B,) bool.
-        rho: least saliency difference that moves a token.
+        rho: smallest saliency difference that replaces a token.
         partners: chooses the partners by the gains, in place of :func:`assign_partners`.
         mask: chooses the tokens, in place of :func:`mixing_mask`.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
     gain = _gain(saliency, saliency, rho) * easy.unsqueeze(1)
-    # 0 * x is nan where x is not finite: bad targets reach the check inside the solver, which has
-    # to read the gains anyway, so that finding them costs no device synchronisation of its own.
+    # 0 * x is nan where x is not finite: the solver, which has to read the gains anyway, finds bad
+    # targets without another device synchronisation.
     gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
     partner = partners(gain)
     taken = mask(saliency, partner, easy, rho)
@@ -291,7 +291,7 @@ def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int 
 def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
     """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
 
-    A sample of which no token was replaced, or whose a + b vanishes, keeps its target as it is.
+    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
     """
     saliency = saliency.to(_wide(saliency))
     partner, mask = decision.partner, decision.mask
@@ -313,7 +313,7 @@ def horizontal_mixup(
     rho: float,
     num_prefix_tokens: int = 0,
 ) -> HorizontalMixup:
-    """Horizontal TokenMixup: give each easy sample the tokens that are more salient elsewhere.
+    """Horizontal TokenMixup: easy samples take the tokens that are more salient in a partner.
 
     With the partner j of easy sample i from :func:`assign_partners`, the mask is
     ``M_i[t] = (s_j[t] - s_i[t] > rho)``. Patch tokens of i under the mask become j's tokens at the
@@ -326,7 +326,7 @@ def horizontal_mixup(
         targets: soft targets, (B, C).
         saliency: (B, T) with T = N - P.
         easy: (B,) bool, the samples that may be mixed.
-        rho: least saliency difference that moves a token, >= 0.
+        rho: smallest saliency difference that replaces a token, >= 0.
         num_prefix_tokens: P.
 
     Returns:
