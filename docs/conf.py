@@ -65,6 +65,7 @@ PUBLIC_MODULES = (
     tokenmixup.hosts,
     tokenmixup.hosts.base,
     tokenmixup.model,
+    tokenmixup.rules,
     tokenmixup.scorenet,
     tokenmixup.vertical,
 )

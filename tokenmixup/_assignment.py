@@ -4,19 +4,19 @@ Dimensions: R rows, B columns, R <= B.
 """
 
 import ctypes
+import functools
+import importlib.util
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lap
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmixup._compiled import load
-
 _SOLVED, _NO_MEMORY = -1, -2
 _LARGEST_WITH_MEAN = 1e300
-"""So many of these as a batch has do not overflow in their sum."""
+"""The sum of a row of these does not overflow."""
 
 
 @torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=())
@@ -24,7 +24,7 @@ def solve_assignment(gain: Tensor) -> Tensor:
     """Exact maximum of ``sum_r gain[r, column(r)]`` over one-to-one column choices.
 
     Args:
-        gain: (R, B) with R <= B, floating point, any device. It is read by the host once.
+        gain: (R, B) with R <= B, floating point, any device. The host reads it once.
 
     Returns:
         (R,) int64 on the device of ``gain``.
@@ -37,7 +37,7 @@ def solve_assignment(gain: Tensor) -> Tensor:
         columns = _by_solver(solver, on_host.float().contiguous())
     else:
         columns = torch.from_numpy(by_lap(on_host))
-    # what the host computed is copied before the call returns, and nobody need wait for the device
+    # pageable memory is staged before the call returns: no need to wait for the device
     return columns.to(gain.device, non_blocking=True)
 
 
@@ -47,7 +47,7 @@ def _(gain: Tensor) -> Tensor:
 
 
 def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
-    """By `_assignment_solver.c`, which computes in float64 with gains in float32."""
+    """By `_assignment_solver.c`, which computes in float64 from gains in float32."""
     columns = torch.empty(len(gain), dtype=torch.int64)
     done = solver(gain.data_ptr(), *gain.shape, columns.data_ptr())
     if done == _NO_MEMORY:
@@ -59,7 +59,7 @@ def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
 
 
 def by_lap(gain: Tensor) -> np.ndarray:
-    """The same by lapx: where the solver in C was not built, and for gains in float64."""
+    """The same optimum by lapx, for gains in float64 and where the solver in C was not built."""
     cost = -gain.to(torch.float64).numpy()
     largest = np.maximum(cost.max(initial=0), -cost.min(initial=0))
     if not np.isfinite(largest):
@@ -74,13 +74,13 @@ def by_lap(gain: Tensor) -> np.ndarray:
 
 
 def _tilt(rows: int, columns: int) -> np.ndarray:
-    """Factors next to 1, (rows, columns), by which one of several best assignments is the best.
+    """Factors next to 1, (rows, columns), that make one of several best assignments the best.
 
-    Equal totals are common: where samples have more than others at every token, their gains add up
-    alike however they are exchanged. Which of them a solver finds depends on the way that it went,
-    and so on the last bits of other numbers, and the mixing of a run on its number of processes. A
-    tilt of 2^-40 is far above what float64 rounds and far below what float32 tells apart. No factor
-    is above 1: the greatest of numbers stays finite.
+    Equal totals are common: where some samples are more salient than others at every token, every
+    exchange among them has the same total. Which one a solver finds depends on its path, and so on
+    the last bits of other gains: the partners of a run would depend on its number of processes. A
+    tilt of 2^-40 is far above the rounding of float64 and far below the precision of float32. No
+    factor is above 1, so that the greatest numbers stay finite.
     """
     row, column = np.arange(1, rows + 1) * 2**0.5, np.arange(1, columns + 1) * 0.6180339887498949
     tilt = 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
@@ -97,11 +97,11 @@ def _refuse(row: int, column: int, value: float) -> NoReturn:
 def _solve_square(cost: np.ndarray) -> np.ndarray:
     """Optimum with a row for each column, where most rows have something to gain.
 
-    The solver begins by giving each column to the row that is cheapest there. Samples of flat
-    saliency gain most from anyone, so few rows would take all columns. What is added to a whole row
-    changes every assignment's total by the same amount: from rows of mean 0 most columns find a row
-    of their own, and the solver is two to four times faster. Where saliency is so peaked that they
-    do not, it is faster from the rows as they are.
+    The solver begins by giving each column to its cheapest row. Samples of flat saliency gain most
+    from anyone, so a few rows would take all columns. Adding a constant to a row changes every
+    assignment's total alike: with rows of mean 0 most columns find a row of their own, and the
+    solver is two to four times faster. Where saliency is so peaked that they do not, it is faster
+    on the rows as they are.
     """
     rows, size = cost.shape
     if rows < size:
@@ -128,8 +128,17 @@ def _solve_active(cost: np.ndarray, active: np.ndarray) -> np.ndarray:
     return columns
 
 
+@functools.cache
 def compiled_solver() -> Callable[..., Any] | None:
-    """The solver of `_assignment_solver.c`, or None where there was no compiler for it."""
+    """The solver of `_assignment_solver.c`, or None where there was no compiler for it.
+
+    It is a plain library without Python's interface: ctypes needs no headers of Python to build it,
+    and lets other threads run while it computes.
+    """
+    found = importlib.util.find_spec("tokenmixup._assignment_solver")
+    if found is None or found.origin is None:
+        return None
+    solver: Any = ctypes.CDLL(found.origin).tokenmixup_solve_assignment
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
-    types = (pointer, length, length, pointer)
-    return load("_assignment_solver", "tokenmixup_solve_assignment", length, *types)
+    solver.restype, solver.argtypes = length, (pointer, length, length, pointer)
+    return cast(Callable[..., Any], solver)

@@ -1,7 +1,7 @@
-"""The hooks that carry TokenMixup out inside a host's own forward pass.
+"""The hooks that carry out TokenMixup inside a host's own forward pass.
 
-They act only while a training pass of their `TokenMixupModel` runs (or is run again by activation
-checkpointing); at any other time they let everything through untouched.
+They act only in a training pass of their `TokenMixupModel`, also when activation checkpointing runs
+it again; otherwise they change nothing.
 
 Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
 """
@@ -59,7 +59,7 @@ class _SaliencyHook(_Hook):
         self.index = index
 
     def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
-        """Keep the tokens at the positions that were chosen."""
+        """Keep the tokens at the chosen positions."""
         config = self.shared.vertical
         assert config is not None
         remembered = self.shared.rules.remember(
@@ -69,7 +69,7 @@ class _SaliencyHook(_Hook):
             record.memory[self.index] = remembered
 
     def _choose(self, record: StepRecord, saliency: Tensor) -> None:
-        """Choose the positions that are remembered."""
+        """Choose the positions to remember."""
         config = self.shared.vertical
         assert config is not None
         record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
@@ -125,8 +125,8 @@ class _LayerHook(_SaliencyHook):
         if tokens.shape[1] != record.num_tokens:
             raise ValueError(
                 f"layer {self.index} was called with {tokens.shape[1]} tokens instead of "
-                f"{record.num_tokens}: a host that drops, merges or adds tokens on the way has no "
-                "token grid that lasts, so that tokens of one place would meet those of another"
+                f"{record.num_tokens}: a host that drops, merges or adds tokens has no "
+                "lasting token grid: tokens would be exchanged between different places"
             )
 
     def _mix(
@@ -144,7 +144,7 @@ class _LayerHook(_SaliencyHook):
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
         logits = None
         if self.scorenet is not None:
-            # Also when run again: checkpointing expects the same tensors to be saved once more.
+            # Also when run again: checkpointing expects the same tensors to be saved.
             logits, losses = scorenet_loss(self.scorenet, tokens, targets, config)
             if not again:
                 record.scorenet_losses.append(losses)
@@ -166,7 +166,7 @@ class _LayerHook(_SaliencyHook):
 
 
 class _ProjectionHook(_SaliencyHook):
-    """At the output of a layer's projection: remember by the queries and keys that it holds."""
+    """At the output of a layer's projection: choose and remember by its queries and keys."""
 
     def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
         super().__init__(shared, index)
@@ -228,7 +228,7 @@ class _AttendHook(_AttentionHook):
 
 
 class _OwnTokensHook(_AttentionHook):
-    """At the output of a VTM layer's attention: drop what belongs to the remembered tokens."""
+    """At the output of a VTM layer's attention: drop the remembered tokens' part."""
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         record, _ = self.shared.session.current()
@@ -251,7 +251,7 @@ def _refuse_without_gradients(record: StepRecord, index: int) -> None:
 def install_hooks(
     layers: Sequence[nn.Module], shared: Attachment, scorenets: Mapping[str, ScoreNet]
 ) -> list[RemovableHandle]:
-    """Put the hooks on the layers that need one, and return what takes them off again."""
+    """Put the hooks on the layers, and return the handles that remove them."""
     mixing = shared.horizontal.layers if shared.horizontal is not None else ()
     attending = shared.vertical.layers if shared.vertical is not None else ()
     handles = []

@@ -1,4 +1,4 @@
-"""State of forward passes: what the hooks of one model share during a training step.
+"""The state that the hooks of one model share during a training step.
 
 Dimensions: B batch, C classes, D width, K kappa.
 """
@@ -17,7 +17,21 @@ from tokenmixup.functional import MixingDecision
 
 _Announce = Callable[[Tensor], None]
 _may_be_saved: Callable[[_Announce], _Announce] = unserializable_hook
-"""Lets a tensor be saved without its hook, and without a warning about that."""
+"""Tensors are saved without this hook, and without a warning."""
+
+
+def backward_pass() -> int:
+    """Number of the backward pass that this thread runs, -1 where it runs none.
+
+    A forward pass inside a backward pass is activation checkpointing, which runs layers again.
+    torch.utils.checkpoint itself asks the engine in this way.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def in_backward() -> bool:
+    """Whether activation checkpointing runs the calling layer again."""
+    return not torch.compiler.is_compiling() and backward_pass() != -1
 
 
 class StepRecord:
@@ -28,15 +42,15 @@ class StepRecord:
         scorenet_losses: losses of each sample (B,), one of each HTM layer.
         stats: 0-d tensors by name.
         memory: remembered tokens (B, K, D) by layer.
-        entering: by layer that is under way, its tokens (B, N, D) and its arguments.
+        entering: by layer that is running, its tokens (B, N, D) and its arguments.
         decisions: by HTM layer, the targets before its mixing and what it decided.
         positions: by layer, the positions (B, K) that it remembers.
         attended: VTM layers whose attention got its remembered tokens.
         grad_enabled: whether the pass began with gradients on.
         num_tokens: N of every layer, None before the first.
 
-    Activation checkpointing runs layers again in the backward pass. They then find here what they
-    decided, instead of deciding anew.
+    Activation checkpointing runs layers again in the backward pass. They then find their decisions
+    here instead of deciding again.
     """
 
     def __init__(self, targets: Tensor | None) -> None:
@@ -75,7 +89,7 @@ class Session:
 
     @contextmanager
     def step(self, targets: Tensor | None) -> Iterator[StepRecord]:
-        """Run the host's forward pass in here; whatever happens, nothing of it stays behind."""
+        """A training pass of the host; its state is dropped at the end, also after an error."""
         if self._thread.running is not None:
             raise RuntimeError(
                 "a TokenMixupModel was called inside a training step of its own: something that "
@@ -88,10 +102,10 @@ class Session:
             self._thread.running = None
 
     def begin_traced(self, targets: Tensor | None) -> StepRecord:
-        """As :meth:`step`, for torch.compile, which runs no other thread while it traces.
+        """As :meth:`step`, for torch.compile, which traces in one thread.
 
-        Where something breaks the graph, what was traced runs as it stands, failures included: so
-        :meth:`end_traced` must be called whatever happens.
+        After a graph break the traced part runs as it stands, also if the rest fails: always call
+        :meth:`end_traced`.
         """
         self._traced = StepRecord(targets)
         return self._traced
@@ -107,25 +121,25 @@ class Session:
         thread = self._thread
         if thread.running is not None:
             return thread.running, False
-        # Activation checkpointing: outside of any forward pass, but inside a backward pass of one,
-        # and with gradients. torch.utils.checkpoint itself asks the engine in this way.
+        # Activation checkpointing: outside of any forward pass, but inside the backward pass of
+        # one, and with gradients.
         if thread.backward_of is None or not torch.is_grad_enabled():
             return None, False
-        if torch._C._current_graph_task_id() != thread.backward_task:
+        if backward_pass() != thread.backward_task:
             return None, False
         record = thread.backward_of()
         return record, record is not None
 
     def mark_backward(self, record: StepRecord | None, output: Tensor) -> None:
-        """Have the backward pass that reaches ``output`` announce its step before anything else.
+        """Make the backward pass through ``output`` announce its step first.
 
-        The graph of ``output`` keeps the record alive for exactly as long as it may be needed.
-        None stands for a pass in evaluation, which one backward pass may share with a step.
+        The graph of ``output`` keeps the record alive exactly as long as it may be needed. None
+        stands for a pass in evaluation, which may share a backward pass with a training step.
         """
         if output.requires_grad:
 
             def announce(_: Tensor) -> None:
                 self._thread.backward_of = None if record is None else weakref.ref(record)
-                self._thread.backward_task = torch._C._current_graph_task_id()
+                self._thread.backward_task = backward_pass()
 
             output.register_hook(_may_be_saved(announce))

@@ -1,4 +1,4 @@
-"""What targets may look like, for every way into the library.
+"""Checks of targets, for every entry to the library.
 
 Dimensions: B batch, C classes.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> None:
     """Raise ValueError unless targets are finite, floating point and (B, C).
 
-    Values are read only where that costs no device synchronisation; on an accelerator those that
-    are not finite reach the check in the assignment solver.
+    Values are read only on the CPU, where that needs no device synchronisation; on an accelerator
+    the assignment solver finds values that are not finite.
     """
     classes = "C" if num_classes is None else num_classes
     if not isinstance(targets, Tensor):
@@ -41,8 +41,8 @@ def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Ten
     """Class indices (B,) -> one-hot targets (B, C) in torch's default floating dtype.
 
     Raises:
-        ValueError: no integers of shape (B,), the number of classes is not known, or (told in
-            words only where that costs no device synchronisation) an index out of range.
+        ValueError: no integers of shape (B,), an unknown number of classes, or (on the CPU, where
+            checking needs no device synchronisation) an index out of range.
     """
     if targets.dim() != 1 or targets.shape[0] != batch or targets.dtype == torch.bool:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Settings of Horizontal and Vertical TokenMixup, checked where they are made."""
+"""Settings of Horizontal and Vertical TokenMixup, checked at construction."""
 
 import numbers
 import sys
@@ -17,11 +17,11 @@ class HorizontalConfig:
 
     Attributes:
         layers: 0-based indices of the encoder layers at whose input tokens are mixed.
-        tau: difficulty threshold; samples with ``CE / 10 <= tau`` are easy. Needed with a
-            ScoreNet, without meaning otherwise. No prediction is easier than the entropy of its
+        tau: difficulty threshold; samples with ``CE / 10 <= tau`` are easy. Required with a
+            ScoreNet, unused without. No prediction is easier than the entropy of its
             target over 10, so label smoothing of 0.1 needs a tau above 0.050 for 10 classes,
-            0.078 for 100 and 0.101 for 1000: below that nothing is ever mixed.
-        rho: least saliency difference that moves a token, in the unit of the attention map.
+            0.078 for 100 and 0.101 for 1000: with a smaller tau nothing is ever mixed.
+        rho: smallest saliency difference that replaces a token, in the unit of the attention map.
         scorenet: how ScoreNet pools the tokens, one of ``"attention"``, ``"cls"`` (class token)
             and ``"average"`` (of the patch tokens); None mixes every sample.
         scorenet_lambda: weight of ScoreNet's loss.
@@ -86,7 +86,7 @@ class VerticalConfig:
 
 
 def layer_indices(name: str, layers: Iterable[int], lowest: int) -> tuple[int, ...]:
-    """Layer indices in rising order; ValueError where they are not distinct integers >= lowest."""
+    """Layer indices in rising order; ValueError unless they are distinct integers >= lowest."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ValueError(f"{name} must be a sequence of layer indices, got {layers!r}")
     layers = tuple(layers)
@@ -102,7 +102,7 @@ def layer_indices(name: str, layers: Iterable[int], lowest: int) -> tuple[int, .
 
 
 def _settle_number(owner: object, field: str) -> None:
-    """Check a field; keep a number of another library, such as NumPy's, as Python's own."""
+    """Check a number; convert one of another library, such as NumPy, to Python's type."""
     value = getattr(owner, field)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     number = float(value) if is_number and not isinstance(value, int) else value

@@ -1,9 +1,12 @@
 """The mathematics of TokenMixup as pure tensor functions.
 
+The order is the paper's. Horizontal TokenMixup: saliency, difficulty, gain, partners, mask, tokens,
+targets; Vertical TokenMixup: the salient tokens that a layer remembers.
+
 Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class token, registers),
 T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
 
-Every function takes any floating dtype on any device and keeps no state. Half-precision saliency,
+Every function accepts any floating dtype on any device and keeps no state. Half-precision saliency,
 difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
 "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
 """
@@ -17,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
-from tokenmixup._gain import gain_rows
-from tokenmixup._saliency import mean_of_columns
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
+_CPU_CHUNK = 1 << 20
+"""Elements of the largest temporary on a CPU: 4 MiB in float32, which stay in the cache."""
+_DEVICE_CHUNK = 1 << 24
+"""The same on a device, where few large kernels are faster: 64 MiB in float32."""
 
 
 class HorizontalMixup(NamedTuple):
@@ -96,8 +101,8 @@ def query_key_saliency(
     """Saliency as :func:`attention_saliency` gives it, from queries and keys alone.
 
     The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
-    is computed, without one the map of one head at a time, on a CPU of a few samples. Fused
-    attention can thus stay on in the layer itself.
+    is computed, without one the map of one head and a few samples at a time. Fused attention can
+    thus stay on in the layer itself.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -117,8 +122,19 @@ def query_key_saliency(
         if bias is not None:
             scores = scores + bias[:, :, :1]
         return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
-    saliency = mean_of_columns(query, key, scale, bias, dtype)
-    return saliency[:, num_prefix_tokens:]
+    samples, heads, tokens = key.shape[:3]
+    at_once = _rows_at_once(key, query.shape[2] * tokens)
+    parts = []
+    for first in range(0, max(1, samples), at_once):
+        part = slice(first, first + at_once)
+        columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
+        for head in range(heads):
+            scores = (query[part, head] * scale) @ key[part, head].transpose(-2, -1)
+            if bias is not None:
+                scores = scores + (bias if len(bias) == 1 else bias[part])[:, head]
+            columns = columns + scores.softmax(-1, dtype=dtype).mean(1)
+        parts.append(columns / heads)
+    return torch.cat(parts)[:, num_prefix_tokens:]
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -167,7 +183,7 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     Args:
         saliency: (B, T).
         easy: (B,) bool; the E rows of the result are the easy samples in batch order.
-        rho: least difference that is worth a token, >= 0, in the unit of the saliency.
+        rho: smallest difference that counts, >= 0, in the unit of the saliency.
 
     Returns:
         (E, B), in float32 or wider. E depends on the data; :func:`horizontal_mixup` does not.
@@ -177,46 +193,20 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    return gain_rows(saliency[easy], saliency, rho)
+    return _gain(saliency[easy], saliency, rho)
 
 
-def horizontal_mixup(
-    tokens: Tensor,
-    targets: Tensor,
-    saliency: Tensor,
-    easy: Tensor,
-    rho: float,
-    num_prefix_tokens: int = 0,
-) -> HorizontalMixup:
-    """Horizontal TokenMixup: give each easy sample the tokens that are more salient elsewhere.
+def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
+    """``sum_t max(columns[c, t] - rows[r, t] - rho, 0)``: (R, T) and (C, T) -> (R, C).
 
-    With the partner j of easy sample i from :func:`assign_partners`, the mask is
-    ``M_i[t] = (s_j[t] - s_i[t] > rho)``. Patch tokens of i under the mask become j's tokens at the
-    same positions; prefix tokens stay i's own. The target becomes ``(a y_i + b y_j) / (a + b)``
-    with ``a = sum_t s_i[t] (1 - M_i[t])`` and ``b = sum_t s_j[t] M_i[t]``. Batch order is kept,
-    and shapes do not depend on how many samples are easy.
-
-    Args:
-        tokens: (B, N, D).
-        targets: soft targets, (B, C).
-        saliency: (B, T) with T = N - P.
-        easy: (B,) bool, the samples that may be mixed.
-        rho: least saliency difference that moves a token, >= 0.
-        num_prefix_tokens: P.
-
-    Returns:
-        :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
-
-    Raises:
-        ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
+    The sum runs over the differences themselves, in chunks of rows. The faster
+    ``(|x| + x) / 2`` by `torch.cdist` rounds, so that a gain of 0 would not stay 0.
     """
-    _check_mixup(tokens, targets, saliency, easy, num_prefix_tokens)
-    decision = decide_mixing(saliency, targets, easy, rho)
-    return HorizontalMixup(
-        mix_tokens(tokens, decision, num_prefix_tokens),
-        mix_targets(targets, saliency, decision),
-        decision.partner,
-        decision.mask,
+    if torch.compiler.is_compiling():  # the compiler fuses it, without temporaries
+        return (columns - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
+    parts = rows.split(_rows_at_once(rows, columns.numel()))
+    return torch.cat(
+        [(columns - part.unsqueeze(1)).sub_(rho).clamp_min_(0).sum(-1) for part in parts]
     )
 
 
@@ -224,7 +214,8 @@ def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
     The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
-    assignments with equal totals the same is taken whatever the other gains are.
+    assignments with equal totals the same is taken whatever the other gains are, up to partners
+    from whom nothing is gained: no token is taken from those.
 
     Args:
         gain: (E, B) with E <= B.
@@ -247,7 +238,7 @@ def mixing_mask(saliency: Tensor, partner: Tensor, easy: Tensor, rho: float) -> 
         saliency: (B, T).
         partner: j for each sample i, (B,) int64.
         easy: (B,) bool; the rows of other samples are False.
-        rho: least saliency difference that moves a token.
+        rho: smallest saliency difference that replaces a token.
 
     Returns:
         (B, T) bool.
@@ -274,15 +265,15 @@ def decide_mixing(
         saliency: (B, T).
         targets: soft targets, (B, C).
         easy: (B,) bool.
-        rho: least saliency difference that moves a token.
+        rho: smallest saliency difference that replaces a token.
         partners: chooses the partners by the gains, in place of :func:`assign_partners`.
         mask: chooses the tokens, in place of :func:`mixing_mask`.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    gain = gain_rows(saliency, saliency, rho) * easy.unsqueeze(1)
-    # 0 * x is nan where x is not finite: bad targets reach the check inside the solver, which has
-    # to read the gains anyway, so that finding them costs no device synchronisation of its own.
+    gain = _gain(saliency, saliency, rho) * easy.unsqueeze(1)
+    # 0 * x is nan where x is not finite: the solver, which has to read the gains anyway, finds bad
+    # targets without another device synchronisation.
     gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
     partner = partners(gain)
     taken = mask(saliency, partner, easy, rho)
@@ -300,7 +291,7 @@ def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int 
 def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
     """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
 
-    A sample of which no token was replaced, or whose a + b vanishes, keeps its target as it is.
+    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
     """
     saliency = saliency.to(_wide(saliency))
     partner, mask = decision.partner, decision.mask
@@ -312,6 +303,46 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     dtype = torch.promote_types(targets.dtype, share.dtype)
     blend = (1 - share) * targets.to(dtype) + share * targets[partner].to(dtype)
     return torch.where(mixed.unsqueeze(1), blend.to(targets.dtype), targets)
+
+
+def horizontal_mixup(
+    tokens: Tensor,
+    targets: Tensor,
+    saliency: Tensor,
+    easy: Tensor,
+    rho: float,
+    num_prefix_tokens: int = 0,
+) -> HorizontalMixup:
+    """Horizontal TokenMixup: easy samples take the tokens that are more salient in a partner.
+
+    With the partner j of easy sample i from :func:`assign_partners`, the mask is
+    ``M_i[t] = (s_j[t] - s_i[t] > rho)``. Patch tokens of i under the mask become j's tokens at the
+    same positions; prefix tokens stay i's own. The target becomes ``(a y_i + b y_j) / (a + b)``
+    with ``a = sum_t s_i[t] (1 - M_i[t])`` and ``b = sum_t s_j[t] M_i[t]``. Batch order is kept,
+    and shapes do not depend on how many samples are easy.
+
+    Args:
+        tokens: (B, N, D).
+        targets: soft targets, (B, C).
+        saliency: (B, T) with T = N - P.
+        easy: (B,) bool, the samples that may be mixed.
+        rho: smallest saliency difference that replaces a token, >= 0.
+        num_prefix_tokens: P.
+
+    Returns:
+        :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
+
+    Raises:
+        ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
+    """
+    _check_mixup(tokens, targets, saliency, easy, num_prefix_tokens)
+    decision = decide_mixing(saliency, targets, easy, rho)
+    return HorizontalMixup(
+        mix_tokens(tokens, decision, num_prefix_tokens),
+        mix_targets(targets, saliency, decision),
+        decision.partner,
+        decision.mask,
+    )
 
 
 def select_salient_tokens(
@@ -347,6 +378,18 @@ def salient_positions(saliency: Tensor, kappa: int) -> Tensor:
     if not 1 <= kappa <= saliency.shape[1]:
         raise ValueError(f"kappa must lie in 1..T = {saliency.shape[1]}, got {kappa}")
     return saliency.argsort(dim=1, descending=True, stable=True)[:, :kappa]
+
+
+def _rows_at_once(like: Tensor, elements: int) -> int:
+    """Rows to compute at once, where each needs a temporary of so many elements.
+
+    Larger temporaries are memory that the system hands out anew each time, which takes longer than
+    the computation. A compiler would only have a larger graph: it gets all rows at once.
+    """
+    if torch.compiler.is_compiling():
+        return max(1, len(like))
+    most = _CPU_CHUNK if like.device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, most // max(1, elements))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

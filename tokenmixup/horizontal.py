@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenmixup._recomputation import in_backward
+from tokenmixup._session import in_backward
 from tokenmixup._targets import check_soft_targets
 from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
@@ -29,7 +29,7 @@ _PAPER = Rules()
 
 @dataclass
 class HorizontalStep:
-    """What Horizontal TokenMixup decided at one layer, for one batch.
+    """The result of Horizontal TokenMixup at one layer, for one batch.
 
     Attributes:
         decision: partners (B,) and token mask (B, T).
@@ -62,7 +62,7 @@ def horizontal_step(
     """Difficulty, partners, mask and relabelling of one layer.
 
     Args:
-        rules: what decides.
+        rules: the decisions.
         layer: index of the layer.
         targets: soft targets before this layer's mixing, (B, C).
         saliency: of the layer's unmixed tokens, (B, T).
@@ -88,7 +88,7 @@ def horizontal_step(
 def _statistics(
     saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
 ) -> dict[str, Tensor]:
-    """What a person needs to choose tau and rho, as 0-d tensors: nothing waits for the device."""
+    """The numbers by which to choose tau and rho, as 0-d tensors: no device synchronisation."""
     partner, mask = decision.partner, decision.mask
     num_easy = easy.sum()
     at_least_one = num_easy.clamp_min(1)
@@ -140,8 +140,8 @@ class HorizontalTokenMixupLayer(nn.Module):
         batch_first: tokens are (B, N, D) if True, (N, B, D) if False.
         has_cls: whether there is a class token.
         cls_first: whether the class token is the first token (or else the last).
-        report_every: training steps from one report to the next; steps that torch.compile has
-            compiled are neither counted nor reported.
+        report_every: training steps between reports; compiled steps are neither counted nor
+            reported.
         layer_name: name in reports.
         verbose: report difficulty, saliency difference and counts through ``logging`` (INFO).
 
@@ -184,7 +184,7 @@ class HorizontalTokenMixupLayer(nn.Module):
         self.num_classes = num_classes
         pooling = _POOLINGS[scorenet_type]
         self.config = HorizontalConfig(
-            layers=(0,),  # which layer this is, the encoder that holds the wrapper knows
+            layers=(0,),  # only the encoder that holds the wrapper knows which layer this is
             tau=tau,
             rho=rho,
             scorenet=pooling if use_scorenet else None,
@@ -270,9 +270,8 @@ class HorizontalTokenMixupLayer(nn.Module):
         return F.interpolate(grid, target, mode="bilinear", align_corners=False).flatten(1)
 
     def _report(self, step: HorizontalStep) -> None:
-        if torch.compiler.is_compiling():  # a count would be a constant of the compiled code
-            return
-        if in_backward():  # activation checkpointing runs a step again that is counted already
+        # compiled, a count would be a constant; run again by checkpointing, a step counts already
+        if torch.compiler.is_compiling() or in_backward():
             return
         self.steps += 1
         if not self.verbose or self.steps % self.report_every != 1 % self.report_every:
@@ -291,7 +290,7 @@ class HorizontalTokenMixupLayer(nn.Module):
 
 
 def _grid(tokens: int, aspect_ratio: float, name: str) -> tuple[int, int]:
-    """Rows and columns of a grid of so many tokens with columns / rows = aspect_ratio."""
+    """Rows and columns of a grid of ``tokens`` with columns / rows = aspect_ratio."""
     rows = round((tokens / aspect_ratio) ** 0.5)
     if rows < 1 or tokens % rows or abs(tokens / rows / rows / aspect_ratio - 1) > 1e-2:
         raise ValueError(

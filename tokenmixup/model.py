@@ -47,7 +47,7 @@ class TokenMixupModel(nn.Module):
         vertical: settings of VTM, or None.
         layout: how the host lays out its tokens.
         num_classes: C.
-        rules: what decides in training.
+        rules: the decisions in training, :class:`~tokenmixup.rules.Rules`.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class TokenMixupModel(nn.Module):
     def _check_usable(self) -> None:
         if not self._is_attached and (self.horizontal or self.vertical):
             raise RuntimeError(
-                "TokenMixup was taken off this model by detach(): train what detach() returned, or "
-                "attach TokenMixup to it again"
+                "detach() removed TokenMixup from this model: train the model that it returned, or "
+                "attach TokenMixup to that again"
             )
         # torch marks what DataParallel makes in this way
         if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
@@ -154,8 +154,8 @@ class TokenMixupModel(nn.Module):
                 raise RuntimeError(
                     f"{name} was not carried out at layer(s) {', '.join(map(str, missing))}: the "
                     "host did not call them as usual in this step. If parts of the model are "
-                    "compiled, attach first and then compile the whole TokenMixupModel with "
-                    "torch.compile(model, fullgraph=True), which names whatever breaks the graph"
+                    "compiled, attach first, then compile the whole TokenMixupModel with "
+                    "torch.compile(model, fullgraph=True), which names any graph break"
                 )
 
     def _soft_targets(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
@@ -172,9 +172,9 @@ class TokenMixupModel(nn.Module):
         return targets
 
     def detach(self) -> nn.Module:
-        """Take TokenMixup off again and return the host exactly as it was before :func:`attach`.
+        """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
 
-        This model must not be used afterwards.
+        Do not use this model afterwards.
         """
         for handle in self._handles:
             handle.remove()
@@ -183,11 +183,11 @@ class TokenMixupModel(nn.Module):
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
-        """The host's own list, by the names that its parameters have here."""
+        """The host's own list, with the names that its parameters have here."""
         return {f"backbone.{name}" for name in self.adapter.no_weight_decay(self.backbone)}
 
     def extra_repr(self) -> str:
-        """What is attached, and where."""
+        """The host's family and the settings."""
         return "\n".join(
             (
                 f"(host): {self.adapter.family}",
@@ -228,7 +228,7 @@ def attach(
         horizontal: settings of Horizontal TokenMixup.
         vertical: settings of Vertical TokenMixup.
         num_classes: C, where the host does not know it.
-        rules: for research, what decides in place of the paper's method; it belongs to this model.
+        rules: for research, the decisions that differ from the paper's; one instance per model.
 
     Raises:
         UnsupportedHostError: (a ValueError) the host is of no supported family.
@@ -237,8 +237,8 @@ def attach(
     if isinstance(model, TokenMixupModel) or has_hooks(model):
         raise ValueError(
             "TokenMixup is attached to this model already: give all layers in one call of attach, "
-            "or take it off with detach() first (a backbone copied alone keeps its hooks, which do "
-            "nothing: copy the TokenMixupModel, and detach() that)"
+            "or detach() first (a copied backbone keeps its hooks, which do nothing: copy the "
+            "TokenMixupModel and detach() that)"
         )
     for name, value, kind in (
         ("horizontal", horizontal, HorizontalConfig),
@@ -269,8 +269,8 @@ def _check_layers(
             )
     if (horizontal is not None or vertical is not None) and len(set(layers)) < depth:
         raise UnsupportedHostError(
-            f"the model's {depth} layers are {len(set(layers))} modules, so some of them run more "
-            "than once in a pass, and TokenMixup could not tell the layers apart"
+            f"the model's {depth} layers are {len(set(layers))} modules: some run more than once "
+            "per pass, and TokenMixup cannot tell such layers apart"
         )
 
 

@@ -43,9 +43,9 @@ class Rules:
     def decide(
         self, layer: int, saliency: Tensor, targets: Tensor, easy: Tensor, rho: float
     ) -> MixingDecision:
-        """Which tokens come from where: :func:`functional.decide_mixing` by the next two methods.
+        """Which tokens come from where: ``functional.decide_mixing`` with the next two methods.
 
-        A subclass of :class:`MixingDecision` may carry more from here to :meth:`mix` and
+        A subclass of ``functional.MixingDecision`` may carry more from here to :meth:`mix` and
         :meth:`relabel`.
 
         Args:

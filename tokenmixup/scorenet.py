@@ -1,4 +1,4 @@
-"""ScoreNet: the small head whose cross-entropy says how difficult a sample is.
+"""ScoreNet: the small head whose cross-entropy measures how difficult a sample is.
 
 Dimensions: B batch, N tokens, P prefix tokens, D width, C classes.
 """
@@ -57,7 +57,7 @@ class ScoreNet(nn.Module):
         """Class logits (B, C) of tokens (B, N, D)."""
         if self.pool is not None:
             weight = self.pool(tokens).softmax(dim=1)  # (B, N, 1)
-            # a softmax is float32 under autocast: back to the tokens' type for the product
+            # softmax gives float32 under autocast; the product needs the tokens' type
             pooled = torch.einsum("bnk,bnd->bd", weight.to(tokens.dtype), tokens)
         elif self.pooling == "cls":
             pooled = tokens[:, 0]

@@ -5,14 +5,13 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, H heads, K kappa, M rem
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmixup._memory import VerticalMemory, memory_for
-from tokenmixup._recomputation import Calls, Region, checkpointed_region
+from tokenmixup._session import in_backward
 from tokenmixup.config import VerticalConfig, layer_indices
 from tokenmixup.functional import attention_saliency, gather_tokens, salient_positions
 
@@ -34,35 +33,22 @@ def remember(
     return gather_tokens(tokens, positions, num_prefix_tokens)
 
 
-@dataclass
-class _Call:
-    """What a call of a wrapper did, for when activation checkpointing makes it again.
-
-    Attributes:
-        remembered: tokens (B, M, D) that it attended to, without their graph.
-        positions: (B, K) that it remembered.
-        training: False where the attention alone ran.
-    """
-
-    remembered: Tensor | None = None
-    positions: Tensor | None = None
-    training: bool = True
-
-
 class VerticalTokenMixupLayer(nn.Module):
     """The paper's wrapper: lets a self-attention attend to tokens of earlier layers in training.
 
     Wrap the attention of *every* encoder layer up to the last of ``apply_layers``. The wrapped
-    ``attention`` is called ``attention(x, *args, **kwargs)`` on tokens that are already
-    normalised, and returns ``(output, attention map)``. Layers before the last of
+    ``attention`` is called ``attention(x, *args, **kwargs)`` on normalised tokens, and returns
+    ``(output, attention map)``. Layers before the last of
     ``apply_layers`` remember their K most salient tokens; a layer in ``apply_layers`` runs its
     attention on its own tokens followed by the remembered ones and keeps the rows of its own, so
     that its queries are its own tokens and its keys and values are all of them. In evaluation the
     attention alone runs.
 
-    Wrappers of one model share a memory. It is found by the order of construction: a wrapper
-    belongs to the model of the one built before it in the same thread as long as ``layer_index``
-    rises. Where layers are built in another order, pass the same ``memory`` to each.
+    Wrappers of one model share a memory, found by the order of construction: as long as
+    ``layer_index`` rises, a wrapper belongs to the model of the previous one built in the same
+    thread. If layers are built in another order, pass the same ``memory`` to each.
+
+    Activation checkpointing of the wrapped layers is an error; use `tokenmixup.attach` with it.
 
     Args:
         attention: the self-attention.
@@ -73,8 +59,8 @@ class VerticalTokenMixupLayer(nn.Module):
         vtm_attn_numheads: H, checked against the attention map.
         vtm_stopgrad: keep gradients out of the remembered tokens.
         has_cls: whether token 0 is a class token, whose row of the map is then the saliency.
-        report_every: training steps from one report to the next; steps that torch.compile has
-            compiled are neither counted nor reported.
+        report_every: training steps between reports; compiled steps are neither counted nor
+            reported.
         verbose: report the number of remembered tokens through ``logging`` (INFO).
         memory: the model's memory, by default found as above.
 
@@ -120,10 +106,9 @@ class VerticalTokenMixupLayer(nn.Module):
         self.verbose = verbose
         self.steps = 0
         self._memory = memory if memory is not None else memory_for(layer_index)
-        self._calls: Calls[_Call] = Calls()
 
     def reset(self) -> None:
-        """Forget the remembered tokens of this model; one call on any of its layers will do."""
+        """Forget the remembered tokens of this model; a call on one of its layers is enough."""
         self._memory.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -132,72 +117,43 @@ class VerticalTokenMixupLayer(nn.Module):
         Raises:
             ValueError: the tokens, or what the attention returns, have another shape.
             RuntimeError: an earlier layer remembered nothing, or activation checkpointing runs
-                this layer again in a way that does not tell of which step.
+                this layer again.
         """
-        if self.layer_index > self.config.layers[-1]:
+        if not self.training or self.layer_index > self.config.layers[-1]:
             return self.attention(x, *args, **kwargs)
-        region = None if torch.compiler.is_compiling() else checkpointed_region()
-        again = False
-        if region is not None and region.run is not None:
-            call, remembered = self._repeat(region)
-            again = True
-        else:
-            call, remembered = self._begin(x, region)
-        if not call.training:
-            return self.attention(x, *args, **kwargs)
+        self._refuse_recomputation()
+        if x.dim() != 3 or x.shape[-1] != self.width:
+            raise ValueError(
+                f"tokens must be (B, N, D) with D = vtm_attn_dim = {self.width}, but layer "
+                f"{self.layer_index} got shape {tuple(x.shape)}"
+            )
+        if self.layer_index == 0:
+            self._memory.clear()  # what a pass that broke off may have left
+        remembered = self._remembered()
         keys = x if remembered is None else torch.cat((x, remembered), dim=1)
         output, attention = self._checked(self.attention(keys, *args, **kwargs), keys)
         if remembered is not None:
             num_tokens = x.shape[1]
             output = output[:, :num_tokens]
             own = attention[:, :, :num_tokens, :num_tokens]
-            # The softmax over its own tokens alone; rows that gave them nothing stay zero.
+            # the softmax over its own tokens alone; rows that gave them nothing stay zero
             total = own.sum(-1, keepdim=True)
             attention = own / total.clamp_min(torch.finfo(total.dtype).tiny)
         if self.layer_index < self.config.layers[-1]:
-            if call.positions is None:
-                saliency = attention_saliency(attention, self.num_prefix_tokens)
-                call.positions = salient_positions(saliency, self.config.kappa)
-            # Also when run again: checkpointing expects the same tensors to be saved once more.
-            tokens = remember(x, call.positions, self.config, self.num_prefix_tokens)
-            if not again:
-                self._memory.remember(self.layer_index, tokens)
+            saliency = attention_saliency(attention, self.num_prefix_tokens)
+            positions = salient_positions(saliency, self.config.kappa)
+            tokens = remember(x, positions, self.config, self.num_prefix_tokens)
+            self._memory.tokens()[self.layer_index] = tokens
         return output, attention
 
-    def _begin(self, x: Tensor, region: Region | None) -> tuple[_Call, Tensor | None]:
-        """A new call, and the tokens (B, M, D) that it attends to."""
-        remembered = None
-        if self.training:
-            if x.dim() != 3 or x.shape[-1] != self.width:
-                raise ValueError(
-                    f"tokens must be (B, N, D) with D = vtm_attn_dim = {self.width}, but layer "
-                    f"{self.layer_index} got shape {tuple(x.shape)}"
-                )
-            self._memory.enter(self.layer_index)
-            remembered = self._remembered()
-        call = _Call(training=self.training)
-        if region is not None:
-            if remembered is not None:
-                # Without the graph, which holds this note. Whether there is a gradient is kept: it
-                # decides on which tensors are saved when the layer runs again.
-                call.remembered = remembered.detach().requires_grad_(remembered.requires_grad)
-            self._calls.note(region, call)
-        return call, remembered
-
-    def _repeat(self, region: Region) -> tuple[_Call, Tensor | None]:
-        """The call of the forward pass that is made again, and the tokens (B, M, D) it attended to.
-
-        The thread's pass is of no use here: other steps may have run since, and the backward pass
-        may be in another thread.
-        """
-        call = self._calls.again(region)
-        if call is None:
+    def _refuse_recomputation(self) -> None:
+        if in_backward():
             raise RuntimeError(
-                f"VTM layer {self.layer_index} runs again in a backward pass, but did not run, or "
-                "was compiled, in the forward pass of the checkpointed region. Compile the whole "
-                "encoder with its checkpointing, or none of it"
+                f"VTM layer {self.layer_index} was called inside a backward pass: activation "
+                "checkpointing runs it again, and the tokens that it attended to are gone. "
+                "tokenmixup.attach works with checkpointing (use_reentrant=False); "
+                "VerticalTokenMixupLayer does not: leave the layers that it wraps out of it"
             )
-        return call, call.remembered
 
     def _checked(self, result: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention returned for its input (B, M, D), own and remembered tokens."""
@@ -238,8 +194,6 @@ class VerticalTokenMixupLayer(nn.Module):
                 "reset() only after the last layer"
             )
         remembered = remembered_before(memory, self.layer_index)
-        if not self.config.stop_gradient:
-            self._memory.note_cut_off(self.layer_index)
         self._report(0 if remembered is None else remembered.shape[1])
         return remembered
 

@@ -1,7 +1,5 @@
 """Hosts and settings that are refused, and what the refusal says."""
 
-import importlib
-
 import pytest
 import timm
 import torch
@@ -11,59 +9,46 @@ from torch import nn
 from tests.helpers.host_cases import BY_NAME, batch, one_of_each, timm_host
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
 from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
-from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
-from tokenmixup.hosts.unsupported import REASONS
+from tokenmixup.hosts.timm_vit import TimmViT
 
 HTM = HorizontalConfig(layers=(1,), rho=0.005, scorenet=None)
 VTM = VerticalConfig(layers=(2,), kappa=3)
 vit = BY_NAME["vit"].build
 
-SMALL = {"num_classes": 3}
-WITHOUT_TOKEN_GRID = {
-    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", **SMALL), "windows"),
-    "levit": (lambda: timm.create_model("levit_128s", **SMALL), "no token grid"),
-    "pit": (lambda: timm.create_model("pit_ti_224", **SMALL), "no token grid"),
-    "volo": (lambda: timm.create_model("volo_d1_224", **SMALL), "no token grid"),
-    "mvitv2": (lambda: timm.create_model("mvitv2_tiny", **SMALL), "no token grid"),
-    "xcit": (lambda: timm.create_model("xcit_nano_12_p16_224", **SMALL), "over channels"),
-    "cait": (lambda: timm.create_model("cait_xxs24_224", **SMALL), "talking heads"),
-    "resnet": (lambda: timm.create_model("resnet18", **SMALL), "no attention map"),
-    "torchvision resnet": (torchvision.models.resnet18, "no attention map"),
-    "naflexvit": (lambda: timm.create_model("naflexvit_base_patch16_gap", **SMALL), "of one place"),
-}
 
-
-@pytest.mark.parametrize("name", WITHOUT_TOKEN_GRID)
-def test_a_known_class_that_cannot_work(name):
-    build, reason = WITHOUT_TOKEN_GRID[name]
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=3),
+        lambda: timm.create_model("resnet18", num_classes=3),
+        lambda: timm.create_model("naflexvit_base_patch16_gap", num_classes=3),
+        torchvision.models.resnet18,
+        nn.Identity,
+    ],
+)
+def test_a_host_of_another_class(build):
+    """The class, what to do, what a host needs, what is supported: in this order, in one line."""
     with torch.device("meta"):
         host = build()
     with pytest.raises(UnsupportedHostError) as caught:
         attach(host, horizontal=HTM)
+    parts = (
+        f"{base.class_name(type(host))} is no supported host: register an adapter with",
+        "register_adapter",
+        "HorizontalTokenMixupLayer",
+        "A host needs one sequence of tokens",
+        "Supported: timm VisionTransformer, timm Eva, timm Beit, torchvision VisionTransformer",
+    )
     message = str(caught.value)
-    assert f"{type(host).__module__}.{type(host).__qualname__}" in message and reason in message
-    for family in ("timm VisionTransformer", "timm Eva", "timm Beit", "torchvision", "Dinov2"):
-        assert family in message
-    assert "register_adapter" in message and "HorizontalTokenMixupLayer" in message
-
-
-def test_an_unknown_class_is_named():
-    class Mine(nn.Module):
-        pass
-
-    with pytest.raises(UnsupportedHostError, match=r"does not know the model class .*Mine\. Supp"):
-        attach(Mine())
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_reasons_are_of_classes_that_exist(name):
-    module, _, kind = name.rpartition(".")
-    found = getattr(importlib.import_module(module), kind)
-    assert issubclass(found, nn.Module) and base.class_name(found) == name
+    places = [message.find(part) for part in parts]
+    assert places[0] == 0 and places == sorted(places) and len(message) < 600
+    assert "\n" not in message
 
 
 def test_wrapped_models_are_told_the_right_order():
-    with pytest.raises(UnsupportedHostError, match="attach TokenMixup to the model itself first"):
+    with pytest.raises(
+        UnsupportedHostError, match=r"host: attach TokenMixup to the timm\S+ inside"
+    ):
         attach(torch.compile(vit(), backend="eager"))
 
 
@@ -83,7 +68,7 @@ def test_attaching_twice(case):
 def test_hosts_that_drop_patches(model):
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     host = timm.create_model(model, patch_drop_rate=0.2, **settings)
-    with pytest.raises(UnsupportedHostError, match=r"patch_drop_rate > 0.*tokens of one place"):
+    with pytest.raises(UnsupportedHostError, match=r"patch_drop_rate=0.*tokens of one place"):
         attach(host)
 
 
@@ -314,7 +299,7 @@ def test_the_adapter_of_the_nearest_class_is_used(monkeypatch):
     assert find_adapter(host).family == "timm VisionTransformer"
     for family in ("mine", "mine, of the cell run again"):
 
-        class Mine(TimmVisionTransformer):
+        class Mine(TimmViT):
             host_classes = (base.class_name(MyViT),)
 
         Mine.family = family

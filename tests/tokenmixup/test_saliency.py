@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmixup import _saliency
+from tokenmixup import functional
 from tokenmixup.functional import attention_saliency, query_key_saliency
 
 
@@ -24,7 +24,7 @@ def of_whole_map(query, key, bias=0.0):
 def test_any_part_at_once_gives_the_same(samples, heads, tokens, at_once):
     query, key = operands(samples, heads, tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_saliency, "_CPU_MAP", at_once)
+        patch.setattr(functional, "_CPU_CHUNK", at_once)
         found = query_key_saliency(query, key, 0.3, class_token=False)
     assert found.dtype == torch.float32 and found.shape == (samples, tokens)
     torch.testing.assert_close(found.double(), of_whole_map(query, key), rtol=1e-5, atol=1e-7)
@@ -34,31 +34,15 @@ def test_any_part_at_once_gives_the_same(samples, heads, tokens, at_once):
 def test_each_part_gets_its_own_bias(monkeypatch, shared):
     query, key = operands(7, 2, 5)
     bias = torch.randn(1 if shared else 7, 2, 5, 5, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(_saliency, "_CPU_MAP", 3 * 25)
+    monkeypatch.setattr(functional, "_CPU_CHUNK", 3 * 25)
     found = query_key_saliency(query, key, 0.3, class_token=False, bias=bias)
     torch.testing.assert_close(found.double(), of_whole_map(query, key, bias), rtol=1e-5, atol=1e-7)
-
-
-def test_a_part_is_no_larger_than_it_may_be(monkeypatch):
-    """Of 10 samples 4 at once, since 5 of their maps are too large."""
-    query, key = operands(10, 2, 6)
-    sizes = []
-    one = _saliency._head_by_head
-
-    def seen(query, *others):
-        sizes.append(len(query))
-        return one(query, *others)
-
-    monkeypatch.setattr(_saliency, "_head_by_head", seen)
-    monkeypatch.setattr(_saliency, "_CPU_MAP", 5 * 36 - 1)
-    query_key_saliency(query, key, 0.3, class_token=False)
-    assert sizes == [4, 4, 2]
 
 
 def test_a_compiler_sees_one_part():
     """More would be a larger graph, and another one for other batches."""
     query, key = operands(40, 1, 200)
-    assert _saliency._samples_at_once(query, key) < 40
+    assert functional._CPU_CHUNK < 40 * 200 * 200
     graphs = []
 
     def record(graph, _):

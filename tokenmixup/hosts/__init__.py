@@ -1,4 +1,4 @@
-"""Adapters: one small file a family of hosts, chosen by the host's class."""
+"""Adapters: one small file per family of hosts, chosen by the host's class."""
 
 from torch import nn
 
@@ -12,10 +12,9 @@ from tokenmixup.hosts.base import (
 from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
-from tokenmixup.hosts.timm_vision_transformer import TimmVisionTransformer
-from tokenmixup.hosts.torchvision_vision_transformer import TorchvisionVisionTransformer
+from tokenmixup.hosts.timm_vit import TimmViT
+from tokenmixup.hosts.torchvision_vit import TorchvisionViT
 from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
-from tokenmixup.hosts.unsupported import REASONS
 
 __all__ = [
     "HostAdapter",
@@ -27,10 +26,10 @@ __all__ = [
 ]
 
 _adapters: list[HostAdapter] = [
-    TimmVisionTransformer(),
+    TimmViT(),
     TimmEva(),
     TimmBeit(),
-    TorchvisionVisionTransformer(),
+    TorchvisionViT(),
     TransformersViT(),
     TransformersDeiT(),
     TransformersDinov2(),
@@ -41,8 +40,8 @@ _adapters: list[HostAdapter] = [
 def register_adapter(adapter: HostAdapter) -> None:
     """Make `tokenmixup.attach` take a further family of hosts.
 
-    It goes before those for base classes of its own. Registering a class of adapters anew, as when
-    a notebook's cell is run again, replaces it.
+    The nearest base class of a host decides, so a subclass may have an adapter of its own.
+    Registering a class of adapters again, as when a notebook's cell runs again, replaces it.
 
     Raises:
         ValueError: another adapter for one of its classes is registered already.
@@ -63,19 +62,16 @@ def find_adapter(host: nn.Module) -> HostAdapter:
     Raises:
         UnsupportedHostError: no adapter takes the host's class, or its internals do not fit.
     """
-    # the nearest base class decides, so that a subclass may have an adapter of its own
     for base in type(host).__mro__:
         for adapter in _adapters:
             if class_name(base) in adapter.host_classes:
                 _check(adapter, host)
                 return adapter
-    supported = "; ".join(
-        f"{known.family} ({', '.join(known.host_classes)})" for known in _adapters
-    )
     raise UnsupportedHostError(
-        f"TokenMixup does not {_verdict(host)}. Supported: {supported}. A model with one sequence "
-        "of tokens through all its layers can be added with tokenmixup.hosts.register_adapter, or "
-        "built with HorizontalTokenMixupLayer and VerticalTokenMixupLayer"
+        f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs one "
+        "sequence of tokens, of one length, through all its layers, with one attention map per "
+        "layer. "
+        f"Supported: {', '.join(known.family for known in _adapters)}"
     )
 
 
@@ -89,9 +85,22 @@ def _check(adapter: HostAdapter, host: nn.Module) -> None:
         ) from error
 
 
-def _verdict(host: nn.Module) -> str:
-    name = class_name(type(host))
-    for base in type(host).__mro__:
-        if class_name(base) in REASONS:
-            return f"work with the model class {name}: {REASONS[class_name(base)]}"
-    return f"know the model class {name}"
+def _advice(host: nn.Module) -> str:
+    """What to do with a host of an unknown class."""
+    if isinstance(host, nn.DataParallel):
+        return "use DistributedDataParallel, also on one machine, around what attach returns"
+    inner = [module for module in host.children() if _is_supported(module)]
+    if inner:
+        return (
+            f"attach TokenMixup to the {class_name(type(inner[0]))} inside it, then wrap what "
+            "attach returns"
+        )
+    return (
+        "register an adapter with tokenmixup.hosts.register_adapter (docs/adding_a_host.md), or "
+        "build the encoder with HorizontalTokenMixupLayer and VerticalTokenMixupLayer"
+    )
+
+
+def _is_supported(module: nn.Module) -> bool:
+    taken = {name for adapter in _adapters for name in adapter.host_classes}
+    return any(class_name(base) in taken for base in type(module).__mro__)

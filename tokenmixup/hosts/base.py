@@ -1,4 +1,4 @@
-"""What `attach` needs to know of a family of host models: the protocol each adapter satisfies.
+"""What `attach` needs to know about a family of hosts: the interface of adapters.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads, d head width,
 C classes, M remembered tokens.
@@ -58,12 +58,12 @@ class Remembered(NamedTuple):
 
 
 class HostAdapter(ABC):
-    """Stateless knowledge of one family of hosts.
+    """Stateless knowledge about one family of hosts.
 
     An adapter never runs or copies the host's forward pass: hooks on the layers and on their
-    attention do the work, with what these methods tell. Methods with a body fit hosts whose layers
-    are called ``layer(tokens, ...)`` and whose attention is called ``attention(tokens, ...)`` and
-    returns the tokens.
+    attention do the work, with what these methods return. The default methods fit hosts whose
+    layers are called ``layer(tokens, ...)`` and whose attention is called
+    ``attention(tokens, ...)`` and returns the tokens.
     """
 
     family: ClassVar[str]
@@ -76,7 +76,7 @@ class HostAdapter(ABC):
 
     @abstractmethod
     def check(self, host: nn.Module) -> None:
-        """Raise `UnsupportedHostError` where the internals are not what the methods rely on."""
+        """Raise `UnsupportedHostError` if the internals are not what the other methods rely on."""
 
     @abstractmethod
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
@@ -114,15 +114,15 @@ class HostAdapter(ABC):
     def projection(self, layer: nn.Module) -> nn.Module | None:
         """The module whose output, in the layer's own pass, holds the queries and keys.
 
-        A layer that only remembers then reads them there, instead of computing them once more. It
-        must be called once in each pass, on the normalised tokens. By default there is none.
+        A layer that only remembers reads them there instead of computing them again. The module
+        must run once per pass, on the normalised tokens. By default there is none.
         """
         return None
 
     def projected_query_key(
         self, layer: nn.Module, projected: Tensor, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
-        """What :meth:`query_key` gives, from the output of :meth:`projection`.
+        """What :meth:`query_key` returns, from the output of :meth:`projection`.
 
         Args:
             layer: one of :meth:`layers`.
@@ -134,7 +134,7 @@ class HostAdapter(ABC):
     def score_bias(
         self, layer: nn.Module, args: Args, kwargs: Kwargs, class_row: bool
     ) -> Tensor | None:
-        """What the layer adds to its scores, such as a relative-position bias; by default nothing.
+        """What the layer adds to its scores, e.g. a relative-position bias; by default nothing.
 
         Returns:
             (B or 1, H, N, N), or (B or 1, H, 1, N) with ``class_row``.
@@ -152,9 +152,9 @@ class HostAdapter(ABC):
     def with_memory(
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
-        """Arguments of the layer's attention that make it attend to remembered tokens as well.
+        """Arguments with which the layer's attention attends to remembered tokens as well.
 
-        By default these follow the layer's own tokens, normalised as those are, and
+        By default the remembered tokens, normalised, follow the layer's own tokens, and
         :meth:`own_tokens` drops their rows of the output.
         """
         memory = self.normalise(layer, remembered.tokens)
@@ -192,13 +192,13 @@ def layer_saliency(
     args: Args,
     kwargs: Kwargs,
 ) -> Tensor:
-    """Saliency (B, T) of a layer's tokens, from what one of the adapter's two ways has given.
+    """Saliency (B, T) of a layer's tokens, from its queries and keys.
 
     Args:
         adapter: of the host.
         layout: of the host's tokens.
         layer: one of the host's layers.
-        query_key: what the adapter's ``query_key`` or ``projected_query_key`` gives.
+        query_key: what the adapter's ``query_key`` or ``projected_query_key`` returns.
         args: positional arguments of the layer's call.
         kwargs: keyword arguments of the layer's call.
     """
@@ -242,17 +242,17 @@ def require_part(
     attributes: tuple[str, ...] = (),
     arguments: tuple[str, ...] = (),
 ) -> None:
-    """Check that a part of the host is as an adapter relies on.
+    """Check a part of the host that an adapter relies on.
 
     Args:
         part: the module.
         where: its name in the host.
-        classes: full names of the classes that it may be of, subclasses not included.
-        attributes: what the adapter reads of it.
-        arguments: names of all arguments that its forward pass may have.
+        classes: full names of the allowed classes, without their subclasses.
+        attributes: the attributes that the adapter reads.
+        arguments: all allowed arguments of its forward pass; empty to allow any.
 
     Raises:
-        UnsupportedHostError: it is otherwise.
+        UnsupportedHostError: the part is different.
     """
     found = class_name(type(part))
     if found not in classes:
@@ -273,7 +273,7 @@ def require_part(
 
 
 def refuse(name: str, value: Any) -> None:
-    """Raise ValueError where an attention mask, whatever its name, is not None or False."""
+    """Raise ValueError if an attention mask, called ``name``, is not None or False."""
     if value is not None and value is not False:
         raise ValueError(
             f"the host calls its layers with `{name}`, but TokenMixup's saliency and memory are "
@@ -289,14 +289,14 @@ def argument(position: int, name: str, args: Args, kwargs: Kwargs) -> Any:
 def with_argument(
     position: int, name: str, value: Any, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
-    """The arguments of a call with one exchanged, passed as it was before."""
+    """The arguments of a call with one replaced, by position or by name as before."""
     if len(args) > position:
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}
 
 
 def linear_outputs(classifier: nn.Module) -> int | None:
-    """C of a host's last linear layer; None where it is something else."""
+    """C of a host's classifier if that is a linear layer, else None."""
     return classifier.out_features if isinstance(classifier, nn.Linear) else None
 
 
@@ -332,7 +332,7 @@ def joint_query_key(
 
 
 def split_query_key(projected: Tensor, heads: int, class_row: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`joint_query_key`, from what the joint projection has given, (B, N, 3 H d)."""
+    """As :func:`joint_query_key`, from the output (B, N, 3 H d) of the joint projection."""
     width = projected.shape[-1] // 3
     queries = projected[:, :1] if class_row else projected
     return (

@@ -21,7 +21,7 @@ from tokenmixup.hosts.base import (
     linear_outputs,
     require_part,
 )
-from tokenmixup.hosts.timm_names import TimmNamesAdapter
+from tokenmixup.hosts.timm_vit import TimmNames
 
 BLOCK = "timm.models.beit.Block"
 ATTENTION = "timm.models.beit.Attention"
@@ -36,12 +36,12 @@ READ = (
 PREFIX_TOKENS = 1
 
 
-class TimmBeit(TimmNamesAdapter):
-    """timm's BEiT and BEiT v2, with a bias of each block's own, a shared one, both or none.
+class TimmBeit(TimmNames):
+    """timm's BEiT and BEiT v2, with a bias per block, a shared bias, both or none.
 
-    The bias has a fixed size, so that the attention cannot be handed more tokens. At a VTM layer
-    the host's result is therefore replaced: its own projections attend to the layer's tokens and
-    the remembered ones, which have the bias of the position that they come from.
+    The bias has a fixed size, so the attention cannot take more tokens. At a VTM layer the
+    adapter therefore replaces the attention's output: the host's projections attend to the
+    layer's tokens and the remembered ones, which have the bias of their original position.
     """
 
     family = "timm Beit"
@@ -115,7 +115,7 @@ class TimmBeit(TimmNamesAdapter):
 
 
 def _joint_bias(attention: Any) -> Tensor | None:
-    """Bias of queries, keys and values; the one of the keys is a constant zero."""
+    """Bias of queries, keys and values; that of the keys is constant zero."""
     if attention.q_bias is None:
         return None
     return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))

@@ -23,8 +23,7 @@ from tokenmixup.hosts.base import (
     split_heads,
     with_argument,
 )
-from tokenmixup.hosts.timm_names import TimmNamesAdapter
-from tokenmixup.hosts.timm_vision_transformer import refuse_dropped_patches
+from tokenmixup.hosts.timm_vit import TimmNames, refuse_dropped_patches
 
 BLOCK = "timm.models.eva.EvaBlock"
 POST_NORM_BLOCK = "timm.models.eva.EvaBlockPostNorm"
@@ -39,11 +38,11 @@ READ = (
 """Attributes of both attentions."""
 
 
-class TimmEva(TimmNamesAdapter):
+class TimmEva(TimmNames):
     """timm's Eva.
 
-    Patch tokens carry the rotary embedding of their position, remembered tokens that of the
-    position that they come from; prefix tokens carry none.
+    Patch tokens carry the rotary embedding of their position, remembered tokens that of their
+    original position, prefix tokens none.
     """
 
     family = "timm Eva"
@@ -63,7 +62,7 @@ class TimmEva(TimmNamesAdapter):
                 require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
 
     def layout(self, host: nn.Module) -> TokenLayout:
-        """As the host's own attributes tell."""
+        """From the host's attributes."""
         eva = cast(Any, host)
         return TokenLayout(
             width=eva.embed_dim,

@@ -23,7 +23,7 @@ from tokenmixup.hosts.base import (
 )
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-"""Attention implementations that TokenMixup is tested with."""
+"""Attention implementations that the tests cover."""
 ARGUMENTS = ("hidden_states", "attention_mask")
 """Of layers and of their attention."""
 READ = ("q_proj", "k_proj", "num_attention_heads", "scaling")
@@ -65,7 +65,7 @@ class TransformersViT(HostAdapter):
         return list(cast(Any, self.encoder(host)).layers)
 
     def layout(self, host: nn.Module) -> TokenLayout:
-        """As the host's config tells."""
+        """From the host's config."""
         return TokenLayout(
             width=cast(Any, host).config.hidden_size,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -75,7 +75,7 @@ class TransformersViT(HostAdapter):
         )
 
     def num_patch_tokens(self, host: nn.Module) -> int | None:
-        """T: without `interpolate_pos_encoding`, images have one size."""
+        """T: images have one size unless `interpolate_pos_encoding` is set."""
         return cast(Any, self.encoder(host)).embeddings.patch_embeddings.num_patches
 
     def attention(self, layer: nn.Module) -> nn.Module:
@@ -152,5 +152,5 @@ class TransformersDinov2(TransformersViT):
         return list(cast(Any, self.encoder(host)).encoder.layer)
 
     def num_patch_tokens(self, host: nn.Module) -> int | None:
-        """None: the position embedding is resized to whatever image comes."""
+        """None: the host resizes its position embedding to any image."""
         return None

@@ -1,4 +1,4 @@
-"""Models of the paper. Importing this registers every CCT with timm."""
+"""The paper's models. Importing this module registers every CCT with timm."""
 
 from tokenmixup.models.cct import CCT, CCT_NAMES
 

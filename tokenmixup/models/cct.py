@@ -40,7 +40,7 @@ class Tokenizer(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to tokens (B, N, D)."""
+        """Images (B, 3, S, S) -> tokens (B, N, D)."""
         for convolution in self.convolutions:
             images = self.pool(F.relu(convolution(images)))
         return images.flatten(2).transpose(1, 2)
@@ -108,7 +108,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
+        """Tokens (B, N, D) -> (B, N, D)."""
         x = self.norm2(x + self.drop_path(self.attn(self.norm1(x))))
         return x + self.drop_path(self.mlp(x))
 
@@ -207,7 +207,6 @@ class CCT(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to tokens (B, N, D)."""
         """Images (B, 3, S, S) -> logits (B, C)."""
         return self.forward_head(self.forward_features(images))
 
@@ -216,7 +215,7 @@ class CCT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised classifier for so many classes."""
+        """Replace the classifier by a newly initialised one for ``num_classes``; 0 removes it."""
         if global_pool is not None:
             raise ValueError(f"CCT pools by attention only, got global_pool={global_pool!r}")
         self.num_classes = num_classes
@@ -224,7 +223,7 @@ class CCT(nn.Module):
         self.head.apply(_init_linear)
 
     def no_weight_decay(self) -> set[str]:
-        """No name of its own: one-dimensional parameters are the optimiser factory's business."""
+        """No names: optimiser factories exclude one-dimensional parameters by themselves."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -307,7 +306,7 @@ def _register(layers: int, kernel: int, convolutions: int, image: int, pos_embed
 
 
 default_cfgs: dict[str, Any] = {}
-"""timm looks here for what it should know of each model."""
+"""timm looks up each model's configuration here."""
 
 CCT_NAMES: tuple[str, ...] = tuple(
     _register(*variant, pos_embed) for variant in _VARIANTS for pos_embed in ("learn", "sine")

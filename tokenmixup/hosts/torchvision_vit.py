@@ -30,7 +30,7 @@ READ = (
 """Attributes of the attention."""
 
 
-class TorchvisionVisionTransformer(HostAdapter):
+class TorchvisionViT(HostAdapter):
     """torchvision's ViT: a class token, then the patches."""
 
     family = "torchvision VisionTransformer"

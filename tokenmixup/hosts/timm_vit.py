@@ -1,27 +1,29 @@
-"""timm's `VisionTransformer` with one attention a block.
+"""timm's `VisionTransformer` with one attention per block, and what other hosts share with it.
 
 Dimensions: B batch, N tokens, D width, H heads, C classes.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
     LINEAR,
     Args,
+    HostAdapter,
     Kwargs,
     Remembered,
     TokenLayout,
     UnsupportedHostError,
     argument,
+    class_name,
     joint_query_key,
     linear_outputs,
     refuse,
     require_part,
     split_query_key,
 )
-from tokenmixup.hosts.timm_names import TimmNamesAdapter
 
 BLOCK = "timm.models.vision_transformer.Block"
 POST_NORM_BLOCK = "timm.models.vision_transformer.ResPostBlock"
@@ -32,12 +34,37 @@ READ = ("qkv", "num_heads", "attn_dim", "scale", "q_norm", "k_norm")
 """Attributes of the attention."""
 
 
-class TimmVisionTransformer(TimmNamesAdapter):
-    """timm's ViT, DeiT, DeiT-III, SigLIP, DINOv2 and whatever else is a `VisionTransformer`.
+class TimmNames(HostAdapter):
+    """Base of the adapters for hosts with timm's names: `blocks` with a `norm1` and an `attn`."""
 
-    Class, distillation and register tokens are prefix tokens; there may be none. Refused are
-    blocks with two branches in parallel and differential attention, which have no single
-    attention map, and hosts that drop patches.
+    post_norm_block: ClassVar[str | None] = None
+    """Full name of the class of blocks that norm after their attention, where there is one."""
+
+    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(cast(Any, host).blocks)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The block's `attn`."""
+        return cast(Any, layer).attn
+
+    def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The block's `norm1`; post-norm blocks attend to their tokens as they are."""
+        if class_name(type(layer)) == self.post_norm_block:
+            return tokens
+        return cast(Any, layer).norm1(tokens)
+
+    def no_weight_decay(self, host: nn.Module) -> set[str]:
+        """As the host has it."""
+        return set(cast(Any, host).no_weight_decay())
+
+
+class TimmViT(TimmNames):
+    """timm's ViT, DeiT, DeiT-III, SigLIP, DINOv2 and any other `VisionTransformer`.
+
+    Class, distillation and register tokens are prefix tokens; there may be none. Blocks with
+    parallel branches and differential attention have no single attention map and are refused,
+    as are hosts that drop patches.
     """
 
     family = "timm VisionTransformer"
@@ -60,7 +87,7 @@ class TimmVisionTransformer(TimmNamesAdapter):
                 )
 
     def layout(self, host: nn.Module) -> TokenLayout:
-        """As the host's own attributes tell."""
+        """From the host's attributes."""
         vit = cast(Any, host)
         return TokenLayout(
             width=vit.embed_dim,
@@ -105,7 +132,7 @@ class TimmVisionTransformer(TimmNamesAdapter):
         return super().with_memory(layer, remembered, args, kwargs)
 
     def logits(self, output: Any) -> Tensor:
-        """What the host returns, unless DeiT is in its training with a teacher."""
+        """The host's output; an error if DeiT trains with a teacher."""
         if isinstance(output, tuple):
             raise ValueError(
                 "the distilled host returns the logits of both its heads, and TokenMixup does not "
@@ -116,12 +143,12 @@ class TimmVisionTransformer(TimmNamesAdapter):
 
 
 def refuse_dropped_patches(patch_drop: nn.Module | None) -> None:
-    """Raise `UnsupportedHostError` where timm drops patches in training."""
+    """Raise `UnsupportedHostError` if timm drops patches in training."""
     if patch_drop is not None and not isinstance(patch_drop, nn.Identity):
         raise UnsupportedHostError(
-            "the host drops patches in training (patch_drop_rate > 0), other ones in each image, "
-            "so that its n-th tokens come from different places; TokenMixup exchanges tokens of "
-            "one place: build the host with patch_drop_rate=0"
+            "build the host with patch_drop_rate=0: it drops patches in training "
+            "(patch_drop_rate > 0), different ones in each image, but TokenMixup exchanges tokens "
+            "of one place"
         )
 
 
