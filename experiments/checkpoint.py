@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 RUN_FORMAT = "tokenmixup.run"
-_VERSION = 2
+_VERSION = 3
 _NPZ = "npz of a ViT"
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the format's own
 

@@ -1,7 +1,6 @@
 """Atomic writes, and locks that a crash releases."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,28 +72,4 @@ def exclusive(path: Path, on_wait: Callable[[], object] = lambda: None) -> Itera
     finally:
         # while the lock is held: a process that waits for this file notices that it is gone
         Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-class Occupied(Exception):
-    """Another process holds a lock file; the message names the process."""
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock file for the duration of the block; the kernel releases it after a crash.
-
-    Raises:
-        Occupied: another process holds it.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        holder = path.read_text(errors="replace")[:200].strip()
-        raise Occupied(holder or "another process") from None
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
-    finally:
         lock.release()

@@ -4,7 +4,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,27 +48,3 @@ def seeded(seed: int) -> Iterator[None]:
     with generators_kept():
         seed_generators(seed)
         yield
-
-
-def random_state() -> dict[str, Any]:
-    """Python's, NumPy's and torch's generators, as tensors and plain types."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    name, key, position, has_gauss, cached = numpy_state
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo everything random since `random_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, key, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

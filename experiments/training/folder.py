@@ -14,11 +14,10 @@ from typing import Any
 
 import filelock
 import torch
-import yaml
 
 import tokenmixup
 from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
-from experiments.config import RunConfig, as_plain
+from experiments.config import RunConfig, as_plain, yaml_text
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
@@ -92,7 +91,7 @@ class RunFolder:
         """
         with self.refuse_unwritable():
             self.final_weights.unlink(missing_ok=True)
-            text = yaml.safe_dump(as_plain(config), sort_keys=False)
+            text = yaml_text(as_plain(config))
             write_atomically(self.path / CONFIG_FILE, text.encode())
 
     def saved(self) -> list[Path]:

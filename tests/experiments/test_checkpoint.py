@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.checkpoint import (
+    RUN_FORMAT,
     load_checkpoint,
     load_released,
     load_weights,
@@ -25,7 +26,6 @@ from experiments.config import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, write_atomically
 from experiments.models.build import build_model
-from experiments.seeding import random_state, restore_random_state
 from tests.helpers.runs_helper import HTM, VTM, small_config
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
@@ -81,27 +81,27 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_checkpoint_comes_back(tmp_path, model):
     path = tmp_path / "last.pt"
-    content = {"model": model.state_dict(), "random": random_state(), "config": {"a": [1, None]}}
+    content = {"model": model.state_dict(), "config": {"a": [1, None]}}
     save_checkpoint(path, content)
     loaded = load_checkpoint(path)
     assert same(loaded["model"], model.state_dict())
     assert loaded["config"] == {"a": [1, None]}
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
-    """It ends in a comment of the zip archive, with a checksum that nobody compares any more."""
+def test_a_comment_at_the_end_of_the_archive_does_no_harm(tmp_path):
+    """Earlier versions wrote a checksum there."""
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"model": {"w": torch.ones(3)}})
     path.write_bytes(path.read_bytes()[:-2] + (71).to_bytes(2, "little") + b"sha256:" + b"0" * 64)
     assert torch.equal(load_checkpoint(path)["model"]["w"], torch.ones(3))
 
 
-def test_random_states_come_back(tmp_path):
-    save_checkpoint(tmp_path / "a.pt", {"random": random_state()})
-    first = random.random(), np.random.rand(), torch.rand(())
-    random.gauss(0, 1)
-    restore_random_state(load_checkpoint(tmp_path / "a.pt")["random"])
-    assert (random.random(), np.random.rand(), torch.rand(())) == first
+def test_a_checkpoint_of_an_earlier_version_is_named_and_its_weights_are_read(tmp_path, model):
+    path = tmp_path / "last.pt"
+    torch.save({"format": RUN_FORMAT, "version": 2, "model": model.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="of version 2; this program reads version"):
+        load_checkpoint(path)
+    assert load_weights(model, path).kind
 
 
 def test_a_changed_config_is_refused_with_its_keys(tmp_path):
@@ -325,7 +325,7 @@ def test_damage_anywhere_is_found_or_changes_nothing(tmp_path, model, legacy):
     before the zip has no checksums: there, numbers may change.
     """
     path = tmp_path / "last.pt"
-    content = {"model": model.state_dict(), "config": {"seed": 1}, "random": random_state()}
+    content = {"model": model.state_dict(), "config": {"seed": 1}}
     if legacy:
         torch.save(content, path, _use_new_zipfile_serialization=False)
     else:
