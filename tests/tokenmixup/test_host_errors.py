@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.helpers.host_cases import BY_NAME, batch, one_of_each, timm_host
+from tests.helpers.host_cases import BY_NAME, batch, timm_host
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
 from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -50,15 +50,6 @@ def test_wrapped_models_are_told_the_right_order():
         UnsupportedHostError, match=r"host: attach TokenMixup to the timm\S+ inside"
     ):
         attach(torch.compile(vit(), backend="eager"))
-
-
-@one_of_each
-def test_attaching_twice(case):
-    host = case.build()
-    model = attach(host, horizontal=HTM)
-    for again in (host, model):
-        with pytest.raises(ValueError, match="attached to this model already"):
-            attach(again, vertical=VTM)
 
 
 # Variants of supported classes

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
-import tokenmixup
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
-from tokenmixup.hosts import HostAdapter, UnsupportedHostError, register_adapter
+from tokenmixup.hosts import HostAdapter, register_adapter
 
 importlib.import_module("experiments.models")  # registers CCT
 
@@ -35,18 +33,6 @@ def batch(size=6, classes=5):
 
 
 @HOSTS
-def test_evaluation_is_bit_identical_to_the_host(host):
-    plain = host().eval()
-    images, targets = batch()
-    expected = plain(images)
-    model = attach(plain, horizontal=HTM, vertical=VTM)
-    assert torch.equal(model.eval()(images), expected)
-    model.train()(images, targets)  # a training step in between leaves no trace
-    assert torch.equal(model.eval()(images), expected)
-    assert torch.equal(model.backbone(images), expected)
-
-
-@HOSTS
 def test_state_dict_keys_of_the_host_are_unchanged(host):
     plain = host()
     keys = list(plain.state_dict())
@@ -56,16 +42,6 @@ def test_state_dict_keys_of_the_host_are_unchanged(host):
     assert others == [f"scorenets.1.{n}" for n in ("pool.weight", "pool.bias")] + [
         f"scorenets.1.{n}" for n in ("head.weight", "head.bias")
     ]
-
-
-@HOSTS
-def test_the_host_alone_in_training_is_the_plain_host(host):
-    plain = host().train()
-    images, targets = batch()
-    expected = plain(images)
-    model = attach(plain, horizontal=HTM, vertical=VTM).train()
-    assert torch.equal(plain(images), expected)
-    assert not torch.equal(model(images, targets).logits, expected)
 
 
 def test_what_training_returns():
@@ -155,19 +131,12 @@ def test_vertical_stop_gradient(stop):
     assert (gradient is not None and bool(gradient.any())) is not stop
 
 
-@HOSTS
-def test_every_parameter_gets_a_gradient(host):
-    model = attach(host(drop_path_rate=0.1, attn_drop_rate=0.1), horizontal=HTM, vertical=VTM)
-    out = model.train()(*batch())
-    (-(out.targets * out.logits.log_softmax(-1)).sum(-1).mean() + out.scorenet_loss).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-
-
 def test_attaching_twice_is_an_error_and_detach_undoes_it():
     host = vit()
     model = attach(host, horizontal=HTM, vertical=VTM)
+    attach(copy.deepcopy(model).detach(), vertical=VTM)
     for again in (host, model, copy.deepcopy(host)):
-        with pytest.raises(ValueError, match="attached to this model already"):
+        with pytest.raises(ValueError, match=r"already: .*copy the TokenMixupModel"):
             attach(again, horizontal=HTM)
     assert model.detach() is host
     modules = list(host.modules())
@@ -201,18 +170,6 @@ def test_no_weight_decay_goes_by_the_names_here():
         (vit, {"horizontal": {"layers": (1,)}}, "must be a HorizontalConfig"),
         (vit, {"vertical": HTM}, "must be a VerticalConfig"),
         (vit, {"num_classes": 7}, "num_classes is 7, but the model's classifier has 5"),
-        (
-            cct,
-            {"horizontal": HorizontalConfig(layers=(1,), tau=0.1, rho=0, scorenet="cls")},
-            "'cls' reads the class token, and this model has none",
-        ),
-        (
-            lambda: vit(num_classes=0),
-            {"horizontal": HTM},
-            "pass num_classes to attach",
-        ),
-        (lambda: vit(patch_drop_rate=0.5), {"horizontal": HTM}, "patch"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "Sequential. Supported: timm"),
     ],
 )
 def test_what_cannot_be_attached(host, arguments, message):
@@ -276,7 +233,7 @@ def test_layers_are_kept_in_order():
         (torch.tensor([0, 1, 2, -1, 4, 0]), r"targets\[3\] is -1"),
         (torch.ones(6, 5, dtype=torch.bool), "torch.bool"),
         (torch.ones(6, 5, dtype=torch.long), r"int64 of shape \(6, 5\)"),
-        ([0, 1, 2, 3, 4, 0], "targets must be a tensor"),
+        ([0, 1, 2, 3, 4, 0], r"must be a tensor.* class indices \(6,\); got list"),
     ],
 )
 def test_impossible_targets(targets, message):
@@ -313,7 +270,7 @@ def test_logits_of_an_evaluation_can_be_saved(tmp_path):
 def test_what_detach_has_left_is_not_trained():
     model = attach(vit(), horizontal=HTM, vertical=VTM).train()
     model.detach()
-    with pytest.raises(RuntimeError, match=r"taken off this model by detach\(\)"):
+    with pytest.raises(RuntimeError, match=r"detach\(\) removed TokenMixup"):
         model(*batch())
 
 
@@ -324,25 +281,6 @@ def test_a_model_inside_itself_is_told():
     host.blocks[0].register_forward_pre_hook(lambda *_: model(images) and None)
     with pytest.raises(RuntimeError, match="called inside a training step of its own"):
         model(images)
-
-
-def test_a_copy_of_the_backbone_alone():
-    model = attach(vit(), horizontal=HTM)
-    with pytest.raises(ValueError, match=r"copy the TokenMixupModel, and detach\(\) that"):
-        attach(copy.deepcopy(model.backbone), vertical=VTM)
-    attach(copy.deepcopy(model).detach(), vertical=VTM)
-
-
-def test_targets_that_are_no_tensor():
-    model = attach(vit(), horizontal=HTM).train()
-    with pytest.raises(ValueError, match=r"class indices \(6,\); got list"):
-        model(batch()[0], [0, 1, 2, 3, 4, 0])
-
-
-def test_version_and_names():
-    assert issubclass(UnsupportedHostError, ValueError)
-    for name in tokenmixup.__all__:
-        assert getattr(tokenmixup, name) is not None
 
 
 @HOSTS

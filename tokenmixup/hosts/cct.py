@@ -12,17 +12,15 @@ from tokenmixup.hosts.base import (
     Kwargs,
     Remembered,
     TokenLayout,
-    joint_query_key,
     linear_outputs,
     require_part,
-    split_query_key,
 )
-from tokenmixup.hosts.timm_vit import TimmNames
+from tokenmixup.hosts.timm_vit import TimmViT
 
 BLOCK = "tokenmixup.models.cct.Block"
 
 
-class CCTAdapter(TimmNames):
+class CCTAdapter(TimmViT):
     """CCT: no class token, so that saliency is the mean over the queries.
 
     Its attention takes remembered tokens as keys and values only: they cost no query.
@@ -47,25 +45,9 @@ class CCTAdapter(TimmNames):
             num_classes=linear_outputs(cct.head),
         )
 
-    def query_key(
-        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
-    ) -> tuple[Tensor, Tensor, float]:
-        """From the first two thirds of `qkv`."""
-        attention = cast(Any, layer).attn
-        weight, bias, heads = attention.qkv.weight, attention.qkv.bias, attention.num_heads
-        tokens = self.normalise(layer, tokens)
-        return *joint_query_key(tokens, weight, bias, heads, class_row), attention.scale
-
-    def projection(self, layer: nn.Module) -> nn.Module:
-        """The attention's `qkv`."""
-        return cast(Any, layer).attn.qkv
-
-    def projected_query_key(
-        self, layer: nn.Module, projected: Tensor, class_row: bool
-    ) -> tuple[Tensor, Tensor, float]:
-        """The first two thirds."""
-        attention = cast(Any, layer).attn
-        return *split_query_key(projected, attention.num_heads, class_row), attention.scale
+    def head_norms(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """None."""
+        return query, key
 
     def with_memory(
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs

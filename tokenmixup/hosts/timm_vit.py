@@ -110,7 +110,11 @@ class TimmViT(TimmNames):
             attention.num_heads,
             class_row,
         )
-        return attention.q_norm(query), attention.k_norm(key), attention.scale
+        return *self.head_norms(attention, query, key), attention.scale
+
+    def head_norms(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention's norms of queries and keys."""
+        return attention.q_norm(query), attention.k_norm(key)
 
     def projection(self, layer: nn.Module) -> nn.Module:
         """The attention's `qkv`."""
@@ -122,7 +126,7 @@ class TimmViT(TimmNames):
         """The first two thirds, with the query and key norms."""
         attention = cast(Any, layer).attn
         query, key = split_query_key(projected, attention.num_heads, class_row)
-        return attention.q_norm(query), attention.k_norm(key), attention.scale
+        return *self.head_norms(attention, query, key), attention.scale
 
     def with_memory(
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
