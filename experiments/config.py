@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import to_jsonable_python
 
 from experiments.errors import ConfigError, FieldError
 from tokenmixup.config import HorizontalConfig, VerticalConfig
@@ -422,9 +421,12 @@ class RunConfig:
             raise FieldError(f"data.{name}", images, "for Mixup and CutMix, an even number")
 
 
+_PLAIN = TypeAdapter(Any)
+
+
 def as_plain(config: Any) -> Any:
     """The same values as dicts, lists and plain types, for YAML, JSON and checkpoints."""
-    return to_jsonable_python(config)
+    return _PLAIN.dump_python(config, mode="json")
 
 
 def dotted_keys(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

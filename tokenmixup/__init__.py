@@ -26,22 +26,28 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+_SUBMODULES = ("functional", "horizontal", "hosts", "model", "rules", "scorenet", "vertical")
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs torch at its first use: settings alone load in milliseconds."""
-    if name not in __all__:
+    if name not in __all__ and name not in _SUBMODULES:
         raise AttributeError(f"module 'tokenmixup' has no attribute {name!r}")
-    import tokenmixup.functional as functional
+    import tokenmixup.functional  # first, as the others ask for it while they are imported
 
-    if name == "functional":  # the modules below ask for it while they are imported
-        return functional
-    from tokenmixup.horizontal import HorizontalTokenMixupLayer
-    from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
-    from tokenmixup.vertical import VerticalTokenMixupLayer
+    if name != "functional":
+        import tokenmixup.model
+        import tokenmixup.vertical
 
-    return {
-        "HorizontalTokenMixupLayer": HorizontalTokenMixupLayer,
-        "TokenMixupModel": TokenMixupModel,
-        "TokenMixupOutput": TokenMixupOutput,
-        "VerticalTokenMixupLayer": VerticalTokenMixupLayer,
-        "attach": attach,
-    }[name]
+        globals().update(
+            HorizontalTokenMixupLayer=tokenmixup.horizontal.HorizontalTokenMixupLayer,
+            TokenMixupModel=tokenmixup.model.TokenMixupModel,
+            TokenMixupOutput=tokenmixup.model.TokenMixupOutput,
+            VerticalTokenMixupLayer=tokenmixup.vertical.VerticalTokenMixupLayer,
+            attach=tokenmixup.model.attach,
+        )
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -111,13 +111,7 @@ def check_evaluation(case, backend):
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-@needs_cpp
-@some_hosts("vit")
-def test_training_compiles_with_inductor(case):
-    check(case, "inductor")
-
-
-@some_hosts("rope_mixed", "beit", "cct")
+@some_hosts("vit", "rope_mixed", "beit", "cct")
 def test_training_compiles_to_one_graph(case):
     check(case, "aot_eager")
 
@@ -131,7 +125,7 @@ def test_every_host_compiles_to_one_graph(case):
 
 @needs_cpp
 @pytest.mark.slow
-@some_hosts("eva02", "beit", "cct")
+@some_hosts("vit", "eva02", "beit", "cct")
 def test_hosts_of_several_kinds_compile_with_inductor(case):
     check(case, "inductor")
 

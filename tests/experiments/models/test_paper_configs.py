@@ -153,19 +153,16 @@ def take_a_step(name, batch, size, **overrides):
     assert found.images == batch and found.loss > 0
 
 
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n.endswith("_HVTM") else pytest.mark.slow) for n in CIFAR]
+)
 def test_one_step_at_full_size_cifar(name):
     take_a_step(name, batch=4, size=32)
 
 
-@pytest.mark.parametrize("name", ["vit_imagenet_HVTM"])
-def test_one_step_at_full_size_imagenet(name):
-    take_a_step(name, batch=2, size=224, data__micro_batch="null")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_imagenet_baseline", "vit_imagenet_HTM", "vit_imagenet_VTM"])
-def test_one_step_at_full_size_imagenet_of_the_others(name):
+@pytest.mark.parametrize("name", IMAGENET)
+def test_one_step_at_full_size_imagenet(name):
     take_a_step(name, batch=2, size=224, data__micro_batch="null")
 
 
