@@ -203,7 +203,7 @@ def unusable(world):
 
 def of_another_model(world):
     save_vit(world.weights / "VIT_HTM.bin", vit_state(5, width=32, layers=4, mlp=96, tokens=17))
-    return "VIT_HTM", "has shape"
+    return "VIT_HTM", "(here "
 
 
 def without_config(world):
