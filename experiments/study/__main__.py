@@ -84,9 +84,9 @@ def main(argv: Sequence[str]) -> None:
         overrides=overrides,
         runs=output / study.name,
         results=results,
-        threads=whole_number(options, "threads"),
+        threads=whole_number("command line: --threads", options.get("threads", "1")),
     )
-    jobs = whole_number(options, "jobs")
+    jobs = whole_number("command line: --jobs", options.get("jobs", "1"))
     with StopRequests() as requests:
         if "run" in options:
             runner.train_one(options["run"], requests)
