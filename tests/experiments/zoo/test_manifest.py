@@ -57,8 +57,8 @@ def changed(**changes):
     ("content", "message"),
     [
         ("[1", "zoo.yaml, line 1: expected"),
-        ("tables: {t: {title: T}}\ntables: {}", "line 2: the key 'tables' stands twice"),
-        ("checkpoints:\n  c: {file: a, file: b}", "line 2: the key 'file' stands twice"),
+        ("tables: {t: {title: T}}\ntables: {}", "line 2: the key 'tables' is given twice"),
+        ("checkpoints:\n  c: {file: a, file: b}", "line 2: the key 'file' is given twice"),
         ([1], r"got \[1\]; allowed: keys with values"),
         ({**GOOD, "checkpoint": {}}, "'checkpoint': unknown key; the nearest is checkpoints"),
         ({**GOOD, "checkpoints": [1]}, r"checkpoints: got \[1\]; allowed: keys with values"),
