@@ -10,8 +10,6 @@ from scipy import stats
 from experiments.study.plan import Study, Variant
 from experiments.study.records import StudyRecord
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -27,7 +25,6 @@ class Summary:
 class Difference:
     """The mean of the differences over the seeds that both have."""
 
-    count: int
     mean: float
     half_width: float | None
     """Half of the two-sided 95% interval by Student's t; None for one seed."""
@@ -68,9 +65,9 @@ def paired_difference(
     differences = [values[seed] - reference[seed] for seed in seeds]
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
-        return Difference(count, mean, None)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Difference(count, mean, quantile * statistics.stdev(differences) / math.sqrt(count))
+        return Difference(mean, None)
+    quantile = float(stats.t.ppf(0.975, count - 1))
+    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count))
 
 
 @dataclass(frozen=True)
