@@ -42,20 +42,9 @@ options:
   --SECTION.KEY VALUE   overrides a key of every row's config, such as --data.root, --device and
                         --data.eval_batch_size ($DATA is taken for --data.root)
 """
-_OPTIONS = {
-    "table": cli.Option("table"),
-    "download": cli.Option("fetch what is missing", takes_value=False),
-    "fresh": cli.Option("evaluate everything", takes_value=False),
-    "train": cli.Option("train instead", takes_value=False),
-    "seeds": cli.Option("seeds of the trainings"),
-    "jobs": cli.Option("trainings at a time"),
-    "run": cli.Option("one training alone"),
-    "runs": cli.Option("folder of run folders"),
-    "render": cli.Option("only make the pages", takes_value=False),
-    "results": cli.Option("folder of what is written"),
-    "weights": cli.Option("folder of the weights"),
-    "manifest": cli.Option("what is in the zoo"),
-}
+_VALUES = ("table", "seeds", "jobs", "run", "runs", "results", "weights", "manifest")
+_FLAGS = ("download", "fresh", "train", "render")
+_OPTIONS = {name: cli.Option("", takes_value=name in _VALUES) for name in (*_VALUES, *_FLAGS)}
 _COLOURS = {"reproduced": "green", "differs": "red", "part of the images": "yellow"}
 
 

@@ -4,7 +4,6 @@ Every figure comes from a record.
 """
 
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.provenance import Record, Records
 from experiments.study.records import StudyRecord, study_records
+from experiments.study.statistics import Summary, summarise
 from experiments.zoo.manifest import Manifest, Row
 
 STUDY = "reproduce"
@@ -100,14 +100,9 @@ class Line:
         return REPRODUCED if abs(self.difference) <= TOLERANCE + 1e-9 else DIFFERS
 
     @property
-    def mean(self) -> float | None:
-        """Mean top-1 of the trainings."""
-        return statistics.fmean(seed.top1 for seed in self.seeds) if self.seeds else None
-
-    @property
-    def std(self) -> float | None:
-        """Standard deviation of the trainings (n - 1 in the denominator), from two seeds on."""
-        return statistics.stdev(s.top1 for s in self.seeds) if len(self.seeds) > 1 else None
+    def trained(self) -> Summary | None:
+        """Top-1 over the trainings, per cent."""
+        return summarise({seed.seed: seed.top1 for seed in self.seeds})
 
     def cells(self) -> list[str]:
         """In the order of HEAD."""
@@ -125,12 +120,11 @@ class Line:
 
     def training_cells(self) -> list[str]:
         """In the order of TRAINING_HEAD."""
-        mean = _percent(self.mean)
         return [
             self.row.dataset.name,
             self.row.method,
             _percent(self.row.published_top1),
-            mean if self.std is None else f"{mean} ± {self.std:.2f}",
+            self.trained.text(2) if self.trained else "–",
             ", ".join(str(seed.seed) for seed in self.seeds),
             ", ".join(map(str, sorted({seed.epochs for seed in self.seeds}))),
         ]
@@ -190,12 +184,14 @@ def json_text(table: PaperTable) -> str:
         }
         facts = line.record.model_dump() if line.record else nothing
         rows.append({**head, **more, **{k: v for k, v in facts.items() if k != "row"}})
-        if line.seeds:
+        if line.trained:
             seeds = [
                 {**seed.model_dump(), "best_top1": max(seed.top1_by_epoch.values())}
                 for seed in line.seeds
             ]
-            training.append({**head, "mean": line.mean, "std": line.std, "seeds": seeds})
+            training.append(
+                {**head, "mean": line.trained.mean, "std": line.trained.std, "seeds": seeds}
+            )
     content = {
         "table": table.name,
         "title": table.title,

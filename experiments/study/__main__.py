@@ -29,15 +29,8 @@ options:
 --SECTION.KEY VALUE sets a key of the config in every training; python -m experiments.train --help
 lists the keys.
 """
-_OPTIONS = {
-    "study": cli.Option("the study"),
-    "jobs": cli.Option("trainings at a time"),
-    "threads": cli.Option("threads per training"),
-    "run": cli.Option("one training alone"),
-    "report": cli.Option("only write the page", takes_value=False),
-    "output": cli.Option("folder of the run folders"),
-    "results": cli.Option("folder of the records"),
-}
+_VALUES = ("study", "jobs", "threads", "run", "output", "results")
+_OPTIONS = {name: cli.Option("") for name in _VALUES} | {"report": cli.Option("", False)}
 
 
 def main(argv: Sequence[str]) -> None:

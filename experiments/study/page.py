@@ -14,7 +14,7 @@ from experiments.files import write_atomically
 from experiments.provenance import ROOT
 from experiments.study.plan import Study, read_study
 from experiments.study.records import StudyRecord, study_records
-from experiments.study.statistics import Comparison, Difference, Standing, Summary, compare
+from experiments.study.statistics import Comparison, Difference, Standing, compare
 
 PAGE, PICTURE = "README.md", "study"
 
@@ -107,11 +107,11 @@ def table(comparison: Comparison) -> str:
     rows = []
     for s in comparison.standings:
         row = [s.variant.name, str(s.top1.count if s.top1 else 0)]
-        row += [_summary(s.top1, 2), _difference(s.to_plain)]
+        row += [s.top1.text(2) if s.top1 else "–", _difference(s.to_plain)]
         if comparison.has_others:
             row += [s.other or "", _difference(s.to_other)]
         row += [
-            _summary(s.loss, 3),
+            s.loss.text(3) if s.loss else "–",
             "–" if s.mixed_share is None else f"{100 * s.mixed_share:.0f}%",
             "–" if s.tokens_mixed is None else f"{s.tokens_mixed:.1f}",
         ]
@@ -205,13 +205,6 @@ def _yaml(value: Any) -> str:
 
 def _versions(record: StudyRecord) -> str:
     return ", ".join(f"{name} {version}" for name, version in record.versions.items())
-
-
-def _summary(summary: Summary | None, digits: int) -> str:
-    if summary is None:
-        return "–"
-    text = f"{summary.mean:.{digits}f}"
-    return text if summary.std is None else f"{text} ± {summary.std:.{digits}f}"
 
 
 def _difference(difference: Difference | None) -> str:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from experiments.study.plan import Study, Variant
 from experiments.study.records import StudyRecord
@@ -19,6 +19,11 @@ class Summary:
     mean: float
     std: float | None
     """Standard deviation with n - 1 in the denominator; None for one value."""
+
+    def text(self, digits: int) -> str:
+        """As tables show it."""
+        text = f"{self.mean:.{digits}f}"
+        return text if self.std is None else f"{text} ± {self.std:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def paired_difference(
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
         return Difference(mean, None)
-    quantile = float(stats.t.ppf(0.975, count - 1))
+    quantile = float(stdtrit(count - 1, 0.975))
     return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count))
 
 

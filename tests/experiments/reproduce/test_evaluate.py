@@ -1,11 +1,9 @@
 """`reproduce` from end to end on stand-ins: what is evaluated, skipped, kept and taken up again."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments import cli, evaluate
 from experiments.checkpoint import LOCK_FILE
@@ -15,7 +13,7 @@ from experiments.training.evaluation import Assessment
 from experiments.zoo.manifest import read_manifest
 from tests.helpers.http_server import Server, ranges, status
 from tests.helpers.reproduce_world import IMAGES, accept_cifar, copy_world, make_world
-from tests.helpers.standins import save_vit, vit_state, write_yaml
+from tests.helpers.standins import save_vit, vit_state
 
 
 @pytest.fixture(scope="module")
@@ -262,29 +260,7 @@ def test_help(capsys):
     assert capsys.readouterr().out == reproduce.USAGE
 
 
-def test_damaged_records_are_told_and_left(world, run):
-    world.results.mkdir()
-    path = world.results / "evaluations.jsonl"
-    path.write_text("{")
-    assert f"{path}, line 1: is damaged" in run("VIT_HTM", code=2)
-    assert path.read_text() == "{"
-
-
 def test_data_folder_from_the_environment(world, run, monkeypatch):
     monkeypatch.setenv("DATA", "nowhere-at-all")
     monkeypatch.setenv("WEIGHTS", "not-used")
     assert "nowhere-at-all" in run("VIT_HTM")
-
-
-@pytest.mark.slow
-def test_a_vit_of_full_size(world, run, tmp_path):
-    """ViT-B/16 in the released format; 10 images of 5 classes."""
-    configs = Path(read_manifest(world.manifest).configs)
-    content = yaml.safe_load((configs / "vit_HTM.yaml").read_text())
-    content["model"] = {"name": "vit_base_patch16_224"}
-    content["horizontal"]["layers"] = [3]
-    path = write_yaml(tmp_path / "full" / "vit_full.yaml", content)
-    world.change("VIT_HTM", config=os.path.relpath(path, configs).removesuffix(".yaml"))
-    save_vit(world.weights / "VIT_HTM.bin", vit_state(5, htm=3))
-    run("VIT_HTM")
-    assert rows_of(world, "imagenet")["VIT_HTM"]["images"] == 10
