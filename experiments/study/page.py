@@ -152,8 +152,6 @@ def every_training(comparison: Comparison) -> str:
 def sources(comparison: Comparison) -> list[str]:
     """Command, images, hardware, versions, commits, days and times of the records."""
     records = comparison.records
-    if not records:
-        return []
     own = [record for record in records if record.taken_from is None]
     taken = [record for record in records if record.taken_from is not None]
     days = sorted({record.time.partition("T")[0] for record in records})

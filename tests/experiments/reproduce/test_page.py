@@ -113,10 +113,10 @@ def test_in_a_browser_it_fits_is_legible_and_asks_for_nothing(text, tmp_path, wi
     with Server() as server:
         server.offer("/page.html", whole(text.encode(), **headers))
         server.offer("/frame.html", whole(framed("page.html", width, 4000).encode(), **headers))
-        opened = visit(f"{server.address}/frame.html", tmp_path, "--dump-dom", *flags)
+        document, console = visit(f"{server.address}/frame.html", tmp_path, *flags)
     assert set(server.requests) == {"/page.html", "/frame.html"}
-    assert opened.console == []
-    found = re.search(r'<p id="facts">(.*?)</p>', opened.document)
+    assert console == []
+    found = re.search(r'<p id="facts">(.*?)</p>', document)
     assert found is not None
     facts = json.loads(html.unescape(found[1]))
     assert facts["width"] <= width and facts["out"] == []
