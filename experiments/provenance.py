@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -17,7 +16,6 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tokenmixup
-from experiments.config import RunConfig, as_plain
 from experiments.errors import DataError
 from experiments.files import write_atomically
 
@@ -166,17 +164,6 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def training_identity(config: RunConfig, **more: Any) -> str:
-    """A hash of what a training depends on: equal hashes mean the same training.
-
-    Args:
-        config: of the run; its output folder, logging and checkpoints do not count.
-        more: further facts, as plain types.
-    """
-    plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
-    return hashlib.sha256(json.dumps(plain | more, sort_keys=True).encode()).hexdigest()
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
     """The fields of a `Record` except its command."""
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "time": now()}
@@ -197,16 +184,8 @@ def _processor(facts: Path = Path("/proc/cpuinfo")) -> str:
 
 def _git(*words: str) -> str | None:
     """The output of git, or None outside a checkout or without git."""
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(ROOT), *words],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            env=environment,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None

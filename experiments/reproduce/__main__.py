@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m experiments.reproduce [ROW...] [OPTION ...] [--SECTION.KEY VALUE ...]
 
 Evaluate the released checkpoints that are there, and compare the results with the paper's figures:
-RESULTS/TABLE.json, .md and .html. The same command resumes what was interrupted. With --train,
-train the rows with several seeds instead.
+RESULTS/TABLE.json, .md and .html per table. The same command resumes what was interrupted. With
+--train, train the rows with several seeds instead.
 
 ROW is a row's name, the file of its checkpoint or its config; without one, all rows of the table.
 
@@ -42,21 +42,9 @@ options:
   --SECTION.KEY VALUE   overrides a key of every row's config, such as --data.root, --device and
                         --data.eval_batch_size ($DATA is taken for --data.root)
 """
-_OPTIONS = {
-    "table": cli.Option("table"),
-    "download": cli.Option("fetch what is missing", takes_value=False),
-    "fresh": cli.Option("evaluate everything", takes_value=False),
-    "train": cli.Option("train instead", takes_value=False),
-    "seeds": cli.Option("seeds of the trainings"),
-    "jobs": cli.Option("trainings at a time"),
-    "run": cli.Option("one training alone"),
-    "runs": cli.Option("folder of run folders"),
-    "render": cli.Option("only make the pages", takes_value=False),
-    "results": cli.Option("folder of what is written"),
-    "weights": cli.Option("folder of the weights"),
-    "manifest": cli.Option("what is in the zoo"),
-}
-_ALL = "all"
+_VALUES = ("table", "seeds", "jobs", "run", "runs", "results", "weights", "manifest")
+_FLAGS = ("download", "fresh", "train", "render")
+_OPTIONS = {name: cli.Option("", takes_value=name in _VALUES) for name in (*_VALUES, *_FLAGS)}
 _COLOURS = {"reproduced": "green", "differs": "red", "part of the images": "yellow"}
 
 
@@ -74,22 +62,22 @@ def main(argv: Sequence[str]) -> None:
     _check(options, words)
     manifest = read_manifest(Path(options.get("manifest", MANIFEST)))
     results = Path(options.get("results", "results"))
-    table = options.get("table", _ALL)
-    if table not in (_ALL, *manifest.tables):
-        names = ", ".join((*manifest.tables, _ALL))
-        raise ConfigError(f"command line: --table: got {table!r}; allowed: {names}")
-    rows = _rows(manifest, table, words)
+    rows = _rows(manifest, options.get("table", "all"), words)
     if "render" in options:
         render(manifest, results)
         return
     if "train" in options:
         train(manifest, results, rows, options, overrides)
-        if "run" in options:
-            return
     else:
         command = shlex.join(["python", "-m", "experiments.reproduce", *argv])
         evaluate(manifest, results, rows, options, overrides, command)
-    _finish(manifest, results, {row.table for row in rows}, table == _ALL and not words)
+    if "run" not in options:
+        names = [name for name in manifest.tables if name in {row.table for row in rows}]
+        for name in names:
+            _print(_write(manifest, results, name))
+        print()
+        for name in names:
+            print(f"{results / name}.json, {name}.md, {name}.html")
 
 
 def evaluate(
@@ -101,21 +89,21 @@ def evaluate(
     command: str,
 ) -> None:
     """Evaluate rows, and keep records and pages up to date after each."""
-    from experiments.reproduce.evaluate import Evaluator
+    from experiments.reproduce.evaluate import evaluate_rows
     from experiments.reproduce.table import row_records
     from experiments.zoo.download import Zoo
 
-    folder = Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")
-    Evaluator(
-        manifest=manifest,
-        zoo=Zoo(folder, say=print),
-        records=row_records(results),
-        overrides=overrides,
+    for row in evaluate_rows(
+        manifest,
+        Zoo(Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")),
+        row_records(results),
+        rows,
+        overrides,
         download="download" in options,
         fresh="fresh" in options,
         command=command,
-        finished=lambda row: _write(manifest, results, row.table),
-    ).evaluate(rows)
+    ):
+        _write(manifest, results, row.table)
 
 
 def train(
@@ -129,7 +117,8 @@ def train(
     from experiments.study.run import Runner, whole_number
     from experiments.training.stopping import StopRequests
 
-    seeds, jobs = _seeds(options.get("seeds", "42,43,44")), whole_number(options, "jobs")
+    seeds = _seeds(options.get("seeds", "42,43,44"))
+    jobs = whole_number("command line: --jobs", options.get("jobs", "1"))
     if "run" in options:
         name, _, seed = options["run"].rpartition("/")
         rows, seeds = [manifest.row(name)], _seeds(seed)
@@ -144,7 +133,7 @@ def train(
         runs=runs,
         results=results,
         threads=None,
-        processes=number_of_processes(),
+        processes=whole_number("environment: NPROC", os.environ.get("NPROC") or "1"),
         finished=lambda: [_write(manifest, results, name) for name in names],
     )
     with StopRequests() as requests:
@@ -172,65 +161,34 @@ def _study(manifest: Manifest, rows: list[Row], seeds: tuple[int, ...]) -> "Stud
     return Study(STUDY, "the configs", title, title, plain="", seeds=seeds, variants=variants)
 
 
-def number_of_processes() -> int:
-    """The processes of each training: NPROC in the environment, as for `run/launch.sh`.
-
-    Raises:
-        ConfigError: NPROC is no number.
-    """
-    text = os.environ.get("NPROC") or "1"
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"environment: NPROC: got {text!r}; allowed: a whole number from 1")
-    return int(text)
-
-
 def render(manifest: Manifest, results: Path) -> None:
     """Make all pages and all generated blocks of the documents from the records."""
     from experiments.documents.markdown import update_documents
     from experiments.reproduce.table import makers
     from experiments.study import page as study_page
 
-    for name in (*manifest.tables, _ALL):
+    for name in manifest.tables:
         _write(manifest, results, name)
     every = {**makers(manifest, results), **study_page.makers(results)}
     for path in update_documents(MANIFEST.parent.parent, every):
         print(f"changed: {path}")
 
 
-def _finish(manifest: Manifest, results: Path, tables: set[str], everything: bool) -> None:
-    """Write the pages, print the tables and say where they are."""
-    names = [name for name in manifest.tables if name in tables]
-    for name in names:
-        for table in _write(manifest, results, name):
-            _print(table)
-    if everything:
-        _write(manifest, results, _ALL)
-        names.append(_ALL)
-    print()
-    for name in names:
-        print(f"{results / name}.json, {name}.md, {name}.html")
-
-
-def _write(manifest: Manifest, results: Path, name: str) -> "list[PaperTable]":
-    """Write the pages of one table or, by the name `all`, of all of them in one."""
+def _write(manifest: Manifest, results: Path, name: str) -> "PaperTable":
+    """Write the pages of a table."""
     from experiments.files import write_atomically
     from experiments.reproduce.page import page
     from experiments.reproduce.table import json_text, markdown, read_table
 
-    names = list(manifest.tables) if name == _ALL else [name]
-    tables = [read_table(results, manifest, each) for each in names]
-    contents = {
-        "md": markdown(tables),
-        "html": page(tables),
-        "json": json_text(tables, joint=name == _ALL),
-    }
+    table = read_table(results, manifest, name)
+    contents = {"md": markdown(table), "html": page(table), "json": json_text(table)}
     try:
         results.mkdir(parents=True, exist_ok=True)
         for ending, text in contents.items():
             write_atomically(results / f"{name}.{ending}", text.encode())
     except OSError as error:
         raise DataError(f"{results}: cannot write the pages: {error.strerror}") from None
-    return tables
+    return table
 
 
 def _print(table: "PaperTable") -> None:
@@ -246,25 +204,33 @@ def _print(table: "PaperTable") -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter
     # a pipe has no width that lines could be broken at
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-    training = [line.training_cells() for line in table.trained]
-    shown = [(table.title, HEAD, RIGHT, [line.cells() for line in table.lines])]
-    if training:
-        shown.append(("Trained here", TRAINING_HEAD, TRAINING_RIGHT, training))
-    for title, head, right, rows in shown:
+    for title, head, right, rows in (
+        (table.title, HEAD, RIGHT, [line.cells() for line in table.lines]),
+        (
+            "Trained here",
+            TRAINING_HEAD,
+            TRAINING_RIGHT,
+            [x.training_cells() for x in table.trained],
+        ),
+    ):
         grid = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
         for number, name in enumerate(head):
             grid.add_column(name, justify="right" if number in right else "left")
         for cells in rows:
             grid.add_row(*cells[:-1], Text(cells[-1], _COLOURS.get(cells[-1], "")))
-        console.print(grid)
+        if rows:
+            console.print(grid)
 
 
 def _rows(manifest: Manifest, table: str, words: list[str]) -> list[Row]:
+    if table not in (*manifest.tables, "all"):
+        names = ", ".join((*manifest.tables, "all"))
+        raise ConfigError(f"command line: --table: got {table!r}; allowed: {names}")
     if not words:
-        return manifest.rows(None if table == _ALL else table)
+        return manifest.rows(None if table == "all" else table)
     rows = [manifest.row(word) for word in words]
     for word, row in zip(words, rows, strict=True):
-        if table not in (_ALL, row.table):
+        if table not in ("all", row.table):
             raise ConfigError(f"command line: {word!r}: is a row of {row.table}, not of {table}")
     return list(dict.fromkeys(rows))
 

@@ -5,9 +5,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,112 +21,118 @@ from experiments.reproduce.table import Line, RowRecord
 from experiments.training.distributed import choose_device, one_process
 from experiments.training.evaluation import Assessment
 from experiments.zoo.download import MissingFileError, Zoo
-from experiments.zoo.manifest import Manifest, Row
+from experiments.zoo.manifest import Checkpoint, Manifest, Row
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Evaluates rows and keeps their records.
+def evaluate_rows(
+    manifest: Manifest,
+    zoo: Zoo,
+    records: Records[RowRecord],
+    rows: list[Row],
+    overrides: Mapping[str, str],
+    *,
+    download: bool,
+    fresh: bool,
+    command: str,
+) -> Iterator[Row]:
+    """Evaluate each row that can be evaluated, and yield it once its record is kept.
 
-    Attributes:
+    Args:
         manifest: the zoo.
         zoo: its files.
         records: of the rows.
+        rows: what to evaluate.
         overrides: keys of every row's config -> text, as on a command line.
         download: fetch missing weights and data sets.
         fresh: evaluate again what was evaluated before.
         command: the command line, for the records.
-        finished: called with each row.
+
+    Raises:
+        ConfigError: an override that no row could take.
     """
+    code = provenance.code_hash()
+    overrides = {"data.download": str(download).lower(), **overrides}
+    for number, row in enumerate(rows, start=1):
+        where = f"[{number}/{len(rows)}] {row.dataset.name}, {row.method}"
+        earlier = next((r for r in records.read() if r.row == row.name), None)
+        try:
+            checkpoint = _checkpoint_of(row)
+            config = load_config(manifest.config_path(row.config), overrides)
+            sha256 = _verified(checkpoint, zoo, download)
+            identity = _identity(config, sha256, code)
+            if earlier is not None and earlier.identity == identity and not fresh:
+                print(f"{where}: {earlier.ours:.2f}%, evaluated {earlier.time} (--fresh: again)")
+                record = earlier
+            else:
+                print(f"{where}: {checkpoint.file}", flush=True)
+                record = RowRecord(
+                    row=row.name,
+                    checkpoint_sha256=sha256,
+                    identity=identity,
+                    command=command,
+                    **_evaluate(config, zoo.path(checkpoint), row.name),
+                )
+                status = Line(row, record, ()).status
+                print(f"{where}: {record.ours:.2f}% of {record.images:,} images: {status}")
+        except UserError as error:
+            if isinstance(error, ConfigError) and str(error).startswith(COMMAND_LINE):
+                raise
+            advice = error.advice[:3] if isinstance(error, MissingFileError) else []
+            reason = "; ".join(" ".join(text.split()) for text in (str(error), *advice))
+            print(f"{where}: skipped: {reason}", flush=True)
+            if earlier is not None and earlier.ours is not None:
+                print(f"{where}: the result of {earlier.time} is kept", flush=True)
+                continue
+            origin = provenance.provenance(torch.device("cpu"))
+            record = RowRecord(row=row.name, reason=reason, command=command, **origin)
+        records.keep(record)
+        yield row
 
-    manifest: Manifest
-    zoo: Zoo
-    records: Records[RowRecord]
-    overrides: Mapping[str, str]
-    download: bool
-    fresh: bool
-    command: str
-    finished: Callable[[Row], object]
 
-    def evaluate(self, rows: list[Row]) -> None:
-        """Evaluate each row that can be evaluated, and keep its result at once; skip the others.
-
-        Raises:
-            ConfigError: an override that no row could take.
-        """
-        code = provenance.code_hash()
-        for number, row in enumerate(rows, start=1):
-            where = f"[{number}/{len(rows)}] {row.dataset.name}, {row.method}"
-            earlier = next((r for r in self.records.read() if r.row == row.name), None)
-            try:
-                record = self._evaluate(row, earlier, code, where)
-            except UserError as error:
-                if isinstance(error, ConfigError) and str(error).startswith(COMMAND_LINE):
-                    raise
-                reason = " ".join(str(error).split())
-                if isinstance(error, MissingFileError) and error.checkpoint is row.checkpoint:
-                    reason = "; ".join([reason, *(" ".join(a.split()) for a in error.advice[:3])])
-                print(f"{where}: skipped: {reason}", flush=True)
-                if earlier is not None and earlier.ours is not None:
-                    print(f"{where}: the result of {earlier.time} is kept", flush=True)
-                    continue
-                origin = provenance.provenance(torch.device("cpu"))
-                record = RowRecord(row=row.name, reason=reason, command=self.command, **origin)
-            self.records.keep(record)
-            self.finished(row)
-
-    def _evaluate(self, row: Row, earlier: RowRecord | None, code: str, where: str) -> RowRecord:
-        if row.checkpoint is None:
-            raise UserError(
-                f"no checkpoint was released; train it: python -m experiments.reproduce --train "
-                f"{row.name}"
-            )
-        path = self.manifest.config_path(row.config)
-        overrides = {"data.download": str(self.download).lower(), **self.overrides}
-        config = load_config(path, overrides)
-        weights = self.zoo.path(row.checkpoint)
-        if self.download:
-            self.zoo.obtain(row.checkpoint)
-        elif not weights.exists():
-            raise UserError(
-                f"{weights} is not there; fetch it: "
-                f"{self.zoo.command('download', row.checkpoint)} (or --download), or by hand from "
-                f"{row.checkpoint.link}"
-            )
-        sha256 = self.zoo.verify(row.checkpoint)
-        identity = _identity(config, sha256, code)
-        if earlier is not None and earlier.identity == identity and not self.fresh:
-            print(f"{where}: {earlier.ours:.2f}%, evaluated {earlier.time} (--fresh: again)")
-            return earlier
-        print(f"{where}: {row.checkpoint.file}", flush=True)
-        assessment = Assessment(config, str(weights), one_process(config.device))
-        start = time.perf_counter()
-        batches = track(
-            assessment.batches,
-            row.name,
-            total=len(assessment.batches),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
+def _checkpoint_of(row: Row) -> Checkpoint:
+    if row.checkpoint is None:
+        raise UserError(
+            f"no checkpoint was released; train it: python -m experiments.reproduce --train "
+            f"{row.name}"
         )
-        evaluation = assessment.evaluate(batches)
-        record = RowRecord(
-            row=row.name,
-            ours=round(evaluation.top1, 4),
-            top5=round(evaluation.top5, 4),
-            loss=round(evaluation.loss, 6),
-            images=evaluation.images,
-            checkpoint_sha256=sha256,
-            device=assessment.world.device.type,
-            precision=config.eval_precision,
-            seconds=round(time.perf_counter() - start, 2),
-            identity=identity,
-            command=self.command,
-            **provenance.provenance(assessment.world.device),
+    return row.checkpoint
+
+
+def _verified(checkpoint: Checkpoint, zoo: Zoo, download: bool) -> str:
+    """The hash of a file that is on disk, or is fetched if it may be."""
+    if download:
+        zoo.obtain(checkpoint)
+    elif not zoo.path(checkpoint).exists():
+        raise UserError(
+            f"{zoo.path(checkpoint)} is not there; fetch it: {zoo.command('download', checkpoint)} "
+            f"(or --download), or by hand from {checkpoint.link}"
         )
-        status = Line(row, record, ()).status
-        print(f"{where}: {record.ours:.2f}% of {record.images:,} images: {status}", flush=True)
-        return record
+    return zoo.verify(checkpoint)
+
+
+def _evaluate(config: RunConfig, weights: Path, name: str) -> dict[str, Any]:
+    """What was measured, with where and when, as fields of a record."""
+    assessment = Assessment(config, str(weights), one_process(config.device))
+    start = time.perf_counter()
+    batches = track(
+        assessment.batches,
+        name,
+        total=len(assessment.batches),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    evaluation = assessment.evaluate(batches)
+    return {
+        "ours": round(evaluation.top1, 4),
+        "top5": round(evaluation.top5, 4),
+        "loss": round(evaluation.loss, 6),
+        "images": evaluation.images,
+        "device": assessment.world.device.type,
+        "precision": config.eval_precision,
+        "seconds": round(time.perf_counter() - start, 2),
+        **provenance.provenance(assessment.world.device),
+    }
 
 
 def _identity(config: RunConfig, checkpoint_sha256: str, code: str) -> str:

@@ -4,9 +4,8 @@ Every figure comes from a record.
 """
 
 import json
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.provenance import Record, Records
 from experiments.study.records import StudyRecord, study_records
+from experiments.study.statistics import Summary, summarise
 from experiments.zoo.manifest import Manifest, Row
 
 STUDY = "reproduce"
@@ -21,18 +21,20 @@ STUDY = "reproduce"
 
 TOLERANCE = 0.1
 """Points of top-1 within which a row counts as reproduced."""
+EXPLANATION = (
+    f"Reproduced: within {TOLERANCE} points of the published figure, on all images of the "
+    "validation split."
+)
 
 REPRODUCED, DIFFERS, SKIPPED = "reproduced", "differs", "skipped"
 EVALUATED = "evaluated"  # there is no published figure
 PARTIAL = "part of the images"
 NOT_YET = "not evaluated"
 
-HEAD: Sequence[str]
 HEAD = ("data set", "method", "published", "ours", "difference", "images", "status")
-RIGHT: Sequence[int] = (2, 3, 4, 5)
-TRAINING_HEAD: Sequence[str]
+RIGHT = (2, 3, 4, 5)
 TRAINING_HEAD = ("data set", "method", "published", "trained here", "seeds", "epochs")
-TRAINING_RIGHT: Sequence[int] = (2, 3)
+TRAINING_RIGHT = (2, 3)
 
 
 class RowRecord(Record):
@@ -61,13 +63,7 @@ def row_records(results: Path) -> Records[RowRecord]:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table with its results.
-
-    Attributes:
-        row: of the zoo.
-        record: its evaluation, or None.
-        seeds: its trainings, by seed.
-    """
+    """One row of the zoo with its evaluation, if any, and its trainings by seed."""
 
     row: Row
     record: RowRecord | None
@@ -104,14 +100,9 @@ class Line:
         return REPRODUCED if abs(self.difference) <= TOLERANCE + 1e-9 else DIFFERS
 
     @property
-    def mean(self) -> float | None:
-        """Mean top-1 of the trainings."""
-        return statistics.fmean(seed.top1 for seed in self.seeds) if self.seeds else None
-
-    @property
-    def std(self) -> float | None:
-        """Standard deviation of the trainings (n - 1 in the denominator), from two seeds on."""
-        return statistics.stdev(s.top1 for s in self.seeds) if len(self.seeds) > 1 else None
+    def trained(self) -> Summary | None:
+        """Top-1 over the trainings, per cent."""
+        return summarise({seed.seed: seed.top1 for seed in self.seeds})
 
     def cells(self) -> list[str]:
         """In the order of HEAD."""
@@ -129,12 +120,11 @@ class Line:
 
     def training_cells(self) -> list[str]:
         """In the order of TRAINING_HEAD."""
-        mean = _percent(self.mean)
         return [
             self.row.dataset.name,
             self.row.method,
             _percent(self.row.published_top1),
-            mean if self.std is None else f"{mean} ± {self.std:.2f}",
+            self.trained.text(2) if self.trained else "–",
             ", ".join(str(seed.seed) for seed in self.seeds),
             ", ".join(map(str, sorted({seed.epochs for seed in self.seeds}))),
         ]
@@ -172,9 +162,10 @@ def read_table(results: Path, manifest: Manifest, name: str) -> PaperTable:
     return PaperTable(name, manifest.tables[name].title, lines)
 
 
-def as_json(table: PaperTable) -> dict[str, Any]:
-    """A table as plain values."""
+def json_text(table: PaperTable) -> str:
+    """A table as JSON."""
     rows, training = [], []
+    nothing: dict[str, Any] = dict.fromkeys(RowRecord.model_fields) | {"reason": ""}
     for line in table.lines:
         row = line.row
         head = {
@@ -184,8 +175,6 @@ def as_json(table: PaperTable) -> dict[str, Any]:
             "config": row.config,
             "published": row.published_top1,
         }
-        nothing: dict[str, Any] = dict.fromkeys(RowRecord.model_fields) | {"reason": ""}
-        facts = line.record.model_dump() if line.record else nothing
         more = {
             "status": line.status,
             "difference": line.difference,
@@ -193,45 +182,39 @@ def as_json(table: PaperTable) -> dict[str, Any]:
             "checkpoint": row.checkpoint.file if row.checkpoint else None,
             "note": row.note,
         }
+        facts = line.record.model_dump() if line.record else nothing
         rows.append({**head, **more, **{k: v for k, v in facts.items() if k != "row"}})
-        if line.seeds:
+        if line.trained:
             seeds = [
                 {**seed.model_dump(), "best_top1": max(seed.top1_by_epoch.values())}
                 for seed in line.seeds
             ]
-            training.append({**head, "mean": line.mean, "std": line.std, "seeds": seeds})
-    return {
+            training.append(
+                {**head, "mean": line.trained.mean, "std": line.trained.std, "seeds": seeds}
+            )
+    content = {
         "table": table.name,
         "title": table.title,
         "tolerance": TOLERANCE,
         "rows": rows,
         "training": training,
     }
-
-
-def json_text(tables: list[PaperTable], joint: bool) -> str:
-    """One table as JSON, or all of them under `tables`."""
-    plain = [as_json(table) for table in tables]
-    content = {"tables": plain} if joint else plain[0]
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def markdown(tables: list[PaperTable]) -> str:
-    """A whole page in Markdown: tables, remarks, and where the figures come from."""
-    parts = []
-    for table in tables:
-        parts.append(f"# {table.title}\n\nTop-1 in per cent. {explanation()}\n")
-        parts.append(markdown_table(table))
-        remarks = [f"- {text}\n" for text in remarks_of(table)]
-        parts += ["".join(remarks)] if remarks else []
-        if table.trained:
-            parts.append(
-                "## Trained here\n\nTop-1 after the last epoch: mean ± standard deviation over "
-                "the seeds.\n"
-            )
-            parts.append(markdown_training(table))
-        sources = [f"- {text}\n" for text in sources_of(table)]
-        parts += ["## Where the figures come from\n", "".join(sources)] if sources else []
+def markdown(table: PaperTable) -> str:
+    """A whole page in Markdown: table, remarks, and where the figures come from."""
+    parts = [f"# {table.title}\n\nTop-1 in per cent. {EXPLANATION}\n", markdown_table(table)]
+    remarks = [f"- {text}\n" for text in remarks_of(table)]
+    parts += ["".join(remarks)] if remarks else []
+    if table.trained:
+        parts.append(
+            "## Trained here\n\nTop-1 after the last epoch: mean ± standard deviation over the "
+            "seeds.\n"
+        )
+        parts.append(markdown_training(table))
+    sources = [f"- {text}\n" for text in sources_of(table)]
+    parts += ["## Where the figures come from\n", "".join(sources)] if sources else []
     return "\n".join(parts)
 
 
@@ -244,14 +227,6 @@ def markdown_training(table: PaperTable) -> str:
     """The rows that were trained."""
     rows = [line.training_cells() for line in table.trained]
     return aligned_table(TRAINING_HEAD, rows, TRAINING_RIGHT)
-
-
-def explanation() -> str:
-    """The meaning of the status."""
-    return (
-        f"Reproduced: within {TOLERANCE} points of the published figure, on all images of the "
-        "validation split."
-    )
 
 
 def remarks_of(table: PaperTable) -> list[str]:
@@ -312,21 +287,16 @@ def makers(manifest: Manifest, results: Path) -> Makers:
             raise DataError(
                 f"generated: got {kind} {name}; allowed: {kind} of {', '.join(manifest.tables)}"
             )
-        return make(_without_skipped(read_table(results, manifest, name)))
+        table = read_table(results, manifest, name)
+        # a row that some machine could not evaluate counts as not evaluated
+        lines = [replace(line, record=None) if line.ours is None else line for line in table.lines]
+        return make(replace(table, lines=lines))
 
     return {
         "zoo": lambda _: zoo_table(manifest),
         "table": lambda name: of_table(markdown_table, "table", name),
         "training": lambda name: of_table(markdown_training, "training", name),
     }
-
-
-def _without_skipped(table: PaperTable) -> PaperTable:
-    """The rows that could not be evaluated on some machine count as not evaluated."""
-    lines = [
-        Line(line.row, None, line.seeds) if line.status == SKIPPED else line for line in table.lines
-    ]
-    return PaperTable(table.name, table.title, lines)
 
 
 def _percent(value: float | None) -> str:

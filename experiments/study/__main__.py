@@ -29,15 +29,8 @@ options:
 --SECTION.KEY VALUE sets a key of the config in every training; python -m experiments.train --help
 lists the keys.
 """
-_OPTIONS = {
-    "study": cli.Option("the study"),
-    "jobs": cli.Option("trainings at a time"),
-    "threads": cli.Option("threads per training"),
-    "run": cli.Option("one training alone"),
-    "report": cli.Option("only write the page", takes_value=False),
-    "output": cli.Option("folder of the run folders"),
-    "results": cli.Option("folder of the records"),
-}
+_VALUES = ("study", "jobs", "threads", "run", "output", "results")
+_OPTIONS = {name: cli.Option("") for name in _VALUES} | {"report": cli.Option("", False)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,9 +77,9 @@ def main(argv: Sequence[str]) -> None:
         overrides=overrides,
         runs=output / study.name,
         results=results,
-        threads=whole_number(options, "threads"),
+        threads=whole_number("command line: --threads", options.get("threads", "1")),
     )
-    jobs = whole_number(options, "jobs")
+    jobs = whole_number("command line: --jobs", options.get("jobs", "1"))
     with StopRequests() as requests:
         if "run" in options:
             runner.train_one(options["run"], requests)

@@ -14,9 +14,8 @@ from experiments.files import write_atomically
 from experiments.provenance import ROOT
 from experiments.study.plan import Study, read_study
 from experiments.study.records import StudyRecord, study_records
-from experiments.study.statistics import Comparison, Difference, Standing, Summary, compare
+from experiments.study.statistics import Comparison, Difference, Standing, compare
 
-STUDIES = Path("configs/studies")
 PAGE, PICTURE = "README.md", "study"
 
 _METHOD = (
@@ -56,17 +55,11 @@ def write_report(study: Study, results: Path) -> list[Path]:
 
 
 def makers(results: Path) -> Makers:
-    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
-
-    Raises (when called):
-        DataError: there is no such study.
-    """
+    """What makes the blocks `study NAME` of the documents: state, table, and the verdict."""
 
     def block(name: str) -> str:
-        file = STUDIES / f"{name}.yaml"
-        if not (ROOT / file).is_file():
-            raise DataError(f"generated: got study {name}; allowed: a file of {STUDIES}")
-        comparison = compare(read_study(ROOT / file), study_records(results, name).read())
+        study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
+        comparison = compare(study, study_records(results, name).read())
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
     return {"study": block}
@@ -114,11 +107,11 @@ def table(comparison: Comparison) -> str:
     rows = []
     for s in comparison.standings:
         row = [s.variant.name, str(s.top1.count if s.top1 else 0)]
-        row += [_summary(s.top1, 2), _difference(s.to_plain)]
+        row += [s.top1.text(2) if s.top1 else "–", _difference(s.to_plain)]
         if comparison.has_others:
             row += [s.other or "", _difference(s.to_other)]
         row += [
-            _summary(s.loss, 3),
+            s.loss.text(3) if s.loss else "–",
             "–" if s.mixed_share is None else f"{100 * s.mixed_share:.0f}%",
             "–" if s.tokens_mixed is None else f"{s.tokens_mixed:.1f}",
         ]
@@ -159,8 +152,6 @@ def every_training(comparison: Comparison) -> str:
 def sources(comparison: Comparison) -> list[str]:
     """Command, images, hardware, versions, commits, days and times of the records."""
     records = comparison.records
-    if not records:
-        return []
     own = [record for record in records if record.taken_from is None]
     taken = [record for record in records if record.taken_from is not None]
     days = sorted({record.time.partition("T")[0] for record in records})
@@ -212,13 +203,6 @@ def _yaml(value: Any) -> str:
 
 def _versions(record: StudyRecord) -> str:
     return ", ".join(f"{name} {version}" for name, version in record.versions.items())
-
-
-def _summary(summary: Summary | None, digits: int) -> str:
-    if summary is None:
-        return "–"
-    text = f"{summary.mean:.{digits}f}"
-    return text if summary.std is None else f"{text} ± {summary.std:.{digits}f}"
 
 
 def _difference(difference: Difference | None) -> str:

@@ -1,6 +1,7 @@
 """The plan of a study: variants of one training, each with the same seeds, from one YAML file."""
 
-import itertools
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +22,9 @@ from experiments.config import (
     settings_of,
 )
 from experiments.errors import ConfigError
-from experiments.provenance import training_identity
 from experiments.study.variants import RULES, rules_of
 
-_STUDY_KEYS = ("title", "about", "config", "set", "plain", "seeds", "variants")
+_REQUIRED = ("title", "about", "config", "plain", "seeds", "variants")
 _VARIANT_KEYS = ("about", "like", "config", "set", "with", "against")
 
 
@@ -55,8 +55,10 @@ class Variant:
 
     def identity(self, config: RunConfig) -> str:
         """A hash of what a training depends on; the place of the data does not count."""
-        data = {**as_plain(config.data), "root": None, "download": None, "workers": None}
-        return training_identity(config, data=data, substitutions=sorted(self.substitutions))
+        plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
+        plain["data"] |= {"root": None, "download": None, "workers": None}
+        plain["substitutions"] = sorted(self.substitutions)
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ def read_study(path: str | Path) -> Study:
     Raises:
         ConfigError: file, key, what came and what is allowed, in one line.
     """
-    content = _mapping(read_yaml(path), str(path), _STUDY_KEYS)
-    for key in ("title", "about", "config", "plain", "seeds", "variants"):
+    content = _mapping(read_yaml(path), str(path), (*_REQUIRED, "set"))
+    for key in _REQUIRED:
         if key not in content:
             raise ConfigError(f"{path}: {key}: missing; it has no default")
     for key in ("title", "about", "config", "plain"):
@@ -153,7 +155,7 @@ def read_study(path: str | Path) -> Study:
         seeds=_seeds(content["seeds"], str(path)),
         variants=variants,
     )
-    check_variants(study)
+    _check_variants(study)
     return study
 
 
@@ -167,12 +169,16 @@ def _variant(
         raise ConfigError(f"{where}.like: got {like!r}; allowed: a variant that stands before it")
     if like is not None and "config" in content:
         raise ConfigError(f"{where}.config: has no meaning beside like")
-    base = known[like] if like is not None else None
-    file = base.file if base else _check_text(content.get("config", study["config"]), where)
-    settings = dict(base.settings) if base else read_settings(file)
-    if base is None:
-        settings = _overlaid(settings, study.get("set"), f"{path}: set")
-    substitutions = (*(base.substitutions if base else ()), *_rules(content, f"{where}.with"))
+    if like is not None:
+        base = known[like]
+    else:
+        file = _check_text(content.get("config", study["config"]), where)
+        settings = _overlaid(read_settings(file), study.get("set"), f"{path}: set")
+        base = Variant(name, name, file, settings)
+    rules = content.get("with") or []
+    if not isinstance(rules, list) or not all(rule in [*RULES] for rule in rules):
+        raise ConfigError(f"{where}.with: got {rules!r}; allowed: a list of {', '.join(RULES)}")
+    substitutions = (*base.substitutions, *rules)
     try:
         rules_of(substitutions)
     except ValueError as error:
@@ -180,8 +186,8 @@ def _variant(
     return Variant(
         name=name,
         about=" ".join(_check_text(content.get("about", name), f"{where}.about").split()),
-        file=file,
-        settings=_overlaid(settings, content.get("set"), f"{where}.set"),
+        file=base.file,
+        settings=_overlaid(base.settings, content.get("set"), f"{where}.set"),
         substitutions=substitutions,
         against=content.get("against", like),
     )
@@ -196,23 +202,11 @@ def _overlaid(settings: Mapping[str, Setting], content: Any, where: str) -> dict
     return found | settings_of(content, where)
 
 
-def check_variants(study: Study) -> None:
-    """Check all names and configs before anything is trained.
-
-    Raises:
-        ConfigError: two variants are the same, or a config cannot be used.
-    """
-    for first, second in itertools.combinations(study.variants.values(), 2):
-        if first.folder == second.folder:
-            raise ConfigError(
-                f"{study.file}: variants: {first.name!r} and {second.name!r} would share the run "
-                f"folder {first.folder}"
-            )
+def _check_variants(study: Study) -> None:
+    """Refuse configs that cannot be used, and a variant that is the same training as another."""
     seen: dict[str, str] = {}
     for variant in study.variants.values():
         where = f"{study.file}: variants.{variant.name}"
-        if not variant.folder:
-            raise ConfigError(f"{where}: a name needs a letter or a digit")
         if variant.against is not None and variant.against not in study.variants:
             near = nearest(str(variant.against), study.variants)
             raise ConfigError(f"{where}.against: got {variant.against!r}; {near}")
@@ -223,18 +217,6 @@ def check_variants(study: Study) -> None:
         if identity in seen:
             raise ConfigError(f"{where}: is the same training as {seen[identity]}")
         seen[identity] = variant.name
-
-
-def _rules(content: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    value = content.get("with")
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise ConfigError(f"{where}: got {value!r}; allowed: a list of names")
-    for name in value:
-        if name not in RULES:
-            raise ConfigError(f"{where}: got {name!r}; allowed: {', '.join(RULES)}")
-    return tuple(value)
 
 
 def _seeds(value: Any, path: str) -> tuple[int, ...]:

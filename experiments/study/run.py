@@ -42,19 +42,13 @@ _STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 @dataclass(frozen=True)
 class Training:
-    """One variant with one seed.
-
-    Attributes:
-        variant: of the study.
-        seed: of the study.
-        config: of the run, its folder included.
-        identity: hash of what the result depends on.
-    """
+    """One variant with one seed."""
 
     variant: Variant
     seed: int
     config: RunConfig
-    identity: str
+    folder: Path
+    """The run folder."""
 
     @property
     def name(self) -> str:
@@ -62,9 +56,14 @@ class Training:
         return f"{self.variant.name}/{self.seed}"
 
     @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(str(self.config.output))
+    def identity(self) -> str:
+        """A hash of what the result depends on."""
+        return self.variant.identity(self.config)
+
+    @property
+    def log(self) -> Path:
+        """What its process prints."""
+        return self.folder / "log.txt"
 
 
 @dataclass(frozen=True)
@@ -108,25 +107,17 @@ class Runner:
         Raises:
             ConfigError: there is a record of one of the variants with other settings.
         """
-        records, trainings = self.records.read(), self.trainings()
-        now = {(training.variant.name, training.seed): training for training in trainings}
+        records = self.records.read()
         for record in records:
             variant = self.study.variants.get(record.variant)
-            if variant is None:
-                continue
-            training = now.get((record.variant, record.seed))
-            if record.identity != (training or self._training(variant, record.seed)).identity:
+            if variant and record.identity != self._training(variant, record.seed).identity:
                 raise ConfigError(
                     f"{self.records.path}: holds {record.variant}/{record.seed} with other "
                     f"settings than {variant.file} and the command line say now; remove its line "
                     "to train it anew, or give another --results"
                 )
-        done = {(record.variant, record.seed) for record in records}
-        return [
-            training
-            for training in trainings
-            if (training.variant.name, training.seed) not in done and not self._take(training)
-        ]
+        done = {f"{record.variant}/{record.seed}" for record in records}
+        return [t for t in self.trainings() if t.name not in done and not self._take(t)]
 
     def train(self, jobs: int, requests: StopRequests) -> None:
         """Train all that is missing, `jobs` at a time; each keeps its own record at its end.
@@ -138,27 +129,26 @@ class Runner:
             SavedAndStopped: asked to stop; the trainings that ran have saved themselves.
         """
         waiting = self.missing()
-        total, failed = len(self.study.variants) * len(self.study.seeds), None
+        total, failed = len(self.trainings()), None
         done = total - len(waiting)
         running: dict[subprocess.Popen[bytes], Training] = {}
-        self._say(f"{self.study.name}: {done} of {total} trainings are done")
+        print(f"{self.study.name}: {done} of {total} trainings are done", flush=True)
         while running or (waiting and failed is None):
             if requests.reason is not None:
                 self._stop(running, requests.reason)
             while waiting and failed is None and len(running) < jobs:
                 training = waiting.pop(0)
-                self._say(f"{training.name}: started, log in {_log(training)}")
+                print(f"{training.name}: started, log in {training.log}", flush=True)
                 running[self._start(training)] = training
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for process in [p for p in running if p.poll() is not None]:
                 training = running.pop(process)
-                record = self._record_of(training)
-                if process.returncode == 0 and record is not None:
+                key = (training.variant.name, training.seed)
+                found = [r for r in self.records.read() if (r.variant, r.seed) == key]
+                if process.returncode == 0 and found:
                     done += 1
-                    self._say(
-                        f"{training.name}: {record.top1:.2f}% in {record.seconds:.0f} s "
-                        f"({done} of {total})"
-                    )
+                    measured = f"{found[0].top1:.2f}% in {found[0].seconds:.0f} s"
+                    print(f"{training.name}: {measured} ({done} of {total})", flush=True)
                     self.finished()
                 else:
                     failed = failed or _failure(training, process.returncode)
@@ -188,19 +178,12 @@ class Runner:
             if world.is_main:
                 record = self._measured(training, provenance(world.device))
                 self.records.keep(record)
-                self._say(f"{name}: {record.top1:.2f}%, kept in {self.records.path}")
+                print(f"{name}: {record.top1:.2f}%, kept in {self.records.path}", flush=True)
 
     def _training(self, variant: Variant, seed: int) -> Training:
         folder = self.runs / variant.folder / f"seed{seed}"
         config = self.study.config(variant, seed, self.overrides, folder)
-        return Training(variant, seed, config, variant.identity(config))
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def _record_of(self, training: Training) -> StudyRecord | None:
-        key = (training.variant.name, training.seed)
-        return next((r for r in self.records.read() if (r.variant, r.seed) == key), None)
+        return Training(variant, seed, config, folder)
 
     def _take(self, training: Training) -> bool:
         found = same_training(self.results, self.study.name, training.identity)
@@ -213,7 +196,7 @@ class Runner:
             "taken_from": found.study,
         }
         self.records.keep(found.model_copy(update=changed))
-        self._say(f"{training.name}: {found.top1:.2f}%, the same training as in {found.study}")
+        print(f"{training.name}: {found.top1:.2f}%, the same training as in {found.study}")
         return True
 
     def _words(self, training: Training) -> list[str]:
@@ -235,7 +218,7 @@ class Runner:
             torchrun += ["--nproc-per-node", str(self.processes)]
             words = [*torchrun, "--max-restarts", environment.get("MAX_RESTARTS", "3"), *words]
         training.folder.mkdir(parents=True, exist_ok=True)
-        with _log(training).open("ab") as log:
+        with training.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, env=environment
             )
@@ -296,22 +279,11 @@ class Runner:
         )
 
 
-def whole_number(options: Mapping[str, str], name: str) -> int:
-    """A whole number from 1 to 1024 among the options; 1 by default.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    text = options.get(name, "1")
+def whole_number(where: str, text: str) -> int:
+    """A whole number from 1 to 1024, or a ConfigError that names where it was given."""
     if not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise ConfigError(
-            f"command line: --{name}: got {text!r}; allowed: a whole number from 1 to 1024"
-        )
+        raise ConfigError(f"{where}: got {text!r}; allowed: a whole number from 1 to 1024")
     return int(text)
-
-
-def _log(training: Training) -> Path:
-    return training.folder / "log.txt"
 
 
 def _failure(training: Training, code: int) -> SavedAndStopped | TrainingFailed:
@@ -321,7 +293,7 @@ def _failure(training: Training, code: int) -> SavedAndStopped | TrainingFailed:
             f"{training.name} was asked to stop and saved itself; the same command resumes"
         )
     return TrainingFailed(
-        f"{training.name} ended with status {code}, see {_log(training)}; the same command resumes "
+        f"{training.name} ended with status {code}, see {training.log}; the same command resumes "
         "from its last checkpoint",
         code,
     )

@@ -5,12 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from experiments.study.plan import Study, Variant
 from experiments.study.records import StudyRecord
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,16 @@ class Summary:
     std: float | None
     """Standard deviation with n - 1 in the denominator; None for one value."""
 
+    def text(self, digits: int) -> str:
+        """As tables show it."""
+        text = f"{self.mean:.{digits}f}"
+        return text if self.std is None else f"{text} ± {self.std:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Difference:
     """The mean of the differences over the seeds that both have."""
 
-    count: int
     mean: float
     half_width: float | None
     """Half of the two-sided 95% interval by Student's t; None for one seed."""
@@ -68,9 +70,9 @@ def paired_difference(
     differences = [values[seed] - reference[seed] for seed in seeds]
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
-        return Difference(count, mean, None)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Difference(count, mean, quantile * statistics.stdev(differences) / math.sqrt(count))
+        return Difference(mean, None)
+    quantile = float(stdtrit(count - 1, 0.975))
+    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count))
 
 
 @dataclass(frozen=True)

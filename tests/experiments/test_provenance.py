@@ -95,23 +95,11 @@ for number in range(20):
     assert {r.row for r in store.read()} == {f"{name}/{n}" for name in "abc" for n in range(20)}
 
 
-@pytest.mark.parametrize(
-    ("facts", "expected"),
-    [
-        (
-            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t: 99\n",
-            "AMD EPYC (family 25, model 17)",
-        ),
-        ("model name\t: Intel: fast\n", "Intel: fast"),
-        ("BogoMIPS\t: 48.00\nFeatures\t: fp\n", None),
-        (None, None),
-    ],
-)
-def test_processors_of_the_same_name_are_told_apart(tmp_path, facts, expected):
+def test_processors_of_the_same_name_are_told_apart(tmp_path):
     path = tmp_path / "cpuinfo"
-    if facts is not None:
-        path.write_text(facts)
-    assert provenance._processor(path) == (expected or platform.processor() or platform.machine())
+    assert provenance._processor(path) == (platform.processor() or platform.machine())
+    path.write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t: 99\n")
+    assert provenance._processor(path) == "AMD EPYC (family 25, model 17)"
 
 
 def test_provenance(monkeypatch, tmp_path):

@@ -3,43 +3,26 @@
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 _FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--enable-logging=stderr",
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
+    "--enable-logging=stderr --dump-dom"
 )
 
 
-@dataclass(frozen=True)
-class Visit:
-    """What a page became: its document, and what went to the console."""
-
-    document: str
-    console: list[str]
-
-
-def visit(address: str, profile: Path, *flags: str) -> Visit:
-    """Open a page with a fresh profile."""
+def visit(address: str, profile: Path, *flags: str) -> tuple[str, list[str]]:
+    """Open a page with a fresh profile: what the document became, and the console's lines."""
     done = subprocess.run(
-        [PROGRAM, *_FLAGS, f"--user-data-dir={profile}", *flags, address],
+        [PROGRAM, *_FLAGS.split(), f"--user-data-dir={profile}", *flags, address],
         capture_output=True,
         text=True,
         timeout=90,
         check=True,
     )
-    console = re.findall(r":CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
-    return Visit(done.stdout, console)
+    return done.stdout, re.findall(r":CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
 
 
 def framed(address: str, width: int, height: int) -> str:

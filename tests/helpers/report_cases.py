@@ -1,8 +1,9 @@
 """Results of the paper's tables to make pages from, without evaluating anything."""
 
 from experiments.reproduce.table import RowRecord, read_table, row_records
-from experiments.study.records import StudyRecord, study_records
+from experiments.study.records import study_records
 from experiments.zoo.manifest import read_manifest
+from tests.helpers.study_helper import study_record
 
 MANIFEST = read_manifest()
 SOURCE = {
@@ -34,36 +35,19 @@ def evaluated(name: str, ours: float, images: int | None = None) -> RowRecord:
         row=name,
         ours=ours,
         images=everything if images is None else images,
-        top5=99.0,
-        loss=0.1,
-        seconds=3.0,
-        identity="i",
         **SOURCE,
     )
 
 
-def trained(name: str, seed: int, top1: float) -> StudyRecord:
+def trained(name: str, seed: int, top1: float):
     """The record of a trained row."""
-    return StudyRecord(
+    return study_record(
         study="reproduce",
         variant=MANIFEST.row(name).config,
         seed=seed,
-        differences={},
-        substitutions=[],
         top1=top1,
-        top5=99.0,
-        loss=0.1,
-        epochs=1510,
-        steps=588900,
-        train_images=50000,
-        val_images=10000,
         top1_by_epoch={"1509": top1 + 0.1, "1510": top1},
-        statistics={},
-        seconds=3.0,
-        cpu_seconds=3.0,
-        parts=1,
-        images_per_second=100.0,
-        identity="i",
+        epochs=1510,
         **SOURCE,
     )
 

@@ -36,46 +36,48 @@ def write_study(folder, name="tiny", **content):
     return path
 
 
-def record_of(study, variant, seed, top1, **more):
-    values = {
-        "study": study.name,
-        "variant": variant,
-        "seed": seed,
-        "differences": study.differences(study.variants[variant]),
+def study_record(**values):
+    """A record of a training that nobody did."""
+    default = {
+        "differences": {},
         "substitutions": [],
-        "top1": top1,
         "top5": 99.0,
         "loss": 0.5,
         "epochs": 2,
         "steps": 4,
         "train_images": 285,
         "val_images": 285,
-        "top1_by_epoch": {"2": top1},
-        "statistics": {"htm/layer1/mixed_share": 0.5, "htm/layer1/tokens_mixed": 3.0},
+        "top1_by_epoch": {"2": values["top1"]},
+        "statistics": {},
         "seconds": 2.0,
         "cpu_seconds": 1.0,
         "parts": 1,
         "images_per_second": 300.0,
-        "identity": study.identity(study.variants[variant], seed),
+        "identity": "i",
         "command": "python -m experiments.study",
         "hardware": "a processor",
         "versions": {"torch": "2"},
         "commit": "abc",
         "time": "2026-11-25T00:00:00+00:00",
-        **more,
     }
-    return StudyRecord(**values)
+    return StudyRecord(**{**default, **values})
+
+
+def record_of(study, variant, seed, top1):
+    """The same for a training of a study."""
+    return study_record(
+        study=study.name,
+        variant=variant,
+        seed=seed,
+        top1=top1,
+        differences=study.differences(study.variants[variant]),
+        statistics={"htm/layer1/mixed_share": 0.5, "htm/layer1/tokens_mixed": 3.0},
+        identity=study.identity(study.variants[variant], seed),
+    )
 
 
 def runner_of(folder, path, **overrides):
     """The runner of a study file, as the command makes it, with its folders inside `folder`."""
     study = read_study(path)
     command = ["-m", "experiments.study", "--study", str(path)]
-    runs = folder / "runs" / study.name
-    return Runner(study, command, [], overrides, runs, folder / "results")
-
-
-def keep(runner, *records):
-    """Keep records of trainings."""
-    for record in records:
-        runner.records.keep(record)
+    return Runner(study, command, [], overrides, folder / "runs" / study.name, folder / "results")

@@ -1,12 +1,6 @@
 """`reproduce` from end to end on stand-ins: what is evaluated, skipped, kept and taken up again."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +13,7 @@ from experiments.training.evaluation import Assessment
 from experiments.zoo.manifest import read_manifest
 from tests.helpers.http_server import Server, ranges, status
 from tests.helpers.reproduce_world import IMAGES, accept_cifar, copy_world, make_world
-from tests.helpers.standins import cct_config, save_vit, vit_state, write_yaml
-
-ROOT = Path(__file__).parent.parent.parent.parent
+from tests.helpers.standins import save_vit, vit_state
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +47,23 @@ def rows_of(world, table="cifar"):
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """The names of the checkpoints that are evaluated, in order; `stop` interrupts one of them."""
+    """The names of the checkpoints that are evaluated, in order; "stop" at the end interrupts."""
     seen = []
 
     class Seen(Assessment):
-        stop: str | None = None
-
         def __init__(self, config, checkpoint, world):
-            super().__init__(config, checkpoint, world)
-            self.name = Path(checkpoint).name
-
-        def evaluate(self, batches):
-            if self.name == Seen.stop:
+            if seen[-1:] == ["stop"]:
                 raise KeyboardInterrupt
-            seen.append(self.name)
-            return super().evaluate(batches)
+            super().__init__(config, checkpoint, world)
+            seen.append(Path(checkpoint).name)
 
     monkeypatch.setattr("experiments.reproduce.evaluate.Assessment", Seen)
-    seen_and_stop = type("Seen", (list,), {})(seen)
-    seen_and_stop.names, seen_and_stop.switch = seen, Seen
-    return seen_and_stop
+    return seen
 
 
 def test_both_tables_from_end_to_end(world, run, capsys):
     # what these weights really reach, by the other entry point
-    config = world.folder.parent  # the configs stay in the first world
-    manifest = read_manifest(world.manifest)
-    config = manifest.config_path("cifar10_VTM")
+    config = read_manifest(world.manifest).config_path("cifar10_VTM")
     checkpoint = world.weights / "cct_cifar10_vtm.pth.tar"
     words = ["--config", str(config), "--checkpoint", str(checkpoint), "--json"]
     assert cli.run(evaluate.main, words) == 0
@@ -94,11 +76,8 @@ def test_both_tables_from_end_to_end(world, run, capsys):
     rows = rows_of(world)
     vtm = rows["cct_cifar10_vtm"]
     assert vtm["status"] == "reproduced"
-    assert vtm["ours"] == round(expected["top1"], 4)
-    assert (vtm["top5"], vtm["loss"]) == (
-        round(expected["top5"], 4),
-        round(expected["loss"], 6),
-    )
+    measured = {"ours": "top1", "top5": "top5", "loss": "loss"}
+    assert all(vtm[a] == pytest.approx(expected[b], abs=1e-4) for a, b in measured.items())
     assert vtm["difference"] == pytest.approx(-0.1)
     assert vtm["images"] == vtm["expected_images"] == IMAGES
     assert vtm["hardware"] and vtm["device"] == "cpu" and vtm["precision"] == "fp32"
@@ -126,14 +105,10 @@ def test_both_tables_from_end_to_end(world, run, capsys):
     assert (world.weights / LOCK_FILE).exists()
     names = {path.name for path in world.results.iterdir() if not path.name.startswith(".")}
     assert names == {"evaluations.jsonl"} | {
-        f"{t}.{e}" for t in ("cifar", "imagenet", "all") for e in ("json", "md", "html")
+        f"{t}.{e}" for t in ("cifar", "imagenet") for e in ("json", "md", "html")
     }
-    joint = json.loads((world.results / "all.json").read_text())
-    assert [table["table"] for table in joint["tables"]] == ["cifar", "imagenet"]
-    markdown = (world.results / "cifar.md").read_text()
-    assert f"| {vtm['published']:.2f} | {vtm['ours']:.2f} |".replace("  ", " ") in " ".join(
-        markdown.split()
-    )
+    markdown = " ".join((world.results / "cifar.md").read_text().split())
+    assert f"| {vtm['published']:.2f} | {vtm['ours']:.2f} |" in markdown
     assert "CIFAR-10, baseline: of its authors; no checkpoint was released" in markdown
     assert "reproduced" in out and "skipped: " in out and "\x1b" not in out
     assert str(world.results / "cifar.json") in out
@@ -141,14 +116,14 @@ def test_both_tables_from_end_to_end(world, run, capsys):
 
 def test_rows_are_kept_while_nothing_changed(world, run, evaluations):
     run("--table", "imagenet")
-    assert evaluations.names == ["VIT_HTM.bin", "VIT_VTM.bin", "ViT.npz"]
+    assert evaluations == ["VIT_HTM.bin", "VIT_VTM.bin", "ViT.npz"]
     before = rows_of(world, "imagenet")
     assert "(--fresh: again)" in run("--table", "imagenet")
-    assert len(evaluations.names) == 3 and rows_of(world, "imagenet") == before
+    assert len(evaluations) == 3 and rows_of(world, "imagenet") == before
     run("--table", "imagenet", "--fresh")
-    assert len(evaluations.names) == 6
+    assert len(evaluations) == 6
     run("VIT_VTM", "--data.crop_pct", "1.0")
-    assert evaluations.names[6:] == ["VIT_VTM.bin"]
+    assert evaluations[6:] == ["VIT_VTM.bin"]
     # another file: refused by its hash, until that is what somebody wants
     before = rows_of(world, "imagenet")
     small = {"width": 48, "layers": 4, "mlp": 96, "tokens": 17}
@@ -158,7 +133,7 @@ def test_rows_are_kept_while_nothing_changed(world, run, evaluations):
     assert rows_of(world, "imagenet") == before
     (world.weights / LOCK_FILE).unlink()
     run("VIT_VTM")
-    assert evaluations.names[7:] == ["VIT_VTM.bin"]
+    assert evaluations[7:] == ["VIT_VTM.bin"]
 
 
 def test_each_row_ends_its_loader(run, monkeypatch):
@@ -170,19 +145,18 @@ def test_each_row_ends_its_loader(run, monkeypatch):
 
 
 def test_an_interruption_is_taken_up_again(world, run, evaluations):
-    evaluations.switch.stop = "cct_cifar10_vtm.pth.tar"
+    run("cct_cifar10_htm")
+    first = rows_of(world)["cct_cifar10_htm"]
+    evaluations.append("stop")
     assert "interrupted" in run("--table", "cifar", code=130)
-    assert evaluations.names == ["cct_cifar10_htm.pth.tar"]
-    rows = rows_of(world)  # what is done is there, and the rest is told as not done
-    assert rows["cct_cifar10_htm"]["ours"] is not None
+    rows = rows_of(world)  # the finished row is there, and the rest is told as not done
+    assert rows["cct_cifar10_htm"] == first
     assert rows["cct_cifar10_vtm"]["status"] == "not evaluated"
     assert "not evaluated" in (world.results / "cifar.html").read_text()
-    first = rows["cct_cifar10_htm"]
-    evaluations.switch.stop = None
+    evaluations.pop()
     run("--table", "cifar")
-    assert evaluations.names == [
-        f"cct_{n}.pth.tar" for n in ("cifar10_htm", "cifar10_vtm", "cifar100_htm")
-    ]
+    names = ("cifar10_htm", "cifar10_vtm", "cifar100_htm")
+    assert evaluations == [f"cct_{name}.pth.tar" for name in names]
     assert rows_of(world)["cct_cifar10_htm"] == first
 
 
@@ -196,8 +170,7 @@ def test_a_result_outlives_its_file(world, run):
 
 
 def unusable(world):
-    weights = world.weights
-    (weights / "VIT_HTM.bin").write_text("<html><title>Sign in</title>")
+    (world.weights / "VIT_HTM.bin").write_text("<html><title>Sign in</title>")
     return "VIT_HTM", "is a web page"
 
 
@@ -211,21 +184,15 @@ def without_config(world):
     return "VIT_HTM", "nothing.yaml: cannot read the config"
 
 
-def with_a_wrong_hash(world):
-    world.change("VIT_HTM", sha256="0" * 64)
-    return "VIT_HTM", "expected 0000"
-
-
 def without_data(world):
     return "VIT_HTM --data.root nowhere", "expected in"
 
 
-@pytest.mark.parametrize(
-    "spoil", [unusable, of_another_model, without_config, with_a_wrong_hash, without_data]
-)
+@pytest.mark.parametrize("spoil", [unusable, of_another_model, without_config, without_data])
 def test_what_cannot_be_evaluated_is_skipped_with_a_reason(world, run, spoil):
     words, message = spoil(world)
-    assert message in run(*words.split())
+    out = run(*words.split())
+    assert message in out, out
     row = rows_of(world, "imagenet")["VIT_HTM"]
     assert row["status"] == "skipped" and message in row["reason"]
     assert message in (world.results / "imagenet.md").read_text()
@@ -293,90 +260,7 @@ def test_help(capsys):
     assert capsys.readouterr().out == reproduce.USAGE
 
 
-def test_damaged_records_are_told_and_left(world, run):
-    world.results.mkdir()
-    path = world.results / "evaluations.jsonl"
-    path.write_text("{")
-    assert f"{path}, line 1: is damaged" in run("VIT_HTM", code=2)
-    assert path.read_text() == "{"
-
-
 def test_data_folder_from_the_environment(world, run, monkeypatch):
     monkeypatch.setenv("DATA", "nowhere-at-all")
     monkeypatch.setenv("WEIGHTS", "not-used")
     assert "nowhere-at-all" in run("VIT_HTM")
-
-
-def killed_while_evaluating(world):
-    """A process of reproduce that is killed, once it has evaluated one row."""
-    code = textwrap.dedent(
-        f"""
-        import sys
-        import torch
-        from torchvision import datasets
-        torch.set_num_threads(1)  # as here: a row is kept on the same hardware
-        for owner, attributes in {world.replaced!r}.items():
-            for attribute, value in attributes.items():
-                setattr(getattr(datasets, owner), attribute, value)
-        from experiments import cli
-        from experiments.reproduce import __main__ as reproduce
-        sys.exit(cli.run(reproduce.main))
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *world.words("--table", "cifar", "--data.batch_size", "1")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if "cct_cifar10_vtm.pth.tar" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait(30)
-    process.stdout.close()
-    return lines
-
-
-@pytest.mark.slow
-def test_a_kill_in_the_middle_is_taken_up_again(world, run, evaluations):
-    killed_while_evaluating(world)
-    rows = rows_of(world)
-    assert rows["cct_cifar10_htm"]["ours"] is not None
-    assert rows["cct_cifar10_vtm"]["ours"] is None
-    run("--table", "cifar", "--data.batch_size", "1")
-    assert evaluations.names[0] == "cct_cifar10_vtm.pth.tar"
-    assert [p.name for p in world.results.iterdir() if "tmp" in p.name] == []
-
-
-@pytest.mark.slow
-def test_a_vit_of_full_size(world, run, tmp_path):
-    """ViT-B/16 in the released format; 10 images of 5 classes."""
-    manifest = read_manifest(world.manifest)
-    content = {
-        "model": {"name": "vit_base_patch16_224", "image_size": 224},
-        "data": {
-            "dataset": "",
-            "root": str(Path(manifest.configs).parent / "data" / "imagenet"),
-            "batch_size": 4,
-            "workers": 0,
-        },
-        "device": "cpu",
-        "horizontal": {"layers": [3], "tau": 0.1, "rho": 0.01, "scorenet": "cls"},
-    }
-    path = write_yaml(tmp_path / "full" / "vit_full.yaml", content)
-    world.change("VIT_HTM", config=os.path.relpath(path, manifest.configs).removesuffix(".yaml"))
-    save_vit(world.weights / "VIT_HTM.bin", vit_state(5, htm=3))
-    start = time.monotonic()
-    run("VIT_HTM")
-    assert rows_of(world, "imagenet")["VIT_HTM"]["images"] == 10
-    print(f"{time.monotonic() - start:.1f} s")
-
-
-def test_the_configs_of_the_zoo_are_the_projects():
-    manifest = read_manifest()
-    assert manifest.configs == ROOT / "configs"
-    assert cct_config("cifar10", "HTM", ROOT)["horizontal"]["layers"] == [2]

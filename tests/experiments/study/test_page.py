@@ -3,13 +3,13 @@
 import pytest
 
 from experiments.documents.markdown import fill_blocks
-from experiments.errors import DataError
+from experiments.errors import ConfigError
 from experiments.study import page
 from experiments.study.page import makers, markdown, table, verdict, write_report
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import compare
-from tests.helpers.study_helper import ROOT, keep, record_of, runner_of, write_study
+from tests.helpers.study_helper import ROOT, record_of, runner_of, write_study
 
 
 def example(folder, **figures):
@@ -62,7 +62,7 @@ def test_report_writes_page_and_pictures_always_the_same(tmp_path):
     runner = runner_of(tmp_path, write_study(tmp_path))
     for seed, top1 in ((1, 50.0), (2, 52.0)):
         for variant, value in (("plain", top1), ("HTM", top1 + seed)):
-            keep(runner, record_of(runner.study, variant, seed, value))
+            runner.records.keep(record_of(runner.study, variant, seed, value))
     paths = write_report(runner.study, tmp_path / "results")
     contents = [path.read_bytes() for path in paths]
     assert [path.name for path in paths] == ["README.md", "study.png", "study.svg"]
@@ -79,7 +79,7 @@ def test_documents_show_a_study(tmp_path, monkeypatch):
     made = fill_blocks(text, makers(tmp_path))
     assert "**2 of 40 trainings are done**" in made and "97.25" in made and "old" not in made
     assert fill_blocks(made, makers(tmp_path)) == made
-    with pytest.raises(DataError, match="got study nothing"):
+    with pytest.raises(ConfigError, match=r"nothing.yaml: cannot read"):
         fill_blocks(text.replace("digits", "nothing"), makers(tmp_path))
 
 

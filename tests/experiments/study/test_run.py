@@ -12,12 +12,11 @@ from experiments.config import load_config
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study.records import study_records
-from experiments.study.run import _processor_seconds
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
 from tests.helpers.runs_helper import HTM, write_config
-from tests.helpers.study_helper import ROOT, TINY, keep, record_of, runner_of, write_study
+from tests.helpers.study_helper import ROOT, TINY, record_of, runner_of, write_study
 
 
 def words_of(folder, path, *more):
@@ -54,17 +53,11 @@ def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
     assert records[1].loss != records[0].loss
 
 
-def test_processor_time_counts_processes_that_have_ended():
-    before = _processor_seconds()
-    subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
-    assert _processor_seconds() - before > 0.05
-
-
 def test_finished_trainings_are_not_repeated(tmp_path):
     path = write_study(tmp_path)
     runner = runner_of(tmp_path, path)
     assert len(runner.missing()) == 6
-    keep(runner, record_of(runner.study, "HTM", 1, 50.0))
+    runner.records.keep(record_of(runner.study, "HTM", 1, 50.0))
     assert [training.name for training in runner.missing()] == [
         *("plain/1", "mask/1"),
         *("plain/2", "HTM/2", "mask/2"),
@@ -78,7 +71,7 @@ def test_finished_trainings_are_not_repeated(tmp_path):
 
 def test_the_same_training_is_taken_from_another_study(tmp_path):
     first = runner_of(tmp_path, write_study(tmp_path))
-    keep(first, record_of(first.study, "HTM", 1, 51.0))
+    first.records.keep(record_of(first.study, "HTM", 1, 51.0))
     variants = {"none": {}, "same": {"set": {"horizontal": HTM}}}
     path = write_study(tmp_path, name="other", variants=variants, plain="none", seeds=[1])
     second = runner_of(tmp_path, path)
@@ -115,16 +108,6 @@ def test_an_interrupted_study_resumes(tmp_path, number):
     assert len(ours) == 3
     if number == signal.SIGTERM:
         assert max(record.parts for record in ours) == 2
-
-
-@pytest.mark.slow
-def test_a_training_that_fails_is_named(tmp_path):
-    path = write_study(tmp_path, seeds=[1], set={"schedule": {"lr": 1.0e30}})
-    code, error = finished(started(words_of(tmp_path, path)))
-    assert code == 3
-    assert "plain/1 ended with status 3, see" in error
-    log = tmp_path / "runs" / "tiny" / "plain" / "seed1" / "log.txt"
-    assert "is not finite" in log.read_text()
 
 
 def started(words):

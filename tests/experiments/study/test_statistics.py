@@ -19,18 +19,9 @@ def test_worked_out_by_hand():
     assert summary.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
     # differences 1, 2, 3: mean 2, deviation 1; t(0.975, 2) = 4.30265 as tables have it
     difference = paired_difference({1: 1.0, 2: 4.0, 3: 9.0}, {3: 6.0, 2: 2.0, 1: 0.0})
-    assert (difference.count, difference.mean) == (3, 2.0)
+    assert difference.mean == 2.0
     assert difference.half_width == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
     assert not difference.excludes_zero
-
-
-@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (5, 2.77645), (10, 2.26216)])
-def test_quantiles_are_those_of_the_tables(count, quantile):
-    values = {seed: float((-1) ** seed) for seed in range(count)}
-    zero = dict.fromkeys(range(count), 0.0)
-    std = np.std(list(values.values()), ddof=1)
-    half_width = paired_difference(values, zero).half_width
-    assert half_width == pytest.approx(quantile * std / math.sqrt(count), rel=1e-5)
 
 
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=2, max_size=12))
@@ -48,14 +39,13 @@ def test_as_scipys_paired_t_test(pairs):
 
 def test_only_seeds_that_both_have_count():
     difference = paired_difference({1: 5.0, 2: 7.0, 9: 100.0}, {2: 5.0, 1: 4.0, 3: 0.0})
-    assert (difference.count, difference.mean) == (2, 1.5)
+    assert difference.mean == 1.5 and difference.half_width is not None
     assert paired_difference({1: 5.0}, {2: 5.0}) is None
 
 
 def test_one_seed_has_no_interval():
     difference = paired_difference({1: 5.0}, {1: 4.0})
-    assert (difference.count, difference.mean, difference.interval) == (1, 1.0, None)
-    assert not difference.excludes_zero
+    assert (difference.mean, difference.interval, difference.excludes_zero) == (1.0, None, False)
     assert summarise({1: 5.0}).std is None and summarise({}) is None
 
 

@@ -264,9 +264,3 @@ def test_each_changes_its_model_alone(names, batch):
     output.logits.sum().backward()
     after = vit(horizontal=settings)(images, targets)
     assert torch.equal(after.logits, before.logits)
-
-
-def test_two_rules_for_the_same_decision():
-    with pytest.raises(ValueError, match="random partners and greedy partners both replace"):
-        rules_by_names(["random partners", "greedy partners"])
-    assert rules_by_names([]) is None
