@@ -85,7 +85,7 @@ def terminal() -> Console:
 
 def list_zoo(manifest: Manifest, folder: Path) -> None:
     """Print the table of all checkpoints."""
-    from experiments.zoo.download import UNKNOWN, Zoo
+    from experiments.zoo.download import Zoo
 
     zoo = Zoo(folder)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -95,11 +95,10 @@ def list_zoo(manifest: Manifest, folder: Path) -> None:
         table.add_column(title, justify="right")
     table.add_column("on disk", overflow="fold")
     for entry in manifest.checkpoints.values():
-        state = zoo.state(entry)
+        state, arrived = zoo.state(entry)
         published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
-        size = f"{state.size / 1e6:.1f}" if state.size else "-"
-        bad = state.present and not state.verified and state.words != UNKNOWN
-        words = Text(state.words, "green" if state.verified else "red" if bad else "")
+        size = f"{arrived / 1e6:.1f}" if arrived else "-"
+        words = Text(state, "green" if state == "verified" else "")
         table.add_row(entry.name, entry.file, entry.dataset, entry.method, published, size, words)
     terminal().print(table)
     terminal().print(f"folder: {folder}", soft_wrap=True)
