@@ -31,14 +31,16 @@ VIT = {
     [(CCT, "cct_2_3x2_32_eval", "cct.pth.tar"), (VIT, "vit_tiny_eval", "VIT.bin")],
 )
 @pytest.mark.parametrize("tokenmixup", [True, False], ids=["as trained", "plain"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_released_checkpoints_evaluate_to_the_golden_logits(
-    tmp_path, data_folder, sections, arrays, file, tokenmixup
+    tmp_path, data_folder, sections, arrays, file, tokenmixup, legacy
 ):
     golden = np.load(data_folder / f"{arrays}.npz", allow_pickle=False)
     state = {n.removeprefix("sd/"): torch.from_numpy(golden[n]) for n in golden if "sd/" in n}
     # timm's old saver: the state dict beside a pickled namespace; the ViT's: a bare state dict
     timms = {"epoch": 1, "state_dict": state, "args": argparse.Namespace(lr=0.1), "metric": 97.0}
-    torch.save(timms if file.endswith(".tar") else state, tmp_path / file)
+    content = timms if file.endswith(".tar") else state
+    torch.save(content, tmp_path / file, _use_new_zipfile_serialization=not legacy)
     if not tokenmixup:
         sections = {"model": sections["model"]}
     config = small_config(tmp_path, **sections)
