@@ -47,5 +47,7 @@ def test_released_checkpoints_evaluate_to_the_golden_logits(
     assessment = Assessment(config, str(tmp_path / file), ONE_PROCESS)
     logits = assessment.model.eval()(torch.from_numpy(golden["x"]))
     np.testing.assert_allclose(logits.detach().numpy(), golden["eval_logits"], rtol=1e-4, atol=1e-5)
-    assert bool(assessment.loaded.unused) is not tokenmixup
+    scorenets = sorted(name for name in state if "small_h" in name or "scorenet" in name)
+    assert scorenets and sorted(assessment.loaded.unused) == ([] if tokenmixup else scorenets)
+    assert assessment.loaded.left_out == ()
     assert assessment.evaluate().images == 355

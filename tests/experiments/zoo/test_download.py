@@ -16,7 +16,6 @@ from experiments.errors import CheckpointError
 from experiments.zoo.download import MissingFileError, Zoo
 from tests.helpers.http_server import (
     Server,
-    cut_at_once,
     cut_whole,
     page,
     ranges,
@@ -138,7 +137,7 @@ FAULTS = {
     "refusal": ([status(403)], "/fault-refusal: 403 Forbidden$"),
     "busy": ([status(503)], "503 Service Unavailable$"),
     "cut": ([cut_whole(CONTENT, 1000)], "."),
-    "no answer": ([cut_at_once()], "."),
+    "no answer": ([lambda handler: handler.cut()], "."),
     "half": ([whole(CONTENT[:1500])], "cut off"),
     "no checkpoint": ([whole(b"hello")], "no checkpoint"),
 }

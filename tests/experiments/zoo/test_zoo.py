@@ -61,7 +61,7 @@ def test_a_full_disk_keeps_what_came(server, tmp_path, weights):
 
 
 def test_two_downloads_of_one_file_at_once(server, tmp_path, weights):
-    url = server.offer("/twice", slow(CONTENT, pieces=20, seconds=0.2))
+    url = server.offer("/twice", slow(CONTENT))
     manifest = manifest_of(tmp_path, twice={"url": url})
     words = ("download", "twice", "--manifest", manifest, "--weights", weights)
     both = [command(*words), command(*words)]
