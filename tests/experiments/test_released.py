@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+import experiments.models  # registers CCT
 import tokenmixup
 from experiments.released import load_released
 from tests.helpers.standins import cct_state, vit_state
@@ -119,6 +120,7 @@ def test_what_cannot_be_accounted_for_is_named(family, edit, message):
 
 def test_released_learned_embedding_does_not_fit_an_honest_sine_model():
     state_dict = released("cct")
+    assert "cct_2_3x2_32_sine" in experiments.models.CCT_NAMES
     model = timm.create_model("cct_2_3x2_32_sine", num_classes=10)
     with pytest.raises(ValueError, match=r"without a place .*classifier\.positional_emb"):
         load_released(model, state_dict)
