@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import math
+import os
 import pickle
 import re
 import warnings
@@ -61,9 +62,6 @@ _FREE_KEYS = (
     *("checkpoint.", "on_nonfinite", "skip_limit", "timeout_minutes"),
     *("data.eval_batch_size", "eval_precision"),
 )
-
-# The saved state of the optimiser fits no other value of these.
-_FIXED_KEYS = ("optimizer.name",)
 
 
 # Checkpoints of runs
@@ -128,18 +126,17 @@ def refuse_changed_config(
         if before.get(key) != after.get(key)
     }
     refused = [text for key, text in changed.items() if key not in allowed]
-    for key in _FIXED_KEYS:
-        if key in changed:
-            raise ConfigError(
-                f"{path} cannot be continued with {changed[key]}: its state is of that optimiser; "
-                f"set {key} back, or begin another run (--output) from its weights: "
-                f"--model.weights {path}"
-            )
+    if "optimizer.name" in changed:
+        raise ConfigError(
+            f"{path} cannot be continued with {changed['optimizer.name']}: its state is of that "
+            "optimiser; set optimizer.name back, or begin another run (--output) from its "
+            f"weights: --model.weights {path}"
+        )
     if refused:
-        names = ",".join(changed)
         raise ConfigError(
             f"{path} is of another experiment, so it cannot be continued: {'; '.join(refused)}; "
-            f"choose another --output, set these keys back, or name them: --allow-changed {names}"
+            "choose another --output, set these keys back, or name them: --allow-changed "
+            f"{','.join(changed)}"
         )
     for key in allowed:
         if key not in changed:
@@ -246,7 +243,7 @@ def read_weights(path: str | Path) -> WeightFile:
     """
     path = Path(path)
     kind = recognise(path)
-    refuse_changed(path)
+    check_hash(path)
     if kind == "safetensors":
         from safetensors.torch import load_file
 
@@ -276,15 +273,12 @@ def recognise(path: Path) -> str:
     Raises:
         CheckpointError: it is missing, or nothing that holds weights.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for its writer
+        raise CheckpointError(f"{path}: is a folder, a pipe or a device, not a file")
     try:
-        if path.exists() and not path.is_file():  # opening a pipe waits for its writer
-            raise CheckpointError(f"{path}: is a folder, a pipe or a device, not a file")
-        size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
     except (OSError, ValueError) as error:  # a path with a null character is a ValueError
-        if isinstance(error, CheckpointError):
-            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{path}: cannot read the checkpoint: {reason}") from None
     if not head:
@@ -304,8 +298,6 @@ def recognise(path: Path) -> str:
         raise CheckpointError(f"{path}: is a zip archive without weights")
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header <= _SAFETENSORS_HEADER_LIMIT:
-        if header + 8 > size:
-            raise CheckpointError(f"{path}: is cut off: its header is longer than the file")
         return "safetensors"
     if head[:1] == b"\x80":  # torch's format before the zip
         return "torch"
@@ -372,9 +364,8 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no weights")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            told = repr(name[:60]) if isinstance(name, str) else f"a key ({type(name).__name__})"
             raise CheckpointError(
-                f"{path}: is no state dict: {told} is a {type(value).__name__}, not a tensor"
+                f"{path}: is no state dict: {name!r:.60} is a {type(value).__name__}, not a tensor"
             )
     return content
 
@@ -440,18 +431,24 @@ def record_hash(path: Path, source: str) -> str:
     return str(entry["sha256"])
 
 
-def refuse_changed(path: Path) -> None:
-    """Raise a CheckpointError if a file is not the one whose hash was recorded."""
-    entry = known_files(path.parent).get(path.name)
-    if entry is not None:
-        refuse_wrong_hash(path, entry["sha256"], f"recorded in {path.parent / LOCK_FILE}")
+def check_hash(path: Path, name: str = "", listed: str | None = None) -> str | None:
+    """Compare a file with its known hash, and return that hash, or None if none is known.
 
+    Args:
+        path: of the file.
+        name: the file name of which the hash is recorded, if it is not the path's.
+        listed: the hash in the zoo's manifest, which takes precedence over a recorded one.
 
-def refuse_wrong_hash(path: Path, expected: str, where: str) -> None:
-    """Raise a CheckpointError if a file's hash differs from the one that `where` gives."""
-    found = file_hash(path)
-    if found != expected:
+    Raises:
+        CheckpointError: the file has another hash.
+    """
+    known, where = listed, "in the zoo's manifest"
+    if known is None:
+        known = known_files(path.parent).get(name or path.name, {}).get("sha256")
+        where = f"recorded in {path.parent / LOCK_FILE}"
+    if known is not None and (found := file_hash(path)) != known:
         raise CheckpointError(
             f"{path}: is not the file that it should be: its SHA-256 is {found}, expected "
-            f"{expected} ({where})"
+            f"{known} ({where})"
         )
+    return known

@@ -96,19 +96,6 @@ def test_every_dependency_has_a_pin_in_its_range(python: str) -> None:
         assert found[name] in demand.specifier, f"{name} {found[name]}: {demand.specifier}"
 
 
-def test_torch_and_torchvision_are_a_pair() -> None:
-    for python in PYTHONS:
-        found = pins_for(python)
-        torch, torchvision = found["torch"], found["torchvision"]
-        assert (torch.major, torch.minor + 15, torch.micro) == (
-            torchvision.major + 2,
-            torchvision.minor,
-            torchvision.micro,
-        ), f"torch 2.x goes with torchvision 0.(x + 15): {torch}, {torchvision}"
-        assert str(found["timm"]) == "1.0.31"
-        assert found["pillow"].major < 13
-
-
 def test_constraints_contain_only_versions() -> None:
     text = (ROOT / "constraints.txt").read_text()
     command = re.search(r"^# +uv (pip compile .*) -o constraints\.txt$", text, re.MULTILINE)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,9 @@ from experiments import cli
 from experiments.config import load_config
 from experiments.errors import ConfigError, UserError
 from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from experiments.zoo.download import Zoo
 
 USAGE = """usage: python -m experiments.zoo COMMAND [OPTION ...]
 
@@ -64,17 +68,23 @@ def main(argv: Sequence[str]) -> None:
         if name not in ("weights", "manifest", *_OPTIONS_OF[verb]):
             raise ConfigError(f"command line: --{name}: not an option of {verb}")
     manifest = read_manifest(Path(options.get("manifest", MANIFEST)))
+    cookies = options.get("cookies")
+    if cookies is not None and not Path(cookies).is_file():
+        raise ConfigError(f"command line: --cookies: {cookies} is not a file")
     folder = Path(options.get("weights") or os.environ.get("WEIGHTS") or "weights")
+    from experiments.zoo.download import Zoo  # loads torch, which --help does not need
+
+    zoo = Zoo(folder, Path(cookies) if cookies else None)
     if verb == "list":
         if names:
             raise ConfigError(f"command line: {names[0]!r}: list takes no name")
-        list_zoo(manifest, folder)
+        list_zoo(manifest, zoo)
     elif verb == "download":
-        download(manifest, folder, names, "all" in options, options.get("cookies"))
+        download(manifest, zoo, names, "all" in options)
     elif verb == "verify":
-        verify(manifest, folder, names)
+        verify(manifest, zoo, names)
     else:
-        convert_file(manifest, folder, names, options)
+        convert_file(manifest, zoo, names, options)
 
 
 def terminal() -> Console:
@@ -83,11 +93,8 @@ def terminal() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def list_zoo(manifest: Manifest, folder: Path) -> None:
+def list_zoo(manifest: Manifest, zoo: "Zoo") -> None:
     """Print the table of all checkpoints."""
-    from experiments.zoo.download import UNKNOWN, Zoo
-
-    zoo = Zoo(folder)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("name", "file", "data set", "method"):
         table.add_column(title, no_wrap=True)
@@ -95,42 +102,31 @@ def list_zoo(manifest: Manifest, folder: Path) -> None:
         table.add_column(title, justify="right")
     table.add_column("on disk", overflow="fold")
     for entry in manifest.checkpoints.values():
-        state = zoo.state(entry)
+        state, arrived = zoo.state(entry)
         published = "-" if entry.published_top1 is None else f"{entry.published_top1:.2f}"
-        size = f"{state.size / 1e6:.1f}" if state.size else "-"
-        bad = state.present and not state.verified and state.words != UNKNOWN
-        words = Text(state.words, "green" if state.verified else "red" if bad else "")
+        size = f"{arrived / 1e6:.1f}" if arrived else "-"
+        words = Text(state, "green" if state == "verified" else "")
         table.add_row(entry.name, entry.file, entry.dataset, entry.method, published, size, words)
     terminal().print(table)
-    terminal().print(f"folder: {folder}", soft_wrap=True)
+    terminal().print(f"folder: {zoo.folder}", soft_wrap=True)
 
 
-def download(
-    manifest: Manifest, folder: Path, names: list[str], everything: bool, cookies: str | None
-) -> None:
+def download(manifest: Manifest, zoo: "Zoo", names: list[str], everything: bool) -> None:
     """Fetch checkpoints; go on with the others after a failure."""
-    from experiments.zoo.download import Zoo
-
     if everything == bool(names):
         raise ConfigError("command line: download: give names, or --all")
-    if cookies is not None and not Path(cookies).is_file():
-        raise ConfigError(f"command line: --cookies: {cookies} is not a file")
     wanted = _named(manifest, names) or list(manifest.checkpoints.values())
-    zoo = Zoo(folder, Path(cookies) if cookies else None)
     _each(wanted, zoo.obtain, "could not be had")
 
 
-def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
+def verify(manifest: Manifest, zoo: "Zoo", names: list[str]) -> None:
     """Check the named files, or all that are on disk."""
-    from experiments.zoo.download import Zoo
-
-    zoo = Zoo(folder)
     wanted = _named(manifest, names)
     if not names:
         wanted = [e for e in manifest.checkpoints.values() if zoo.path(e).exists()]
         if not wanted:
             raise UserError(
-                f"{folder}: holds no checkpoint of the zoo; --help tells how to get one"
+                f"{zoo.folder}: holds no checkpoint of the zoo; --help tells how to get one"
             )
 
     def check(entry: Checkpoint) -> None:
@@ -140,9 +136,7 @@ def verify(manifest: Manifest, folder: Path, names: list[str]) -> None:
     _each(wanted, check, "did not pass")
 
 
-def convert_file(
-    manifest: Manifest, folder: Path, words: list[str], options: dict[str, str]
-) -> None:
+def convert_file(manifest: Manifest, zoo: "Zoo", words: list[str], options: dict[str, str]) -> None:
     """Write one checkpoint as safetensors."""
     if len(words) != 1:
         raise ConfigError(f"command line: convert: give one FILE, got {len(words)}")
@@ -151,12 +145,11 @@ def convert_file(
         entry = next((e for e in manifest.checkpoints.values() if e.file == path.name), None)
     else:
         entry = manifest.checkpoint(words[0])
-        path = folder / entry.file
+        path = zoo.path(entry)
     from experiments.zoo.convert import config_of, convert
-    from experiments.zoo.download import Zoo
 
-    if entry is not None and path.parent.resolve() == folder.resolve():
-        Zoo(folder).verify(entry)
+    if entry is not None and path.parent.resolve() == zoo.folder.resolve():
+        zoo.verify(entry)
     if "config" in options:
         config = load_config(options["config"])
     elif entry is not None:

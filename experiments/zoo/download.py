@@ -16,7 +16,6 @@ from experiments.errors import CheckpointError, UserError
 from experiments.files import exclusive
 from experiments.zoo.manifest import Checkpoint
 
-UNKNOWN = "no hash known yet"
 # requests' errors are OSErrors; gdown raises the last two on an answer that it cannot read
 _FAILURES = (OSError, DownloadError, KeyError, AssertionError)
 
@@ -35,27 +34,10 @@ class MissingFileError(UserError):
         advice: lines for a person who wants to fetch it by hand.
     """
 
-    def __init__(self, checkpoint: Checkpoint, reasons: list[str], advice: list[str]) -> None:
-        super().__init__(f"{checkpoint.name}: {'; '.join(reasons)}")
+    def __init__(self, checkpoint: Checkpoint, reason: str, advice: list[str]) -> None:
+        super().__init__(f"{checkpoint.name}: {reason}")
         self.checkpoint = checkpoint
         self.advice = advice
-
-
-@dataclass(frozen=True)
-class State:
-    """What is known of a checkpoint's file.
-
-    Attributes:
-        present: whether the file is there.
-        verified: whether its hash is known and correct.
-        words: the same for a person.
-        size: bytes of the file, or of the part that has arrived.
-    """
-
-    present: bool
-    verified: bool
-    words: str
-    size: int
 
 
 @dataclass
@@ -78,19 +60,19 @@ class Zoo:
         """Where a checkpoint's file belongs."""
         return self.folder / checkpoint.file
 
-    def state(self, checkpoint: Checkpoint) -> State:
-        """Look at a checkpoint's file without changing or recording anything."""
+    def state(self, checkpoint: Checkpoint) -> tuple[str, int]:
+        """What a file is, in words, and how many bytes have arrived; changes nothing."""
         path = self.path(checkpoint)
         if not path.exists():
             part = _arrived(self._incoming(checkpoint))
-            return State(False, False, "a part" if part else "-", part)
-        size = path.stat().st_size
+            return "a part" if part else "-", part
         try:
-            _recognise_as(path, checkpoint.kind)
-            known = self._check_hash(path, checkpoint)
+            recognise(path)
+            known = weights.check_hash(path, listed=checkpoint.sha256)
+            words = "verified" if known else "no hash known yet"
         except CheckpointError as error:
-            return State(True, False, str(error).removeprefix(f"{path}: "), size)
-        return State(True, known is not None, "verified" if known else UNKNOWN, size)
+            words = str(error).removeprefix(f"{path}: ")
+        return words, path.stat().st_size
 
     def verify(self, checkpoint: Checkpoint) -> str:
         """Check a file on disk, record its hash if none is known, and return the hash.
@@ -107,7 +89,7 @@ class Zoo:
         """Fetch a checkpoint's file unless it is on disk, and return its path.
 
         Raises:
-            MissingFileError: no source gave it; with advice for a person.
+            MissingFileError: it cannot be fetched; with advice for a person.
             CheckpointError: the file on disk is another one.
         """
         path = self.path(checkpoint)
@@ -122,7 +104,7 @@ class Zoo:
                     self._fetch(checkpoint)
         except OSError as error:
             raise MissingFileError(
-                checkpoint, [f"{self.folder}: cannot write: {error.strerror}"], []
+                checkpoint, f"{self.folder}: cannot write: {error.strerror}", []
             ) from None
         return path
 
@@ -132,24 +114,23 @@ class Zoo:
         return f"python -m experiments.zoo {verb} {checkpoint.name}{folder}"
 
     def _fetch(self, checkpoint: Checkpoint) -> None:
-        incoming, reasons = self._incoming(checkpoint), []
-        for source in (checkpoint.link, *checkpoint.mirrors):
-            self.say(f"{checkpoint.name}: from {source}")
-            try:
-                self._download(source, checkpoint)
-                self._admit(incoming, checkpoint, source)
-            except CheckpointError as error:
-                _discard(incoming)
-                said = str(error).partition(": ")[2]
-                reasons.append(f"what {source} gave is not kept: it {said}")
-            except _FAILURES as error:
-                reasons.append(f"{source}: {_cause(error)}")
-            else:
-                self.say(f"{checkpoint.name}: {self.path(checkpoint)}")
-                return
-        raise MissingFileError(checkpoint, reasons, self._advice(checkpoint))
+        incoming, source = self._incoming(checkpoint), checkpoint.link
+        self.say(f"{checkpoint.name}: from {source}")
+        try:
+            self._download(checkpoint)
+            self._admit(incoming, checkpoint, source)
+        except CheckpointError as error:
+            _discard(incoming)
+            said = str(error).partition(": ")[2]
+            reason = f"what {source} gave is not kept: it {said}"
+        except _FAILURES as error:
+            reason = f"{source}: {_cause(error)}"
+        else:
+            self.say(f"{checkpoint.name}: {self.path(checkpoint)}")
+            return
+        raise MissingFileError(checkpoint, reason, self._advice(checkpoint))
 
-    def _download(self, source: str, checkpoint: Checkpoint) -> None:
+    def _download(self, checkpoint: Checkpoint) -> None:
         """Download to a temporary name; bytes that arrive before a failure are kept and continued.
 
         gdown continues a part by a range request, and checks that all announced bytes arrived. As
@@ -160,7 +141,7 @@ class Zoo:
             before = _arrived(incoming)
             try:
                 gdown.download(
-                    url=source,
+                    url=checkpoint.link,
                     output=str(incoming),
                     quiet=not sys.stderr.isatty(),
                     resume=True,
@@ -186,13 +167,8 @@ class Zoo:
             CheckpointError: it is not the checkpoint.
         """
         path = self.path(checkpoint)
-        _recognise_as(found, checkpoint.kind)
-        if checkpoint.size is not None and found.stat().st_size != checkpoint.size:
-            raise CheckpointError(
-                f"{found}: has {found.stat().st_size:,} bytes, and the zoo knows "
-                f"{checkpoint.size:,}"
-            )
-        known = self._check_hash(found, checkpoint)
+        recognise(found)
+        known = weights.check_hash(found, checkpoint.file, checkpoint.sha256)
         if known is None:
             read_weights(found)  # completely, so that truncation and damage are found
         if found != path:
@@ -212,16 +188,6 @@ class Zoo:
             f"on: {digest}"
         )
         return digest
-
-    def _check_hash(self, found: Path, checkpoint: Checkpoint) -> str | None:
-        """Return the known hash, if any; raise a CheckpointError if the file's differs."""
-        recorded = weights.known_files(self.folder).get(checkpoint.file)
-        known, where = checkpoint.sha256, "in the zoo's manifest"
-        if known is None and recorded is not None:
-            known, where = recorded["sha256"], f"recorded in {self.folder / LOCK_FILE}"
-        if known is not None:
-            weights.refuse_wrong_hash(found, known, where)
-        return known
 
     def _incoming(self, checkpoint: Checkpoint) -> Path:
         return self.folder / f"{checkpoint.file}.new"
@@ -267,10 +233,3 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, KeyError | AssertionError):
         return f"an answer that gdown cannot read ({type(error).__name__}: {said})"
     return said[:300] or type(error).__name__
-
-
-def _recognise_as(path: Path, kind: str) -> None:
-    """Raise a CheckpointError if a file's content is of another kind."""
-    found = recognise(path)
-    if found != kind:
-        raise CheckpointError(f"{path}: is of the kind {found}, expected {kind}")

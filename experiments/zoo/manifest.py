@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -17,7 +17,6 @@ _CHECKED = ConfigDict(extra="forbid")
 
 Percent = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
-Address = Annotated[str, Field(pattern=r"^https?://\S+$")]
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -33,15 +32,9 @@ class Checkpoint:
     method: str
     drive: str | None = None
     """Id of a file on Google Drive."""
-    url: Address | None = None
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
     """Address of the file anywhere else."""
-    mirrors: tuple[Address, ...] = ()
-    """Further addresses of the same file, asked when the first source fails."""
-    kind: Literal["torch", "npz", "safetensors"] = "torch"
-    """What the content must be; torch means written by torch.save."""
     published_top1: Percent | None = None
-    size: Count | None = None
-    """Bytes, where known."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Where known."""
 
@@ -98,24 +91,34 @@ class Row:
     config: str
     published_top1: float | None
     checkpoint: Checkpoint | None
-    note: str = ""
+    note: str
+
+    @property
+    def file(self) -> str | None:
+        """The file of its checkpoint."""
+        return self.checkpoint.file if self.checkpoint else None
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class Manifest:
     """The whole zoo."""
 
     path: Path
-    tables: dict[str, Table]
-    datasets: dict[str, Dataset]
-    baselines: dict[str, Baseline]
-    checkpoints: dict[str, Checkpoint]
-    configs: Path
-    """Folder of the configs that the entries name."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    configs: Path = Path("../configs")
+    """Folder of the configs that the entries name; in the file, relative to the file."""
+
+    @property
+    def entries(self) -> list[Baseline | Checkpoint]:
+        """The baselines, then the checkpoints."""
+        return [*self.baselines.values(), *self.checkpoints.values()]
 
     def config_path(self, config: str) -> Path:
         """The file of a config, relative to the current folder where it lies inside it."""
-        path = self.configs / f"{config}.yaml"
+        path = (self.path.parent / self.configs / f"{config}.yaml").resolve()
         here = Path.cwd()
         return path.relative_to(here) if path.is_relative_to(here) else path
 
@@ -125,33 +128,29 @@ class Manifest:
         Raises:
             ConfigError: there is none.
         """
-        keys = ("name", "file", "config")
-        return cast(Checkpoint, _find(self.checkpoints.values(), name, keys, "checkpoint"))
+        return _find(list(self.checkpoints.values()), name, "checkpoint")
 
     def rows(self, table: str | None = None) -> list[Row]:
         """The rows of one table or of all tables: by data set, baselines first."""
-        found: list[Row] = []
+        found = []
         for dataset in self.datasets.values():
-            if table in (None, dataset.table):
-                found += [
+            for entry in self.entries:
+                if entry.dataset != dataset.name or table not in (None, dataset.table):
+                    continue
+                checkpoint = self.checkpoints.get(entry.name)
+                baseline = self.baselines.get(entry.name)
+                found.append(
                     Row(
-                        b.name,
+                        entry.name,
                         dataset.table,
                         dataset,
-                        b.method,
-                        b.name,
-                        b.published_top1,
-                        None,
-                        b.note,
+                        entry.method,
+                        checkpoint.config if checkpoint else entry.name,
+                        entry.published_top1,
+                        checkpoint,
+                        baseline.note if baseline else "",
                     )
-                    for b in self.baselines.values()
-                    if b.dataset == dataset.name
-                ]
-                found += [
-                    Row(c.name, dataset.table, dataset, c.method, c.config, c.published_top1, c)
-                    for c in self.checkpoints.values()
-                    if c.dataset == dataset.name
-                ]
+                )
         return found
 
     def row(self, name: str) -> Row:
@@ -160,14 +159,14 @@ class Manifest:
         Raises:
             ConfigError: there is none.
         """
-        rows = self.rows()
-        by_file = {row.checkpoint.file: row for row in rows if row.checkpoint}
-        return by_file.get(name) or cast(Row, _find(rows, name, ("name", "config"), "row"))
+        return _find(self.rows(), name, "row")
 
 
-def _find(entries: Iterable[Any], name: str, by: tuple[str, ...], what: str) -> Any:
-    entries = list(entries)
-    for attribute in by:  # a name goes before a file, a file before a config
+_Entry = TypeVar("_Entry", Checkpoint, Row)
+
+
+def _find(entries: list[_Entry], name: str, what: str) -> _Entry:
+    for attribute in ("name", "file", "config"):
         for entry in entries:
             if getattr(entry, attribute) == name:
                 return entry
@@ -176,17 +175,6 @@ def _find(entries: Iterable[Any], name: str, by: tuple[str, ...], what: str) -> 
     if not hint.startswith("the nearest"):
         hint = f"known: {', '.join(names)}"
     raise ConfigError(f"command line: {name!r}: no such {what}; {hint}")
-
-
-@dataclass(frozen=True, config=_CHECKED)
-class _Content:
-    """The sections of the file, with each entry's name in the entry."""
-
-    tables: dict[str, Table] = field(default_factory=dict)
-    datasets: dict[str, Dataset] = field(default_factory=dict)
-    baselines: dict[str, Baseline] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    configs: str = "../configs"
 
 
 _ENTRIES = {"tables": Table, "datasets": Dataset, "baselines": Baseline, "checkpoints": Checkpoint}
@@ -201,16 +189,13 @@ def read_manifest(path: Path = MANIFEST) -> Manifest:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {content!r:.200}; allowed: keys with values")
-    named = dict(content)
+    named = {**content, "path": path}
     for part in _ENTRIES.keys() & content.keys():
         named[part] = _with_names(content[part], f"{path}: {part}")
     try:
-        found = TypeAdapter(_Content).validate_python(named)
+        manifest = TypeAdapter(Manifest).validate_python(named)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_told(error)}") from None
-    configs = (path.parent / found.configs).resolve()
-    parts = (found.tables, found.datasets, found.baselines, found.checkpoints)
-    manifest = Manifest(path, *parts, configs)
     for problem in _wrong_references(manifest):
         raise ConfigError(f"{path}: {problem}")
     return manifest
@@ -233,15 +218,12 @@ def _told(error: ValidationError) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section, _, name = key.rpartition(".")
         part = _ENTRIES.get(str(problem["loc"][0])) if section else None
-        known = [f.name for f in fields(part or _Content) if f.name != "name"]
+        known = [f.name for f in fields(part or Manifest) if f.name not in ("name", "path")]
         return f"{section}{': ' if section else ''}{name!r}: unknown key; {nearest(name, known)}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; it has no default"
     allowed = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    allowed = allowed.replace("String should match pattern", "text that matches")
-    if problem["type"] in ("dict_type", "dataclass_type"):
-        allowed = "keys with values"
-    return f"{key}{': ' if key else ''}got {problem['input']!r:.200}; allowed: {allowed}"
+    return f"{key}: got {problem['input']!r:.200}; allowed: {allowed}"
 
 
 def _wrong_references(manifest: Manifest) -> Iterable[str]:
@@ -249,8 +231,7 @@ def _wrong_references(manifest: Manifest) -> Iterable[str]:
         if dataset.table not in manifest.tables:
             allowed = ", ".join(manifest.tables)
             yield f"datasets.{dataset.name}.table: got {dataset.table!r}; allowed: {allowed}"
-    entries: list[Baseline | Checkpoint] = [*manifest.baselines.values()]
-    for entry in [*entries, *manifest.checkpoints.values()]:
+    for entry in manifest.entries:
         if entry.dataset not in manifest.datasets:
             allowed = ", ".join(manifest.datasets)
             yield f"{entry.name}.dataset: got {entry.dataset!r}; allowed: {allowed}"

@@ -145,14 +145,10 @@ def test_every_named_file_key_and_option_exists() -> None:
     ("find", "code"),
     [
         (missing_files, "sh run/train_nothing.sh --seed 1"),
-        (missing_files, "docs/nothing.md"),
         (missing_names, "functional.nothing"),
         (missing_names, "tokenmixup.hosts.nothing"),
-        (missing_names, "python -m experiments.nothing"),
-        (missing_names, "schedule.nothing"),
         (missing_names, "schedule.nothing: 3"),
         (missing_options, "python -m experiments.train --schedule.nothing 3"),
-        (missing_options, "--nothing"),
     ],
 )
 def test_a_missing_name_is_found(find, code: str) -> None:

@@ -95,10 +95,3 @@ def test_table_of_hosts_is_up_to_date(path):
     assert fill_blocks(text, hosts_table.MAKERS) == text, (
         "run `python tests/helpers/hosts_table.py`"
     )
-
-
-def test_documents_name_adapters_that_exist():
-    for name in ("adding_a_host.md", "hosts.md"):
-        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        for name in re.findall(r"`(\w+\.py)`", text):
-            assert (ROOT / "tokenmixup" / "hosts" / name).is_file(), name

@@ -14,7 +14,7 @@ from experiments.data.shards import ShardImages
 from experiments.errors import CheckpointError, DataError
 from experiments.zoo import __main__ as zoo
 from experiments.zoo.convert import config_of
-from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets, with_gadget
+from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets
 from tests.helpers.runs_helper import write_config
 from tests.helpers.zoo_helper import entry, quick_zoo
 
@@ -25,8 +25,7 @@ def weights(path):
 
 def verify(path):
     """What `zoo verify` does with a file whose hash is not known."""
-    kind = "npz" if "npz" in path.parent.name else "torch"
-    quick_zoo(path.parent, print).verify(entry(file=path.name, kind=kind))
+    quick_zoo(path.parent, print).verify(entry(file=path.name))
 
 
 DOORS = {"weights": weights, "checkpoint": load_checkpoint, "zoo": verify, "config": config_of}
@@ -62,7 +61,7 @@ def test_nothing_in_a_file_runs(door, place, tmp_path):
     trap = tmp_path / "trap"
     for name, gadget in gadgets(trap).items():
         path = placed(tmp_path, f"{place} {name}")
-        with_gadget(place)(path, trap, gadget)
+        PLACES[place](gadget, path)
         if (door, place) == ("config", "npz"):
             assert config_of(path) is None
         elif place == "npz":
@@ -76,7 +75,7 @@ def test_the_gadgets_would_run(tmp_path):
     """The traps are set: a reader that trusts its file falls into them."""
     trap, path = tmp_path / "trap", tmp_path / "a.pt"
     code = "import sys, torch; torch.load(sys.argv[1], weights_only=" + "False)"
-    with_gadget("tensor")(path, trap, gadgets(trap)["os.system"])
+    PLACES["tensor"](gadgets(trap)["os.system"], path)
     subprocess.run([sys.executable, "-c", code, path], check=False, capture_output=True)
     assert trap.exists()
 

@@ -9,7 +9,6 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,40 +53,28 @@ def subclass(gadget):
     return value
 
 
-def with_gadget(place):
-    def write(path, trap, gadget):
-        weights = {"w": torch.ones(2)}
-        if place == "value":
-            torch.save({**weights, "x": gadget}, path)
-        elif place == "key":
-            torch.save({"state_dict": {**weights, Hashed(gadget): torch.ones(1)}}, path)
-        elif place == "tensor":
-            torch.save({**weights, "x": subclass(gadget)}, path)
-        elif place == "namespace":
-            torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1, x=gadget)}, path)
-        elif place == "legacy":
-            torch.save({"x": gadget}, path, _use_new_zipfile_serialization=False)
-        elif place == "pickle":
-            path.write_bytes(pickle.dumps({"x": gadget}, protocol=2))
-        elif place == "pickle 4":
-            path.write_bytes(pickle.dumps({"x": gadget}, protocol=4))
-        elif place == "run":
-            save_checkpoint(path, {"model": weights, "config": gadget})
-        elif place == "npz":
-            with path.open("wb") as file:
-                np.savez(file, a=np.array([gadget], dtype=object))
-
-    return write
+def npz_of(gadget, path):
+    with path.open("wb") as file:
+        np.savez(file, a=np.array([gadget], dtype=object))
 
 
-class Hashed(Runs):
-    """A gadget that may be a key of a dict."""
-
-    def __init__(self, gadget):
-        self.call = gadget.call
-
-
-PLACES = ("value", "key", "tensor", "namespace", "legacy", "pickle", "pickle 4", "run", "npz")
+WEIGHTS = {"w": torch.ones(2)}
+# what writes a file with a gadget in it, by the place of the gadget
+PLACES = {
+    "value": lambda gadget, path: torch.save({**WEIGHTS, "x": gadget}, path),
+    "key": lambda gadget, path: torch.save({"state_dict": {gadget: torch.ones(1)}}, path),
+    "tensor": lambda gadget, path: torch.save({**WEIGHTS, "x": subclass(gadget)}, path),
+    "namespace": lambda gadget, path: torch.save(
+        {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=1, x=gadget)}, path
+    ),
+    "legacy": lambda gadget, path: torch.save(
+        {"x": gadget}, path, _use_new_zipfile_serialization=False
+    ),
+    "pickle": lambda gadget, path: path.write_bytes(pickle.dumps({"x": gadget}, protocol=2)),
+    "pickle 4": lambda gadget, path: path.write_bytes(pickle.dumps({"x": gadget}, protocol=4)),
+    "run": lambda gadget, path: save_checkpoint(path, {"model": WEIGHTS, "config": gadget}),
+    "npz": npz_of,
+}
 
 
 def archive(path, members):
@@ -193,48 +180,26 @@ def entry(start, end, shape=(4,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
-def cut(path):
-    torch.save({"w": torch.ones(1000)}, path)
-    path.write_bytes(path.read_bytes()[:2500])
-
-
 HOSTILE = {
     "terabytes in a storage": with_tensor([4], [1], numel=1 << 40),
-    "storage beyond 64 bits": with_tensor([4], [1], numel=1 << 70),
     "storage below zero": with_tensor([4], [1], numel=-4),
     "size beyond the storage": with_tensor([1 << 40], [1]),
-    "size that overflows": with_tensor([1 << 62, 1 << 62], [1, 1]),
-    "size below zero": with_tensor([-4], [1]),
-    "stride below zero": with_tensor([4], [-1]),
-    "stride that overflows": with_tensor([2], [1 << 62]),
     "stride of zero": with_tensor([1 << 20, 1 << 20], [0, 0]),
     "offset beyond the storage": with_tensor([4], [1], offset=1 << 40),
-    "overlapping rows": with_tensor([1 << 20, 4], [0, 1]),
     "terabytes in the older format": huge_storage_of_legacy,
     "archive in an archive": nested_archive,
     "tar": tar,
     "npz of absurd shape": npz_claiming((1 << 40, 1 << 20)),
-    "npz of a shape that overflows": npz_claiming((1 << 62, 1 << 62)),
-    "npz of a shape below zero": npz_claiming((-1, 4)),
     "npz of long texts": npz_claiming((1,), descr=f"<U{1 << 28}"),
     "npz of objects": npz_claiming((4,), descr="|O"),
-    "npz of records": npz_claiming((4,), descr=[("a", "|O")]),
     "npz of few dimensions": npz_of_few_dimensions,
-    "npz without arrays": lambda path: archive(path, [("a.npy", b"")]),
     "safetensors with a long header": safetensors(b'{"a":', length=99_999_999),
     "safetensors with a header without end": safetensors(b'{"a":', length=(1 << 64) - 1),
     "safetensors with nested header": safetensors(b'{"a":' * 100_000),
     "safetensors beyond the file": safetensors({"a": entry(0, 1 << 40, (1 << 38,))}),
-    "safetensors that overlap": safetensors({"a": entry(0, 16), "b": entry(0, 16)}),
-    "safetensors upside down": safetensors({"a": entry(16, 0)}),
     "safetensors that overflow": safetensors({"a": entry(0, 16, (1 << 62, 1 << 62))}),
     "safetensors of another shape": safetensors({"a": entry(0, 16, (1 << 20,))}),
-    "safetensors of unknown numbers": safetensors({"a": entry(0, 16, dtype="F9")}),
-    "cut off": cut,
-    "empty": lambda path: path.write_bytes(b""),
-    "folder": Path.mkdir,
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
     "link to itself": lambda path: path.symlink_to(path),
-    "link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
 }

@@ -103,11 +103,6 @@ class Server(ThreadingHTTPServer):
         return self.address + name
 
 
-def whole(content, **headers):
-    """The file, without support for ranges."""
-    return lambda handler: handler.reply(200, content, **headers)
-
-
 def tag_of(content):
     return f'"{hashlib.md5(content).hexdigest()}"'
 
@@ -162,22 +157,12 @@ def cut_whole(content, after, gate=None):
     return behave
 
 
-def cut_at_once():
-    """The end of the connection in place of an answer."""
-    return lambda handler: handler.cut()
-
-
-def slow(content, pieces=10, seconds=0.05):
-    """The whole file with a pause after each piece."""
+def slow(content):
+    """The whole file after a pause of four seconds, in which a second client comes."""
 
     def behave(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        size = len(content) // pieces + 1
-        for start in range(0, len(content), size):
-            handler.wfile.write(content[start : start + size])
-            time.sleep(seconds)
+        time.sleep(4)
+        handler.reply(200, content)
 
     return behave
 
@@ -188,6 +173,11 @@ def redirect(target, code=302):
 
 def status(code, body=b"", **headers):
     return lambda handler: handler.reply(code, body, **headers)
+
+
+def whole(content, **headers):
+    """The file, without support for ranges."""
+    return status(200, content, **headers)
 
 
 def page(text, code=200, **headers):

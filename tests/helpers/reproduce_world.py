@@ -113,7 +113,6 @@ def make_world(folder: Path) -> World:
             "config": config,
             "dataset": dataset,
             "method": method,
-            "kind": "npz" if file.endswith(".npz") else "torch",
             "published_top1": 97.5,
         }
         for name, (file, config, dataset, method) in CHECKPOINTS.items()

@@ -18,19 +18,27 @@ from PIL import Image
 NAMES = {"HTM": (2, None), "VTM": (None, 1), "HVTM": (2, 3)}  # layers of CIFAR-10's HTM and VTM
 
 
+class Random:
+    """Random parameters of layers, by the names in a state dict."""
+
+    def __init__(self, seed, width, scale):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.width, self.scale = width, scale
+
+    def __call__(self, *shape, scale=0.02):
+        return torch.randn(*shape, generator=self.generator) * scale
+
+    def norm(self, name):
+        return {f"{name}.weight": 1 + self(self.width), f"{name}.bias": self(self.width)}
+
+    def linear(self, name, out, into):
+        return {f"{name}.weight": self(out, into, scale=self.scale), f"{name}.bias": self(out)}
+
+
 def cct_state(classes, htm=None, vtm=None, width=256, layers=7, tokens=256, seed=0):
     """A CCT's state dict: one 3x3 convolution, MLP ratio 2, ScoreNet at layer `htm`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape, scale=0.02):
-        return torch.randn(*shape, generator=generator) * scale
-
-    def norm(name):
-        return {f"{name}.weight": 1 + random(width), f"{name}.bias": random(width)}
-
-    def linear(name, out, into):
-        return {f"{name}.weight": random(out, into, scale=0.1), f"{name}.bias": random(out)}
-
+    random = Random(seed, width, scale=0.1)
+    norm, linear = random.norm, random.linear
     state = {"tokenizer.conv_layers.0.0.weight": random(width, 3, 3, 3, scale=0.2)}
     state["classifier.positional_emb"] = random(1, tokens, width, scale=0.2)
     state |= linear("classifier.attention_pool", 1, width)
@@ -53,17 +61,8 @@ def cct_state(classes, htm=None, vtm=None, width=256, layers=7, tokens=256, seed
 
 def vit_state(classes, htm=None, width=768, layers=12, mlp=3072, patch=16, tokens=197, seed=0):
     """A ViT's state dict under the released names; VTM changes none of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape, scale=0.02):
-        return torch.randn(*shape, generator=generator) * scale
-
-    def norm(name):
-        return {f"{name}.weight": 1 + random(width), f"{name}.bias": random(width)}
-
-    def linear(name, out, into):
-        return {f"{name}.weight": random(out, into, scale=0.05), f"{name}.bias": random(out)}
-
+    random = Random(seed, width, scale=0.05)
+    norm, linear = random.norm, random.linear
     embeddings = "transformer.embeddings"
     state = {
         f"{embeddings}.position_embeddings": random(1, tokens, width),
@@ -138,14 +137,14 @@ def vit_npz(classes, width=48, layers=4, heads=3, mlp=96, patch=16, tokens=17, s
     return arrays
 
 
-def make_cifar(root: Path, kind: str, images: int, monkeypatch=None, seed=0) -> dict[str, list]:
+def make_cifar(root: Path, kind: str, images: int) -> dict[str, list]:
     """CIFAR-10 or CIFAR-100 with random pixels, in the format of the original archives.
 
-    torchvision compares the files with the hashes of the originals, so these are replaced by
+    torchvision compares the files with the hashes of the originals, so these must be replaced by
     those of the files that are made here.
 
     Returns:
-        What was replaced: attribute of torchvision's class -> value.
+        What to replace: attribute of torchvision's class -> value.
     """
     from torchvision import datasets
 
@@ -154,7 +153,7 @@ def make_cifar(root: Path, kind: str, images: int, monkeypatch=None, seed=0) -> 
     label_key = {"cifar10": "labels", "cifar100": "fine_labels"}[kind]
     folder = root / owner.base_folder
     folder.mkdir(parents=True)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     hashes = {}
 
     def write(name, content):
@@ -168,15 +167,11 @@ def make_cifar(root: Path, kind: str, images: int, monkeypatch=None, seed=0) -> 
         write(name, {"data": pixels, label_key: labels})
     key = owner.meta["key"]
     write(owner.meta["filename"], {key: [str(number) for number in range(classes)]})
-    replaced = {
+    return {
         "train_list": [[name, hashes[name]] for name, _ in owner.train_list],
         "test_list": [[name, hashes[name]] for name, _ in owner.test_list],
         "meta": {**owner.meta, "md5": hashes[owner.meta["filename"]]},
     }
-    if monkeypatch is not None:
-        for attribute, value in replaced.items():
-            monkeypatch.setattr(owner, attribute, value)
-    return replaced
 
 
 def make_image_folder(root: Path, classes: int, images: int, size=72, seed=0) -> None:

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.checkpoint import LOCK_FILE, known_files, record_hash
+from experiments.checkpoint import LOCK_FILE, known_files, read_weights
 from experiments.errors import CheckpointError
 from experiments.zoo.download import MissingFileError, Zoo
 from tests.helpers.http_server import (
     Server,
-    cut_at_once,
     cut_whole,
     page,
     ranges,
-    redirect,
     status,
     whole,
 )
@@ -74,7 +72,7 @@ def test_the_first_download_records_the_hash_and_says_so(server, small_zoo, weig
     known = known_files(weights)[wanted.file]
     assert known["sha256"] == sha(CONTENT) and known["source"] == wanted.url
     assert any("its hash was not known; recorded in" in line for line in said)
-    assert small_zoo.state(wanted).verified
+    assert small_zoo.state(wanted)[0] == "verified"
     small_zoo.obtain(wanted)  # again: nothing is requested
     assert len(server.requests["/first"]) == 1
 
@@ -83,7 +81,7 @@ def test_a_known_hash_is_checked_and_not_recorded(server, small_zoo, weights):
     wanted = entry(server.offer("/known", ranges(CONTENT)), sha256=sha(CONTENT))
     small_zoo.obtain(wanted)
     assert files_in(weights) == [wanted.file]
-    assert small_zoo.state(wanted).verified
+    assert small_zoo.state(wanted)[0] == "verified"
 
 
 @pytest.mark.parametrize("where", ["manifest", "lock"])
@@ -99,35 +97,15 @@ def test_a_file_with_another_hash_is_not_kept(server, small_zoo, weights, where)
     assert files_in(weights) == ([LOCK_FILE] if where == "lock" else [])
 
 
-def test_a_file_of_another_size_is_not_kept(server, small_zoo, weights):
-    wanted = entry(server.offer("/size", whole(CONTENT)), size=len(CONTENT) - 1)
-    with pytest.raises(MissingFileError, match=r"bytes, and the zoo knows"):
-        small_zoo.obtain(wanted)
-    assert files_in(weights) == []
-
-
-def test_a_hash_file_of_an_earlier_version_is_read(small_zoo, weights):
+def test_the_hash_is_checked_wherever_weights_are_read(small_zoo, weights):
     weights.mkdir()
-    (weights / "small.pth.tar").write_bytes(CONTENT)
-    (weights / LOCK_FILE).write_text(
-        f"# Hashes\nsmall.pth.tar:\n  sha256: {sha(CONTENT)}\n  size: {len(CONTENT)}\n"
-        "  source: put there by hand\n  recorded: '2026-01-02T03:04:05+00:00'\n"
-    )
-    assert small_zoo.state(entry()).verified
-    assert small_zoo.verify(entry()) == sha(CONTENT)
-
-
-def test_many_hashes_recorded_at_once_are_all_kept(tmp_path):
-    paths = [tmp_path / f"{number}.bin" for number in range(20)]
-    for path in paths:
-        path.write_bytes(path.name.encode())
-    threads = [threading.Thread(target=record_hash, args=(path, "here")) for path in paths]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = {name: known["sha256"] for name, known in known_files(tmp_path).items()}
-    assert found == {path.name: sha(path.name.encode()) for path in paths}
+    path = weights / "small.pth.tar"
+    path.write_bytes(CONTENT)
+    small_zoo.verify(entry())
+    assert read_weights(path).kind == "checkpoint of timm"
+    path.write_bytes(saved(1))
+    with pytest.raises(CheckpointError, match="is not the file that it should be"):
+        read_weights(path)
 
 
 def test_a_damaged_hash_file_is_not_repaired(weights, small_zoo):
@@ -156,16 +134,12 @@ def test_a_folder_that_is_shared_and_read_only(small_zoo, weights, said, monkeyp
 
 FAULTS = {
     "page": ([page("<title>Quota exceeded</title>")], "not kept: it is a web page"),
-    "page that hides": ([whole(b"\xef\xbb\xbf \n<html>")], "not kept: it is a web page"),
     "refusal": ([status(403)], "/fault-refusal: 403 Forbidden$"),
-    "gone": ([status(404)], "404 Not Found$"),
     "busy": ([status(503)], "503 Service Unavailable$"),
     "cut": ([cut_whole(CONTENT, 1000)], "."),
-    "no answer": ([cut_at_once()], "."),
+    "no answer": ([lambda handler: handler.cut()], "."),
     "half": ([whole(CONTENT[:1500])], "cut off"),
-    "nothing": ([whole(b"")], "is empty"),
     "no checkpoint": ([whole(b"hello")], "no checkpoint"),
-    "another kind": ([whole(b"PK\5\6" + b"\0" * 18)], "without weights"),
 }
 
 
@@ -197,11 +171,11 @@ def test_a_later_command_continues_the_part(server, small_zoo, weights):
     url = server.offer("/later", cut, status(404))
     with pytest.raises(MissingFileError, match="404"):
         small_zoo.obtain(entry(url))
-    state = small_zoo.state(entry(url))
-    assert state.words == "a part" and 0 < state.size <= PIECE + 1000 and not state.present
+    words, arrived = small_zoo.state(entry(url))
+    assert words == "a part" and 0 < arrived <= PIECE + 1000
     server.offer("/later", ranges(LARGE))
     assert small_zoo.obtain(entry(url)).read_bytes() == LARGE
-    assert asked(server, "/later")[-1] == f"bytes={state.size}-"
+    assert asked(server, "/later")[-1] == f"bytes={arrived}-"
     assert files_in(weights) == ["small.pth.tar", LOCK_FILE]
 
 
@@ -230,15 +204,6 @@ def test_a_part_of_another_version_is_not_joined(server, small_zoo, other):
     assert small_zoo.path(entry(url)).read_bytes() == LARGE
 
 
-def test_stray_parts_do_no_harm(server, small_zoo, weights):
-    weights.mkdir()
-    for name, content in (("abcd1234", b"x" * len(LARGE) * 2), ("abcd5678", b"two")):
-        (weights / f"small.pth.tar.new{name}.part").write_bytes(content)
-    wanted = entry(server.offer("/stray", ranges(LARGE)))
-    assert small_zoo.obtain(wanted).read_bytes() == LARGE
-    assert files_in(weights) == [wanted.file, LOCK_FILE]
-
-
 def test_a_stalled_connection_is_left_and_continued(server, small_zoo, weights):
     gate = threading.Event()
     url = server.offer("/stall", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
@@ -246,29 +211,6 @@ def test_a_stalled_connection_is_left_and_continued(server, small_zoo, weights):
     assert small_zoo.obtain(entry(url)).read_bytes() == LARGE
     gate.set()
     assert time.monotonic() - start < 10
-
-
-def test_redirects_are_followed_and_end(server, small_zoo):
-    final = server.offer("/final", ranges(CONTENT))
-    assert small_zoo.obtain(entry(server.offer("/redirect", redirect(final)))).exists()
-    endless = server.offer("/endless")
-    server.offer("/endless", redirect(endless))
-    with pytest.raises(MissingFileError, match="redirects"):
-        small_zoo.obtain(entry(endless, name="other"))
-
-
-def test_mirrors_are_asked_in_turn(server, small_zoo, said):
-    wanted = entry(
-        server.offer("/m0", status(404)),
-        mirrors=(
-            server.offer("/m1", page("no")),
-            server.offer("/m2", ranges(saved(1))),  # a checkpoint, and not this one
-            server.offer("/m3", ranges(CONTENT)),
-        ),
-        sha256=sha(CONTENT),
-    )
-    assert small_zoo.obtain(wanted).read_bytes() == CONTENT
-    assert sum("from http" in line for line in said) == 4
 
 
 def test_the_failure_names_link_path_and_command_at_once(small_zoo, weights):

@@ -5,7 +5,6 @@ own server: it answers for every host, over TLS, with certificates of an authori
 made and that the environment names, too.
 """
 
-import socket
 import ssl
 
 import pytest
@@ -80,7 +79,7 @@ def test_a_cut_is_continued_and_so_is_a_part_by_a_later_command(drive, zoo, said
     drive.hosts[FILES]["/download"] = [cut, status(404, **FILE)]
     with pytest.raises(MissingFileError, match="404"):
         zoo.obtain(WANTED)
-    assert 0 < zoo.state(WANTED).size <= 700_000
+    assert 0 < zoo.state(WANTED)[1] <= 700_000
     assert any("continuing" in line for line in said)
     drive.hosts[FILES]["/download"] = [ranges(CONTENT, **FILE)]
     assert zoo.obtain(WANTED).read_bytes() == CONTENT
@@ -109,24 +108,6 @@ def test_what_comes_in_place_of_the_file_is_told_and_not_kept(drive, zoo, answer
     advice = "\n".join(caught.value.advice)
     assert "https://drive.google.com/file/d/ID/view" in advice and "--cookies" in advice
     assert files_in(zoo.folder) == []
-
-
-def test_no_network_is_told_at_once(drive, zoo, monkeypatch):
-    def no_names(*args, **kwargs):
-        raise socket.gaierror(socket.EAI_NONAME, "no such name")
-
-    monkeypatch.delenv("HTTPS_PROXY")
-    monkeypatch.setattr("socket.getaddrinfo", no_names)
-    with pytest.raises(MissingFileError, match=r"/view: no such name"):
-        zoo.obtain(WANTED)
-    assert files_in(zoo.folder) == []
-
-
-def test_an_impostor_is_not_asked(drive, zoo):
-    trustme.CA().issue_cert(*HOSTS).configure_cert(drive.tls)
-    with pytest.raises(MissingFileError, match="certificate"):
-        zoo.obtain(WANTED)
-    assert drive.requests == {}
 
 
 def test_cookies_are_sent_only_when_given(drive, zoo, tmp_path):

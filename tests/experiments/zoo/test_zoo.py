@@ -10,7 +10,6 @@ import pytest
 from experiments import cli
 from experiments.checkpoint import LOCK_FILE, known_files
 from experiments.zoo import __main__ as zoo
-from experiments.zoo.manifest import read_manifest
 from tests.helpers.http_server import Server, ranges, slow, status
 from tests.helpers.zoo_helper import CONTENT, files_in, manifest_of, saved, sha
 
@@ -62,7 +61,7 @@ def test_a_full_disk_keeps_what_came(server, tmp_path, weights):
 
 
 def test_two_downloads_of_one_file_at_once(server, tmp_path, weights):
-    url = server.offer("/twice", slow(CONTENT, pieces=20, seconds=0.2))
+    url = server.offer("/twice", slow(CONTENT))
     manifest = manifest_of(tmp_path, twice={"url": url})
     words = ("download", "twice", "--manifest", manifest, "--weights", weights)
     both = [command(*words), command(*words)]
@@ -75,17 +74,12 @@ def test_two_downloads_of_one_file_at_once(server, tmp_path, weights):
 
 
 def run_zoo(capsys, *words):
-    code = cli.run(zoo.main, [str(word) for word in words])
+    try:
+        code = cli.run(zoo.main, [str(word) for word in words])
+    except SystemExit as end:
+        code = end.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def run_and_exit(capsys, *words):
-    try:
-        return run_zoo(capsys, *words)
-    except SystemExit as end:
-        captured = capsys.readouterr()
-        return end.code, captured.out, captured.err
 
 
 def test_list_tells_what_is_there(server, tmp_path, weights, capsys):
@@ -111,22 +105,13 @@ def test_list_tells_what_is_there(server, tmp_path, weights, capsys):
     assert all("97.50" in lines[name] for name in names)
 
 
-def test_list_of_the_real_manifest(tmp_path, capsys):
-    code, out, _ = run_zoo(capsys, "list", "--weights", tmp_path)
-    assert code == 0
-    for wanted in read_manifest().checkpoints.values():
-        assert any(
-            line.startswith(wanted.name + " ") and wanted.file in line for line in out.splitlines()
-        )
-
-
 def test_download_of_all_goes_on_after_a_failure(server, tmp_path, weights, capsys):
     manifest = manifest_of(
         tmp_path,
         bad={"url": server.offer("/all-bad", status(404))},
         good={"url": server.offer("/all-good", ranges(CONTENT))},
     )
-    code, out, err = run_and_exit(
+    code, out, err = run_zoo(
         capsys, "download", "--all", "--manifest", manifest, "--weights", weights
     )
     assert code == 2
@@ -139,18 +124,20 @@ def test_download_of_all_goes_on_after_a_failure(server, tmp_path, weights, caps
 
 def test_verify_takes_what_was_put_there_by_hand(tmp_path, weights, capsys):
     place = ("--manifest", manifest_of(tmp_path, hand={"drive": "ID"}), "--weights", weights)
-    code, _, err = run_and_exit(capsys, "verify", *place)
+    code, _, err = run_zoo(capsys, "verify", *place)
     assert code == 2 and "holds no checkpoint" in err
-    code, _, err = run_and_exit(capsys, "verify", "hand", *place)
+    code, _, err = run_zoo(capsys, "verify", "hand", *place)
     assert code == 2 and "is missing; python -m experiments.zoo download hand" in err
     weights.mkdir()
     (weights / "hand.pth.tar").write_bytes(CONTENT)
     code, out, _ = run_zoo(capsys, "verify", "hand", *place)
     assert code == 0 and f"verified, SHA-256 {sha(CONTENT)}" in out and "recorded in" in out
     assert known_files(weights)["hand.pth.tar"]["source"] == "put there by hand"
-    (weights / "hand.pth.tar").write_bytes(saved(1))
-    code, _, err = run_and_exit(capsys, "verify", *place)
-    assert code == 2 and "is not the file that it should be" in err
+    for content, message in ((saved(1), "is not the file that it"), (b"<html>", "is a web page")):
+        (weights / "hand.pth.tar").write_bytes(content)
+        code, _, err = run_zoo(capsys, "verify", *place)
+        assert code == 2 and message in err
+        assert (weights / "hand.pth.tar").read_bytes() == content, "it is a person's file"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +147,6 @@ def test_verify_takes_what_was_put_there_by_hand(tmp_path, weights, capsys):
         (["list", "x"], "list takes no name"),
         (["download"], "give names, or --all"),
         (["download", "x", "--all"], "give names, or --all"),
-        (["download", "x"], "'x': no such checkpoint"),
         (["download", "--al"], "--al: unknown option; the nearest is all"),
         (["verify", "--cookies", "x"], "--cookies: not an option of verify"),
         (["download", "--all", "--cookies", "nothing"], "nothing is not a file"),
