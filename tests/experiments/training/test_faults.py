@@ -5,7 +5,6 @@ import multiprocessing
 import re
 import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from experiments.config import DataConfig
 from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run
-from experiments.training.stopping import explain_fault, loader_deaths_ignored
+from experiments.training.stopping import explain_fault
 from tests.helpers.runs_helper import HTM, AtLook, final_bytes, fit, small_config
 
 STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
@@ -38,22 +37,6 @@ def test_a_loader_process_that_the_kernel_kills(tmp_path):
         fit(tmp_path, requests=AtLook(14, kill), **sections)
     resumed = fit(tmp_path, **sections)
     assert final_bytes(resumed) == final_bytes(fit(tmp_path, name="whole", **sections))
-
-
-def test_another_death_is_ignored_even_while_the_handler_is_set(monkeypatch):
-    """torch's handler raises in any statement, also in the one that replaces it."""
-    before, set_handler, news = signal.getsignal(signal.SIGCHLD), signal.signal, [1]
-
-    def interrupted(*arguments):
-        if news:
-            news.clear()
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-        return set_handler(*arguments)
-
-    monkeypatch.setattr(signal, "signal", interrupted)
-    with loader_deaths_ignored():
-        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGCHLD) == before and not news
 
 
 @pytest.fixture

@@ -235,9 +235,3 @@ def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
     for name, values in wanted.items():
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(step, pytest.approx(value)) for step, value in values], name
-
-
-def test_rows_that_someone_removed_are_told(cut, capsys):
-    (cut / "output" / "run" / "metrics.jsonl").unlink()
-    fit(cut)
-    assert "5 of the 5 rows that the checkpoint counted are missing" in capsys.readouterr().err
