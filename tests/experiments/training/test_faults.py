@@ -122,7 +122,7 @@ def image_sections(folder, **data):
 def test_an_image_that_vanishes_is_named(tmp_path, folder_of_images, workers):
     gone = folder_of_images / "train" / "class1" / "05.png"
     sections = image_sections(folder_of_images, workers=workers)
-    with pytest.raises(DataError, match=r"cannot read .*05\.png: .*; the last checkpoint is"):
+    with pytest.raises(DataError, match=r"^cannot read .*05\.png: .*; the last checkpoint is .*$"):
         fit(tmp_path, requests=AtLook(5, gone.unlink), **sections)
 
 
@@ -154,9 +154,3 @@ def test_evaluation_reads_every_image(tmp_path, folder_of_images):
     shutil.copy(__file__, folder_of_images / "validation" / "class0" / "02.png")
     with pytest.raises(DataError, match=r"cannot read .*02\.png"):
         fit(tmp_path, **image_sections(folder_of_images, max_bad_images=5))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "output").write_text("a file in the way")
-    with pytest.raises(ConfigError, match=r"output: cannot write the run folder .*Not a directory"):
-        fit(tmp_path)
