@@ -13,6 +13,7 @@ from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
 from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.runs_helper import (
+    BOTH,
     HTM,
     VTM,
     final_bytes,
@@ -20,9 +21,6 @@ from tests.helpers.runs_helper import (
     rows_without_clock,
     write_config,
 )
-
-DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}
-BOTH = {"horizontal": HTM, "vertical": VTM, "model": DROPOUT}
 
 
 @pytest.fixture(scope="module")
