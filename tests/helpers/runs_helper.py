@@ -87,7 +87,7 @@ def assert_rows_agree(folder: Path, other: Path, rel: float, abs: float) -> None
         assert another == pytest.approx(row, rel=rel, abs=abs)
 
 
-def started(*words, **settings) -> subprocess.Popen:
+def started(*words, **settings) -> subprocess.Popen[str]:
     """Start Python with these words on its command line."""
     command = [sys.executable, *map(str, words)]
     pipe = subprocess.PIPE
@@ -101,7 +101,7 @@ def finished(*words, **settings) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
     """Wait until the run has saved this step."""
     deadline = time.monotonic() + 120
     while not any(path.stem >= f"step-{step:08d}" for path in RunFolder(folder).saved()):
