@@ -63,6 +63,8 @@ class PhotographPieces:
         piece = self._pieces[index % len(self._pieces)]
         return Image.fromarray(np.ascontiguousarray(piece)), index % CLASSES
 
+    class_names = None
+
     def describe(self, index: int) -> str:
         """The piece's number."""
         return f"piece {index} of the photographs"

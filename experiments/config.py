@@ -442,16 +442,11 @@ def dotted_keys(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key that a config may have.
-
-    Attributes:
-        hint: its type.
-        default: as text, or None where the key must be given.
-        meaning: what it sets.
-    """
+    """A key that a config may have."""
 
     hint: Any
     default: str | None
+    """As text, or None where the key must be given."""
     meaning: str
 
     @property
@@ -623,11 +618,7 @@ def _read_text(key: str, text: str) -> Any:
 
 
 def build_config(settings: Mapping[str, Setting], file: str) -> RunConfig:
-    """Turn settings into typed and checked sections; `file` is named where a setting is missing.
-
-    Raises:
-        ConfigError: the first wrong value: its origin, key, what came and what is allowed.
-    """
+    """Turn settings into typed and checked sections; `file` is named where a setting is missing."""
     content: dict[str, Any] = {}
     for key, setting in settings.items():
         section, dot, name = key.rpartition(".")

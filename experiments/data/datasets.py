@@ -1,10 +1,7 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
 import re
-import socket
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +13,6 @@ from experiments.config import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DOWNLOAD_TIMEOUT_SECONDS = 30
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
@@ -43,6 +39,10 @@ FACTS = {
 class Images(Protocol):
     """A data set of this project: an image and its class under each index."""
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in order, where the data set states them."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
@@ -60,6 +60,7 @@ class DigitImages:
     """
 
     splits = ("train", "validation", "tune_train", "tune_validation")
+    class_names = None
 
     def __init__(self, split: str) -> None:
         if split not in self.splits:
@@ -131,26 +132,15 @@ class TimmImages:
         return str(self._reader.filename(index, absolute=True))
 
     @property
-    def num_classes(self) -> int | None:
-        """The number of classes, where the data set states it."""
-        classes = self._class_indices()
-        return len(classes) if classes else None
-
-    @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes in order, where the data set states them."""
-        classes = self._class_indices()
-        if not classes:
-            return None
-        names = {index: str(name) for name, index in classes.items()}
-        return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
-
-    def _class_indices(self) -> dict[Any, int] | None:
         for owner in (self._reader, self._dataset):
             # timm's reader of a tar file has another name for it
-            for name in ("class_to_idx", "class_name_to_idx"):
-                if classes := getattr(owner, name, None):
-                    return classes
+            for attribute in ("class_to_idx", "class_name_to_idx"):
+                if classes := getattr(owner, attribute, None):
+                    names = {index: str(name) for name, index in classes.items()}
+                    last = max(names)
+                    return tuple(names.get(index, f"class {index}") for index in range(last + 1))
         return None
 
 
@@ -158,8 +148,9 @@ class PartOfImages:
     """The images from `start` to before `stop` of a data set, in its own order."""
 
     def __init__(self, whole: Images, start: int, stop: int) -> None:
-        self.whole = whole
+        self._whole = whole
         self._start, self._length = start, stop - start
+        self.class_names = whole.class_names
 
     def __len__(self) -> int:
         return self._length
@@ -167,11 +158,11 @@ class PartOfImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        return self.whole[self._start + index]
+        return self._whole[self._start + index]
 
     def describe(self, index: int) -> str:
         """The image's name within the whole data set."""
-        return self.whole.describe(self._start + index)
+        return self._whole.describe(self._start + index)
 
 
 def open_images(config: DataConfig, split: str) -> Images:
@@ -225,13 +216,12 @@ def _open_split(config: DataConfig, split: str) -> Images:
     from timm.data import create_dataset
 
     try:
-        with _network_timeout():
-            try:
-                dataset = create_dataset(config.dataset, root=str(root), split=split)
-            except RuntimeError:
-                if not download:
-                    raise
-                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+        try:
+            dataset = create_dataset(config.dataset, root=str(root), split=split)
+        except RuntimeError:
+            if not download:
+                raise
+            dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
     except AssertionError as error:
         raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
     except ImportError as error:
@@ -275,30 +265,16 @@ def stated_num_classes(config: RunConfig, images: Images) -> int:
     Raises:
         ConfigError: the config contradicts the data set, or neither states it.
     """
-    wanted = config.model.num_classes
-    whole = _whole(images)
-    found = whole.num_classes if isinstance(whole, TimmImages) else None
-    if found is None and wanted is None:
+    wanted, names = config.model.num_classes, images.class_names
+    found = wanted if names is None else len(names)
+    if found is None:
         raise ConfigError(
             f"data.dataset: {config.data.dataset!r} does not state its number of classes; "
             "set model.num_classes"
         )
-    if found is not None and wanted not in (None, found):
+    if wanted not in (None, found):
         raise _wrong_classes(config, found)
-    classes = found if found is not None else wanted
-    assert classes is not None
-    return classes
-
-
-def class_names(images: Images) -> tuple[str, ...] | None:
-    """The names of a data set's classes, in order, where it states them."""
-    whole = _whole(images)
-    return whole.class_names if isinstance(whole, TimmImages) else None
-
-
-def _whole(images: Images) -> Images:
-    """The data set itself, which alone knows its classes, of a part of it."""
-    return images.whole if isinstance(images, PartOfImages) else images
+    return found
 
 
 def readable_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -330,14 +306,3 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    """End a stalled download with an error instead of waiting forever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

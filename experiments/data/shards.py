@@ -36,6 +36,8 @@ class ShardImages:
         DataError: a shard is missing or damaged, or a sample lacks its image or class.
     """
 
+    class_names = None
+
     def __init__(self, root: Path, split: str) -> None:
         self._shards = [root / name for name in _shard_names(root, split)]
         # compact arrays, which loader processes share: ImageNet has 1.3 million images

@@ -56,12 +56,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every image once, over all processes; restores the model's mode.
 
-    Args:
-        model: on the device of the world.
-        batches: this process's share of the images.
-        world: all processes.
-        config: of the run.
-        on_batch: called before each batch.
+    `batches` are this process's share of the images; `on_batch` is called before each.
     """
     was_training, device = model.training, world.device
     model.eval()
@@ -154,11 +149,7 @@ class Assessment:
         self.batches = EvalBatches(config, self.images, num_classes, *share)
 
     def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:
-        """Top-1, top-5 and loss over the whole validation split; once.
-
-        Args:
-            batches: `self.batches`, wrapped for example in a progress bar.
-        """
+        """Evaluate once on `self.batches`, which a caller may wrap in a progress bar."""
         watched = self.batches if batches is None else batches
         try:
             return evaluate(self.model, watched, self.world, self.config)

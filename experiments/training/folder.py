@@ -217,13 +217,7 @@ def restore(
 ) -> Progress:
     """Put the state of a checkpoint into the parts of a run; gives how far it had come.
 
-    Args:
-        saved: the checkpoint's path and content.
-        learner: takes weights and the state of optimiser and scaler.
-        batches: take the unreadable images so far.
-        statistics: take what was measured since the last row.
-        allow_changed: keys of the config that may differ.
-        warn: told what differs from the run so far.
+    Keys of the config in `allow_changed` may differ; `warn` is told what does.
 
     Raises:
         ConfigError: it is of another experiment.
@@ -298,7 +292,7 @@ def _restore_process(
             "batch are taken in another order, so weights agree up to rounding"
         )
     warn(f"the run so far had {len(processes)} processes, now {world.size}: {kept}")
-    statistics.load_state_dicts([each["statistics"] for each in processes], mine=world.is_main)
+    statistics.load_state_dicts([each["statistics"] for each in processes], world.size)
     batches.bad_images = dict.fromkeys(
         problem for each in processes for problem in each["bad_images"]
     )

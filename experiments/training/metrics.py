@@ -65,7 +65,7 @@ class RunningStatistics:
         """Optimiser steps since the last row."""
         self._finite = torch.ones(len(CHECKED), dtype=torch.bool, device=self._device)
         self._good_steps = torch.zeros(len(CHECKED), device=self._device)  # before a bad one
-        self._added = 0
+        self._added = 0.0
         self._names: list[str] = []
         self._sums = self._low = self._high = torch.empty(0)
 
@@ -141,12 +141,12 @@ class RunningStatistics:
         }
         return {"steps": self.steps, "added": self._added, "names": self._names, **values}
 
-    def load_state_dicts(self, states: Sequence[dict[str, Any]], mine: bool = True) -> None:
-        """Continue from what `state_dict` gave in one or several processes.
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], sharing: int = 1) -> None:
+        """Continue from what `state_dict` gave in several processes, which made the same steps.
 
         Args:
-            states: of the processes, which made the same steps.
-            mine: whether to count them in this process; otherwise another process of the run does.
+            states: of the processes.
+            sharing: how many processes load the same states; each takes on an equal part.
         """
         self._restart()
         self.steps = states[0]["steps"]
@@ -159,12 +159,8 @@ class RunningStatistics:
             torch.tensor([state[key] for state in states], dtype=torch.float32, device=self._device)
             for key in ("sums", "low", "high")
         )
-        self._sums, self._low, self._high = sums.sum(0), low.amin(0), high.amax(0)
-        self._added = sum(state["added"] for state in states)
-        if not mine:  # values that change no mean, minimum or maximum
-            self._sums, self._added = torch.zeros_like(self._sums), 0
-            self._low = torch.full_like(self._low, math.inf)
-            self._high = -self._low
+        self._sums, self._low, self._high = sums.sum(0) / sharing, low.amin(0), high.amax(0)
+        self._added = sum(state["added"] for state in states) / sharing
 
 
 def _weight_of(name: str) -> str:
@@ -229,14 +225,12 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, rows: int, tensorboard: bool) -> None:
-        self.path = folder / METRICS_FILE
+        path = folder / METRICS_FILE
         kept = read_metrics(folder)[:rows]
-        self.missing = rows - len(kept)
-        """Rows that the checkpoint counted and the file does not have."""
         self.rows = len(kept)
         self._kept = kept
-        write_atomically(self.path, "".join(_json_line(row) for row in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        write_atomically(path, "".join(_json_line(row) for row in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

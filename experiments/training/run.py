@@ -8,7 +8,7 @@ Dimensions: B batch, C classes.
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from experiments.training.metrics import (
 )
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
 from experiments.training.step import Learner
-from experiments.training.stopping import StopRequests, explain_fault, loader_deaths_ignored
+from experiments.training.stopping import StopRequests, explain_fault
 from tokenmixup import TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
 from tokenmixup.rules import Rules
@@ -152,7 +152,10 @@ class Run:
                 return
             if self.world.is_main:
                 self.folder.begin(self.config)
-                self._metrics = stack.enter_context(closing(self._opened_metrics(rows)))
+                with self.folder.refuse_unwritable():
+                    tensorboard = self.config.logging.tensorboard
+                    self._metrics = MetricsWriter(self.folder.path, rows, tensorboard)
+                stack.callback(self._metrics.close)
             self._say_headline()
             with self._faults_explained():
                 while self.progress.epochs_done < self.total_epochs:
@@ -291,16 +294,6 @@ class Run:
         if self.world.is_main:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def _opened_metrics(self, rows: int) -> MetricsWriter:
-        with self.folder.refuse_unwritable():
-            metrics = MetricsWriter(self.folder.path, rows, self.config.logging.tensorboard)
-        if metrics.missing:
-            self._warn(
-                f"{metrics.path}: {metrics.missing} of the {rows} rows that the checkpoint counted "
-                "are missing; later ones follow"
-            )
-        return metrics
-
     @contextmanager
     def _faults_explained(self) -> Iterator[None]:
         """Name the last good checkpoint wherever a training ends before its time."""
@@ -309,11 +302,10 @@ class Run:
         except (TrainingStopped, DataError) as error:
             raise type(error)(f"{error}; {self.folder.last_good()}") from None
         except (RuntimeError, OSError) as error:
-            with loader_deaths_ignored():
-                told = explain_fault(error, self.config.data, self.batches.division.micro_batch)
-                if told is None:
-                    raise
-                raise TrainingStopped(f"{told}; {self.folder.last_good()}") from error
+            told = explain_fault(error, self.config.data, self.batches.division.micro_batch)
+            if told is None:
+                raise
+            raise TrainingStopped(f"{told}; {self.folder.last_good()}") from error
 
     @contextmanager
     def _progress_bar(self, total: int, done: int) -> Iterator[Callable[[], object]]:

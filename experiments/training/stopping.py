@@ -3,12 +3,8 @@
 import errno
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -59,13 +55,7 @@ class StopRequests:
 
 
 def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) -> str | None:
-    """Say what happened and one way out, or None where the error is the program's own.
-
-    Args:
-        error: what ended the training.
-        data: of the run's config.
-        images_per_pass: images of one forward pass in training.
-    """
+    """Say what happened and one way out, or None where the error is the program's own."""
     said = str(error).strip().partition("\n")[0][:200].rstrip(" .")
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
@@ -81,27 +71,3 @@ def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) 
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     return None
-
-
-@contextmanager
-def loader_deaths_ignored() -> Iterator[None]:
-    """Ignore the death of further loader processes: torch's handler raises in any statement."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = _handle_child_end(signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if before is not None:  # None: not Python's handler, so it raises nothing
-            signal.signal(signal.SIGCHLD, before)
-
-
-def _handle_child_end(handler: signal.Handlers) -> Any:
-    """Set the handler of SIGCHLD, again where the news of another death interrupts that."""
-    while True:
-        try:
-            return signal.signal(signal.SIGCHLD, handler)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise

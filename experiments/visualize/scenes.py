@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from experiments.config import RunConfig
 from experiments.data.augment import BatchMixer, eval_transform, normalisation
 from experiments.data.datasets import (
-    class_names,
     known_num_classes,
     open_images,
     readable_names,
@@ -74,7 +73,7 @@ def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, c
     about = f"{_some(len(chosen), len(images))} of the split {split!r}, as in evaluation"
     pictures, labels = [image for image, _ in samples], [label for _, label in samples]
     model, left_out = assessment.model, assessment.loaded.left_out
-    return _scene(config, model, left_out, pictures, labels, run, about, class_names(images))
+    return _scene(config, model, left_out, pictures, labels, run, about, images.class_names)
 
 
 def scene_of_folder(
@@ -104,7 +103,7 @@ def scene_of_folder(
             "to be counted; set it to the number of classes that the weights were trained on"
         )
     model, loaded = assemble(config, checkpoint, classes, world.device)
-    names = class_names(known) if known is not None else None
+    names = known.class_names if known is not None else None
     chosen = [paths[index] for index in spread(len(paths), count)]
     labels = [_folder_label(path.relative_to(folder), classes, names) for path in chosen]
     name = folder.resolve().name

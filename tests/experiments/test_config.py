@@ -30,12 +30,6 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def test_empty_file_gives_the_defaults(tmp_path):
-    path = tmp_path / "nothing.yaml"
-    path.write_text("")
-    assert load_config(path) == RunConfig(output="output/nothing")
-
-
 PLAIN_SCALARS = {
     "7": 7,
     "-7": -7,
@@ -133,20 +127,14 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
 
 
 def test_the_four_digits_configs_differ_in_tokenmixup_alone():
-    configs = {
-        name: load_config(ROOT / "configs" / f"digits_{name}.yaml", {"output": "x"})
+    baseline, htm, vtm, both = (
+        load_config(ROOT / "configs" / f"digits_{name}.yaml", {"output": "x"})
         for name in ("baseline", "HTM", "VTM", "HVTM")
-    }
-    both = configs["HVTM"]
-    assert configs["baseline"].horizontal is None
-    assert configs["baseline"].vertical is None
-    assert both.horizontal is not None
-    assert both.vertical is not None
-    for config in configs.values():
-        plain = dataclasses.replace(config, horizontal=None, vertical=None)
-        assert plain == configs["baseline"]
-    assert configs["HTM"] == dataclasses.replace(both, vertical=None)
-    assert configs["VTM"] == dataclasses.replace(both, horizontal=None)
+    )
+    assert None not in (both.horizontal, both.vertical)
+    assert htm == dataclasses.replace(both, vertical=None)
+    assert vtm == dataclasses.replace(both, horizontal=None)
+    assert baseline == dataclasses.replace(htm, horizontal=None)
 
 
 def test_help_shows_every_key(capsys, monkeypatch):
@@ -168,39 +156,18 @@ def test_help_shows_every_key(capsys, monkeypatch):
 
 
 def test_help_of_own_options(capsys):
-    own = {
-        "max_minutes": cli.Option("save and stop"),
-        "no": cli.Option("value", takes_value=False),
-    }
+    own = {"max_minutes": cli.Option("save and stop"), "no": cli.Option("flag", takes_value=False)}
     assert cli.parse(["--help"], "experiments.train", "Train.", own) is None
     text = capsys.readouterr().out
     assert "[--max-minutes MAX_MINUTES] [--no] [--check] [--SECTION.KEY VALUE ...]\n" in text
-    options = text.partition("are the same):\n")[2].partition("\n\n")[0].splitlines()
-    gap = 24 * " "
-    assert options == [
-        "  --config CONFIG".ljust(24) + "the experiment, a YAML file",
-        "  --max-minutes MAX_MINUTES",
-        gap + "save and stop",
-        "  --no".ljust(24) + "value",
-        "  --check".ljust(24) + "only check the command line and the config",
-        "  --SECTION.KEY VALUE".ljust(24) + "set a key of the config, in place of the file",
-    ]
+    assert re.search(r"^  --max-minutes MAX_MINUTES\n +save and stop\n  --no +flag$", text, re.M)
 
 
-@pytest.mark.parametrize(
-    "spelt", ["max-minutes", "max_minutes", "data.batch-size", "data.batch_size"]
-)
-def test_hyphens_and_underscores_are_the_same_in_names(spelt):
-    known = {"max_minutes": cli.Option(""), "data.batch_size": cli.Option("")}
-    name = spelt.replace("-", "_")
-    assert cli.split_options([f"--{spelt}", "a-b_c"], known) == ({name: "a-b_c"}, [])
-    assert cli.split_options([f"--{spelt}=a-b_c"], known) == ({name: "a-b_c"}, [])
-
-
-def test_options_and_words_may_be_mixed():
-    known = {"out": cli.Option(""), "all": cli.Option("", takes_value=False)}
-    words = ["a", "--out", "-3", "b-c", "--all", "d"]
-    assert cli.split_options(words, known) == ({"out": "-3", "all": ""}, ["a", "b-c", "d"])
+def test_options_and_words_may_be_mixed_and_hyphens_are_underscores_in_names():
+    known = {name: cli.Option("", takes_value=name != "all") for name in ("a.b_c", "out", "all")}
+    for spelt in (["--a.b-c", "d-e_f"], ["--a.b_c=d-e_f"], ["--a.b-c=d-e_f"]):
+        found = cli.split_options(["a", *spelt, "b-c", "--out", "-3", "--all", "d"], known)
+        assert found == ({"a.b_c": "d-e_f", "out": "-3", "all": ""}, ["a", "b-c", "d"])
 
 
 def test_a_config_can_be_checked_without_being_run(tmp_path):
@@ -269,6 +236,13 @@ def test_every_key_refuses_what_its_help_does_not_allow(name):
             assert (f"allowed: {allowed}" in refusal(name, value)) == expected, value
 
 
+def nested_lists(depth):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return {"model": {"kwargs": {"a": value}, "name": 3}}
+
+
 STRANGE = {
     "a key that is no text": ({5: 1}, "'5': unknown key"),
     "a key of a section": ({"data": {None: 1}}, "'data.null': unknown key"),
@@ -276,26 +250,13 @@ STRANGE = {
     "a pair as key": ({"model": {"kwargs": {(1, 2): 3}}}, "keys must be str"),
     "bytes that are no text": ({"output": "\udcff"}, "surrogates not allowed"),
     "no dict": ([1], r"got \[1\]; allowed: keys with values"),
+    **{f"{depth} lists": (nested_lists(depth), "") for depth in (100, 300, 100_000)},
 }
 
 
 @pytest.mark.parametrize("case", STRANGE)
 def test_values_of_a_checkpoint_that_no_config_holds(case):
     content, message = STRANGE[case]
-    with pytest.raises(ConfigError, match=f"^file: .*{message}"):
-        settings_of(content, "file")
-
-
-@pytest.mark.parametrize("depth", [100, 300, 100_000])
-def test_values_of_a_checkpoint_that_are_nested_too_deeply(depth):
-    value: list = []
-    for _ in range(depth):
-        value = [value]
-    with pytest.raises(ConfigError, match=r"^file: ") as caught:
-        build_config(settings_of({"model": {"kwargs": {"a": value}, "name": 3}}, "file"), "file")
+    with pytest.raises(ConfigError, match=f"^file: .*{message}") as caught:
+        build_config(settings_of(content, "file"), "file")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
-
-
-def test_the_sections_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ScheduleConfig().epochs = 3

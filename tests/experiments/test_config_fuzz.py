@@ -95,8 +95,7 @@ def outcome(path, overrides=None):
     except ConfigError as error:
         message = str(error)
         assert message.startswith((str(path), f"{COMMAND_LINE}: ")), message
-        assert "\n" not in message and "Traceback" not in message
-        assert len(message) < 1500 + len(str(path)), message
+        assert "\n" not in message and len(message) < 1500 + len(str(path)), message
         config = None
     assert time.process_time() - start < SECONDS
     return config
@@ -113,30 +112,24 @@ def assert_whole(config, folder):
     assert build_config(through_json, "file") == config
 
 
-def nested(flat):
-    """Dotted keys as sections."""
-    content: dict = {}
-    for key, value in flat.items():
-        section, dot, field = key.partition(".")
-        inner = content.setdefault(section, {}) if dot else content
-        if isinstance(inner, dict):
-            inner[field if dot else key] = value
-    return content
-
-
 def check(folder, content, overrides=None):
     path = folder / "fuzz.yaml"
     path.write_bytes(content)
     config = outcome(path, overrides)
     if config is not None:
         assert_whole(config, folder)
-    return config
 
 
 @settings(quick, max_examples=200)
 @given(flat=st.dictionaries(FIELDS, VALUES, max_size=4), near=PLAUSIBLE)
 def test_values_of_every_kind_under_every_key(tmp_path, flat, near):
-    text = yaml.safe_dump(nested({**near, **flat}), allow_unicode=False)
+    content: dict = {}
+    for key, value in {**near, **flat}.items():
+        section, dot, field = key.partition(".")
+        inner = content.setdefault(section, {}) if dot else content
+        if isinstance(inner, dict):
+            inner[field if dot else key] = value
+    text = yaml.safe_dump(content, allow_unicode=False)
     check(tmp_path, text.encode("utf-8", "surrogatepass"))
 
 
@@ -148,44 +141,27 @@ def test_overrides_of_every_kind(tmp_path, flat):
 
 FRAGMENTS = st.sampled_from(
     [
-        *("seed: 1\n", "seed: 1\n", "data: {workers: 0}\n", "data.workers: 1\n", "model:\n"),
+        *("seed: 1\n", "data: {workers: 0}\n", "data.workers: 1\n", "model:\n", "vertical: {}\n"),
         *("  kwargs: &a {x: 1}\n", "  kwargs: *a\n", "  name: !!str cct\n", "<<: {seed: 3}\n"),
         *("? [a]\n: b\n", "? {a: b}\n: c\n", "---\n", "...\n", "%YAML 9.9\n", "%TAG ! x:\n"),
         *("- 1\n", "!!set {a}\n", "!!omap [a: 1]\n", "!!binary aGk=\n", "!!int ''\n", "!!bool x\n"),
-        *("seed: !!timestamp 2001-01-01\n", "seed: !!float x\n", "a: |\n  b\n", "a: >\n", "\t"),
-        *(
-            "seed: 0x\n",
-            "seed: 0b_\n",
-            "? \n",
-            ": \n",
-            "{",
-            "}",
-            "[",
-            "]",
-            "'",
-            '"',
-            "#",
-            "&a ",
-            "*a",
-        ),
-        *("!", "!!", "!<", "!x!y ", "\\x", "\r", "\x85", "\u2028", "\ufeff", "\0", "@", "`", "%"),
-        *("horizontal: {layers: [1], tau: 1, rho: 0}\n", "vertical: {}\n", "vertical: null\n"),
+        *("seed: !!timestamp 2001-01-01\n", "seed: !!float x\n", "a: |\n  b\n", "a: >\n", "? \n"),
+        *("!<", "!x!y ", "\\x", "\x85", "\u2028", "\ufeff", *"{}[]'\"#&*!@`%:\t\r\0"),
     ]
 )
 
 
-@settings(quick, max_examples=150)
-@given(parts=st.lists(FRAGMENTS | st.text(max_size=3), max_size=6))
-def test_yaml_of_every_kind(tmp_path, parts):
-    check(tmp_path, "".join(parts).encode("utf-8", "surrogatepass"))
-
-
-@settings(quick, max_examples=60)
-@given(content=st.binary(max_size=60))
+@settings(quick, max_examples=200)
+@given(
+    content=st.lists(FRAGMENTS | st.text(max_size=3), max_size=6).map(
+        lambda parts: "".join(parts).encode("utf-8", "surrogatepass")
+    )
+    | st.binary(max_size=60)
+)
 @example(content="seed: 3".encode("utf-16"))
-@example(content="seed: 3".encode("utf-32"))
 @example(content=b"\xff" * 9)
-def test_bytes_of_every_kind(tmp_path, content):
+@example(content=b"\xef\xbb\xbfseed: 3")
+def test_text_and_bytes_of_every_kind(tmp_path, content):
     check(tmp_path, content)
 
 
@@ -197,33 +173,24 @@ LAUGHS = (
     )
     + "}"
 )
-DEEP_PAIRS = [("[", "]"), ("{a: ", "}"), ("[{a: ", "}]")]
 HARMFUL = {
     "aliases": f"model: {{kwargs: {LAUGHS}}}",
     "aliases in text": f"model: {{kwargs: '{LAUGHS}'}}",
-    "aliases in the text of a number": f"seed: '{LAUGHS}'",
-    "aliases in a list": f"data: {{mean: ['{LAUGHS}', 1, 2]}}",
     "aliases in text in text": f"data: {{mean: [\"'{LAUGHS}'\", 1, 2]}}",
     "anchor of itself": "data: &a [*a]",
     "long text": "output: " + "a" * 200_000,
     "long key": f"? {'a' * 200_000}\n: 1",
     "long number": "seed: " + "9" * 200_000,
-    "long number in arguments": "model: {kwargs: {a: 0x" + "f" * 200_000 + "}}",
-    "long hexadecimal": "seed: 0x" + "f" * 200_000,
-    "long key of a number": f"? 0x{'f' * 20_000}\n: 1",
+    "long hexadecimal": "model: {kwargs: {a: 0x" + "f" * 200_000 + "}}",
     "long sexagesimal": "seed: " + ":".join(["59"] * 80_000),
     "large file": "# " + "x" * (2 << 20),
     "many keys": "\n".join(f"k{n}: 1" for n in range(10_000)),
-    "many documents": "---\n" * 60_000,
-    "many openings": "[" * 200_000,
-    "many quotes": "'" * 200_000,
-    "many marks": "? " * 100_000,
-    "many dashes": "- " * 100_000,
+    **{f"many {mark!r}": mark * 60_000 for mark in ("---\n", "[", "'", "? ", "- ")},
     "a key in two ways": "data.workers: 1\ndata: {workers: 2}",
     "a number no float holds": "schedule: {lr: 1" + "0" * 400 + "}",
     **{
         f"deep {opening}": "model: {kwargs: {a: " + opening * DEEP + "1" + closing * DEEP + "}}"
-        for opening, closing in DEEP_PAIRS
+        for opening, closing in (("[", "]"), ("{a: ", "}"), ("[{a: ", "}]"))
     },
 }
 
@@ -250,9 +217,3 @@ def test_harmful_text_on_the_command_line(tmp_path, key):
 @pytest.mark.parametrize("path", ["a\0b", "no/such", "/dev/zero", ".", "x" * 5000])
 def test_paths_that_are_no_config(path):
     assert outcome(path) is None
-
-
-def test_a_byte_order_mark_is_passed_over(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_bytes(b"\xef\xbb\xbfseed: 3")
-    assert load_config(path).seed == 3

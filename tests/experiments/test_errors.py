@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from experiments import cli, compare, evaluate, train
+from experiments import cli, evaluate, train
 from tests.helpers.runs_helper import HTM, write_config
 
-MODULES = {"train": train, "evaluate": evaluate, "compare": compare}
 
-
-def fails(capsys, module, *words):
-    """Run an entry point that must fail, and return its one line."""
-    code = cli.run(MODULES[module].main, [str(word) for word in words])
+def fails(capsys, command, *words):
+    """Run a command that must fail, and return its one line."""
+    code = cli.run(command.main, [str(word) for word in words])
     error = capsys.readouterr().err
     assert code == 2, error
     assert error.startswith("error: ")
@@ -25,7 +23,6 @@ IN_THE_FILE = {
     "modell: {name: a}": "'modell': unknown key; the nearest is model",
     "schedule: {epoch: 3}": "'schedule.epoch': unknown key; the nearest is schedule.epochs",
     "data: {epochs: 3}": "'data.epochs': unknown key; the nearest is schedule.epochs",
-    "horizontal: {tauu: 1}": "the nearest is horizontal.tau",
     "seed: 1\nseed: 2": "line 2: the key 'seed' is given twice",
     "data: &a {workers: 0}\nmodel: *a": "line 2: aliases are not allowed",
     "data: {workers: 0": "line 1",
@@ -37,14 +34,11 @@ IN_THE_FILE = {
     "data: " + "[" * 3000: "nested too deeply",
     "schedule: {epochs: many}": "schedule.epochs: got 'many'; allowed: a whole number",
     "seed: 010": "seed: got '010'; allowed: a whole number from 0",
-    "schedule: {epochs: 1:30}": "schedule.epochs: got '1:30'; allowed: a whole number",
     "schedule: {lr: 1:30.5}": "schedule.lr: got '1:30.5'; allowed: a finite number above 0",
-    "seed: '7'": "seed: got '7'; allowed: a whole number",
     "compile: yes": "compile: got 'yes'; allowed: true or false",
     "data: {root: }": "data.root: got None; allowed: text of 1 to",
     "precision: fp8": "precision: got 'fp8'; allowed: one of fp32, bf16, fp16",
     "schedule: {lr: -1}": "schedule.lr: got -1; allowed: a finite number above 0",
-    "schedule: {lr: .nan}": "schedule.lr: got nan",
     "data: {scale: [1, 0.5]}": (
         "data.scale: got [1, 0.5]; allowed: a list of 2 numbers above 0 up to 1, the smaller first"
     ),
@@ -62,12 +56,10 @@ IN_THE_FILE = {
     "horizontal: {layers: [1], tau: -1, rho: 0}": "horizontal.tau",
     "horizontal: {layers: [1], rho: 0}": "horizontal.tau is needed",
     "horizontal: {tau: 0.1, rho: 0}": "horizontal.layers: missing",
-    "horizontal: {layers: [1, 1], tau: 0.1, rho: 0}": "horizontal.layers",
     "horizontal: {layers: [1], tau: 0.1, rho: 0, scorenet: max}": (
         "horizontal.scorenet: got 'max'; allowed: null or one of attention, cls, average"
     ),
     "vertical: {layers: [0], kappa: 1}": "vertical.layers",
-    "vertical: {layers: [1], kappa: 0}": "vertical.kappa",
     "horizontal: {layers: [2], tau: 0.1, rho: 0}\nmodel: {name: cct_2_3x2_32}": (
         "horizontal.layers names layer 2, but the model has 2 layers"
     ),
@@ -87,6 +79,8 @@ IN_THE_FILE = {
     "model: {num_classes: 7}": "model.num_classes: got 7; allowed: 10",
     "optimizer: {name: adamx}": "optimizer.name: got 'adamx', which timm does not know",
     "optimizer: {momentum: 0.9}": "optimizer.momentum: got 0.9; allowed: null",
+    "optimizer: {name: sgd, betas: [0.9, 0.9]}": "optimizer.betas: got (0.9, 0.9); allowed: null",
+    "optimizer: {name: sgd, eps: 0.001}": "optimizer.eps: got 0.001; allowed: null",
     "data: {train_split: tran}\nmodel: {name: cct_2_3x2_32}": (
         "split 'tran' is unknown; allowed: train"
     ),
@@ -111,7 +105,7 @@ IN_THE_FILE = {
 def test_mistakes_in_the_file(content, message, tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     path.write_text(content)
-    error = fails(capsys, "train", "--config", path, "--output", tmp_path / "run")
+    error = fails(capsys, train, "--config", path, "--output", tmp_path / "run")
     assert str(path) in error
     assert message in error
     assert not (tmp_path / "run").exists()
@@ -143,42 +137,28 @@ ON_THE_COMMAND_LINE = {
 @pytest.mark.parametrize(("words", "message"), ON_THE_COMMAND_LINE.items())
 def test_mistakes_on_the_command_line(words, message, tmp_path, capsys):
     path = str(write_config(tmp_path))
-    error = fails(capsys, "train", *(path if word == "FILE" else word for word in words.split()))
+    error = fails(capsys, train, *(path if word == "FILE" else word for word in words.split()))
     assert message in error
 
 
 def test_a_config_that_is_no_text(tmp_path, capsys):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xff\xfe\x00seed")
-    assert "is not text" in fails(capsys, "train", "--config", path)
+    assert "is not text" in fails(capsys, train, "--config", path)
 
 
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     path = write_config(tmp_path)
-    error = fails(capsys, "train", "--config", path, "--output", tmp_path / "file" / "run")
+    error = fails(capsys, train, "--config", path, "--output", tmp_path / "file" / "run")
     assert "output: cannot write the run folder" in error
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = write_config(tmp_path)
-    error = fails(capsys, "train", "--config", path, "--device", "cuda")
+    error = fails(capsys, train, "--config", path, "--device", "cuda")
     assert "torch finds no CUDA device" in error
-
-
-def damaged_run(tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "step-00000011.pt").write_bytes(b"PK\x03\x04 cut off")
-    return tmp_path / "run"
-
-
-def test_a_damaged_checkpoint_of_the_run(tmp_path, capsys):
-    run = damaged_run(tmp_path)
-    error = fails(capsys, "train", "--config", write_config(tmp_path), "--output", run)
-    assert "step-00000011.pt: is damaged or cut off" in error
-    assert "no checkpoint of" in error and "choose another --output" in error
 
 
 @pytest.mark.parametrize(
@@ -193,16 +173,4 @@ def test_a_damaged_checkpoint_of_the_run(tmp_path, capsys):
 def test_mistakes_in_evaluation(words, message, tmp_path, capsys):
     path = write_config(tmp_path, horizontal=HTM)
     words = [path if word == "FILE" else word for word in words]
-    assert message in fails(capsys, "evaluate", "--config", path, *words)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "no run folders were given"),
-        (["nowhere"], "nowhere: holds no run that was trained and evaluated"),
-        (["nowhere", "--out", "x"], "--out: unknown option; the nearest is output"),
-    ],
-)
-def test_mistakes_in_comparison(words, message, capsys):
-    assert message in fails(capsys, "compare", *words)
+    assert message in fails(capsys, evaluate, "--config", path, *words)

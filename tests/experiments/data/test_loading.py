@@ -16,7 +16,6 @@ from experiments.data.loading import (
     divide_batch,
 )
 from experiments.errors import DataError
-from experiments.seeding import derive_seed, seeded
 from tests.helpers.others_warnings import forks
 from tests.helpers.runs_helper import small_config
 
@@ -86,45 +85,11 @@ def test_augmentation_leaves_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_seeds_of_different_places_differ():
-    seeds = {
-        derive_seed(s, name, e, i) for s in (0, 1) for name in "ab" for e in (0, 1) for i in (0, 1)
-    }
-    assert len(seeds) == 16
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed(1, "sample", 2, 3) == derive_seed(1, "sample", 2, 3)
-    with seeded(1 << 62):
-        assert torch.initial_seed() == 1 << 62
-
-
 def test_evaluation_sees_each_image_once_in_order(tmp_path):
     config = small_config(tmp_path, data={"eval_batch_size": 100})
     images = DigitImages("validation")
     found = [label for _, labels in EvalBatches(config, images, 10) for label in labels.tolist()]
     assert found == [images[index][1] for index in range(len(images))]
-
-
-@pytest.fixture
-def images_one_damaged(folder_of_images):
-    """Image 4 of the training split is no image."""
-    (folder_of_images / "train" / "dog" / "1.png").write_bytes(b"no image at all")
-    return folder_of_images
-
-
-def test_a_damaged_image_is_named(images_one_damaged):
-    images = open_images(DataConfig(dataset="", root=str(images_one_damaged)), "train")
-    dataset = SeededImages(images, lambda image: image, seed=0, num_classes=2)
-    dataset[(0, 3)]
-    with pytest.raises(DataError, match=r"cannot read .*train/dog/1\.png: UnidentifiedImageError"):
-        dataset[(0, 4)]
-
-
-@forks
-def test_a_damaged_image_in_a_worker_gives_one_line(tmp_path, images_one_damaged):
-    data = {"dataset": "", "root": str(images_one_damaged), "batch_size": 6, "workers": 1}
-    config = small_config(tmp_path, data=data)
-    with pytest.raises(DataError, match=r"^cannot read [^\n]*$"):
-        list(TrainBatches(config, open_images(config.data, "train"), 2).epoch(0))
 
 
 def test_a_class_beyond_the_models_is_named(folder_of_images):

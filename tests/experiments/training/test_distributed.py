@@ -1,10 +1,6 @@
 """Several processes: the same training and exactly the same evaluation as one."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,25 +12,22 @@ from experiments.config import DataConfig
 from experiments.data.loading import EpochBatches, divide_batch
 from experiments.errors import ConfigError, ProcessLost
 from experiments.training.distributed import _lost_processes_told
-from experiments.training.metrics import CLOCK_VALUES
-from tests.helpers.runs_helper import HTM, VTM, write_config
+from experiments.training.metrics import read_metrics
+from tests.helpers.runs_helper import (
+    BOTH,
+    ROOT,
+    TWO_PROCESSES,
+    assert_rows_agree,
+    finished,
+    write_config,
+)
 
-ROOT = Path(__file__).parent.parent.parent.parent
 
-
-def launch(module, *arguments):
-    """Run an entry point as two processes under torchrun, on loopback."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=ROOT,
-    )
+def by_two(*words):
+    """Run a command as two processes under torchrun; gives what it prints."""
+    code, out, err = finished(*TWO_PROCESSES, "-m", *words)
+    assert code == 0, err
+    return out
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2, 4])
@@ -94,24 +87,10 @@ def test_a_lost_process_is_told_from_other_errors_of_the_backends(error, lost):
 def runs(tmp_path_factory):
     """One run by one process and the same by two: 4 groups of 32 images a step, HTM and VTM."""
     folder = tmp_path_factory.mktemp("runs")
-    sections = {
-        "data": {"micro_batch": 32},
-        "horizontal": HTM,
-        "vertical": VTM,
-        "model": {"attn_drop_rate": 0.1, "drop_path_rate": 0.1},
-        "schedule": {"epochs": 1},
-    }
-    config = write_config(folder, "shared", **sections)
+    config = write_config(folder, **BOTH, data={"micro_batch": 32}, schedule={"epochs": 1})
     one, two = folder / "by_1", folder / "by_2"
     train.main(["--config", str(config), "--output", str(one)])
-    done = launch("experiments.train", "--config", config, "--output", two)
-    assert done.returncode == 0, done.stderr
-    return config, one, two, done.stdout
-
-
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return config, one, two, by_two("experiments.train", "--config", config, "--output", two)
 
 
 def test_training_does_not_depend_on_the_number_of_processes(runs):
@@ -123,11 +102,7 @@ def test_training_does_not_depend_on_the_number_of_processes(runs):
         slack = 1e-2 if name.endswith("pool.bias") else 1e-5
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=slack, msg=name)
     assert "2 × cpu" in text and text.count("epoch   1/1") == 1
-    for before, after in zip(rows(one), rows(two), strict=True):
-        assert before.keys() == after.keys()
-        assert after["split"] == before["split"]
-        for key in before.keys() - {"split", *CLOCK_VALUES}:
-            assert after[key] == pytest.approx(before[key], rel=1e-3, abs=1e-4), key
+    assert_rows_agree(one, two, rel=1e-3, abs=1e-4)
 
 
 def test_evaluation_by_two_counts_every_image_once(runs, capsys):
@@ -137,9 +112,7 @@ def test_evaluation_by_two_counts_every_image_once(runs, capsys):
     arguments = [str(word) for word in (*arguments, "--data.eval_batch_size", 50)]
     evaluate.main(arguments)
     expected = json.loads(capsys.readouterr().out)
-    done = launch("experiments.evaluate", *arguments)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(by_two("experiments.evaluate", *arguments))
     assert found["images"] == expected["images"] == 355
     assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -147,9 +120,10 @@ def test_evaluation_by_two_counts_every_image_once(runs, capsys):
 
 def test_a_mistake_is_told_once(tmp_path):
     config = write_config(tmp_path, data={"batch_size": 127})
-    done = launch("experiments.train", "--config", config, "--output", tmp_path / "run")
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    words = ("experiments.train", "--config", config, "--output", tmp_path / "run")
+    code, _, err = finished(*TWO_PROCESSES, "-m", *words)
+    assert code != 0
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "data.batch_size: got 127" in lines[0]
     assert not (tmp_path / "run").exists()
 
@@ -158,7 +132,6 @@ def test_a_mistake_is_told_once(tmp_path):
 @pytest.mark.parametrize("variant", ["baseline", "HVTM"])
 def test_two_processes_reach_the_accuracy_of_one_on_digits(tmp_path, variant):
     config = ROOT / "configs" / f"digits_{variant}.yaml"
-    done = launch("experiments.train", "--config", config, "--output", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    last = [row for row in rows(tmp_path / "run") if row["split"] == "validation"][-1]
+    by_two("experiments.train", "--config", config, "--output", tmp_path / "run")
+    last = [row for row in read_metrics(tmp_path / "run") if row["split"] == "validation"][-1]
     assert last["top1"] >= 96

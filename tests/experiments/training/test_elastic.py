@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import cli, train
-from experiments.training.folder import RunFolder
-from experiments.training.metrics import CLOCK_VALUES, read_metrics
-from tests.helpers.runs_helper import HTM, VTM, write_config
+from tests.helpers.runs_helper import (
+    BOTH,
+    TWO_PROCESSES,
+    assert_rows_agree,
+    final_bytes,
+    rows_without_clock,
+    started,
+    wait_for_step,
+    write_config,
+)
 
-ROOT = Path(__file__).parent.parent.parent.parent
 SECTIONS = {
-    "data": {"micro_batch": 32},  # 4 parts a batch, 11 steps an epoch
-    "horizontal": HTM,
-    "vertical": VTM,
-    "model": {"attn_drop_rate": 0.1, "drop_path_rate": 0.1},
+    **BOTH,
+    "data": {"micro_batch": 32},  # 4 parts per batch, 11 steps per epoch
     "schedule": {"epochs": 4},
     "checkpoint": {"every_steps": 3},
 }
@@ -32,32 +33,19 @@ class Job:
     """Two training processes under torchrun."""
 
     def __init__(self, config, output, *more, restarts=0):
+        words = ["-m", "experiments.train", "--config", config, "--output", output, *more]
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "experiments.train"]
-        command += ["--config", config, "--output", output, *more]
         self.output = output
-        self.process = subprocess.Popen(
-            list(map(str, command)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
+        self.process = started(
+            *TWO_PROCESSES, f"--max-restarts={restarts}", *words, env=environment
         )
 
     def wait_for_step(self, step):
-        deadline = time.monotonic() + 120
-        while not any(path.stem >= f"step-{step:08d}" for path in RunFolder(self.output).saved()):
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_step(self.output, self.process, step)
 
     def training_process(self, rank):
         pid = self.process.pid
@@ -70,10 +58,10 @@ class Job:
         out, err = self.process.communicate(timeout=240)
         return self.process.returncode, out, err
 
-
-def outcome(folder):
-    rows = [{k: v for k, v in row.items() if k not in CLOCK_VALUES} for row in read_metrics(folder)]
-    return (folder / "final.safetensors").read_bytes(), rows
+    def outcome(self):
+        code, out, err = self.finish()
+        assert code == 0, out + err
+        return final_bytes(self.output), rows_without_clock(self.output), out
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +71,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, config):
-    job = Job(config, tmp_path_factory.mktemp("undisturbed") / "run")
-    code, _, err = job.finish()
-    assert code == 0, err
-    return outcome(job.output)
+    return Job(config, tmp_path_factory.mktemp("undisturbed") / "run").outcome()
 
 
 @pytest.mark.slow
@@ -95,10 +80,9 @@ def test_a_process_that_dies_is_started_again_with_all_others(tmp_path, config, 
     job = Job(config, tmp_path / "run", restarts=1)
     job.wait_for_step(6)
     os.kill(job.training_process(rank), signal.SIGKILL)
-    code, out, err = job.finish()
-    assert code == 0, out + err
+    *found, out = job.outcome()
     assert "resuming after step" in out
-    assert outcome(job.output) == undisturbed
+    assert tuple(found) == undisturbed[:2]
 
 
 @pytest.mark.slow
@@ -121,10 +105,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on(tmp_path, config, undistur
     _, out, err = job.finish()
     assert re.search(rf"{number.name}: saved after step \d+", err), out + err
     assert not (job.output / "final.safetensors").exists()
-    again = Job(config, job.output)
-    code, out, err = again.finish()
-    assert code == 0, out + err
-    assert outcome(job.output) == undisturbed
+    assert Job(config, job.output).outcome()[:2] == undisturbed[:2]
 
 
 @pytest.mark.slow
@@ -153,6 +134,4 @@ def test_another_number_of_processes_goes_on_with_the_same_training(tmp_path, ca
     expected = load_file(one / "final.safetensors")
     for name, value in load_file(both / "final.safetensors").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, msg=name)
-    for before, after in zip(read_metrics(one), read_metrics(both), strict=True):
-        for key in before.keys() - {"split", *CLOCK_VALUES}:
-            assert after[key] == pytest.approx(before[key], rel=1e-2, abs=1e-3), key
+    assert_rows_agree(one, both, rel=1e-2, abs=1e-3)

@@ -5,7 +5,6 @@ import multiprocessing
 import re
 import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from experiments.config import DataConfig
 from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run
-from experiments.training.stopping import explain_fault, loader_deaths_ignored
+from experiments.training.stopping import explain_fault
 from tests.helpers.runs_helper import HTM, AtLook, final_bytes, fit, small_config
 
 STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
@@ -38,22 +37,6 @@ def test_a_loader_process_that_the_kernel_kills(tmp_path):
         fit(tmp_path, requests=AtLook(14, kill), **sections)
     resumed = fit(tmp_path, **sections)
     assert final_bytes(resumed) == final_bytes(fit(tmp_path, name="whole", **sections))
-
-
-def test_another_death_is_ignored_even_while_the_handler_is_set(monkeypatch):
-    """torch's handler raises in any statement, also in the one that replaces it."""
-    before, set_handler, news = signal.getsignal(signal.SIGCHLD), signal.signal, [1]
-
-    def interrupted(*arguments):
-        if news:
-            news.clear()
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-        return set_handler(*arguments)
-
-    monkeypatch.setattr(signal, "signal", interrupted)
-    with loader_deaths_ignored():
-        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGCHLD) == before and not news
 
 
 @pytest.fixture
@@ -139,7 +122,7 @@ def image_sections(folder, **data):
 def test_an_image_that_vanishes_is_named(tmp_path, folder_of_images, workers):
     gone = folder_of_images / "train" / "class1" / "05.png"
     sections = image_sections(folder_of_images, workers=workers)
-    with pytest.raises(DataError, match=r"cannot read .*05\.png: .*; the last checkpoint is"):
+    with pytest.raises(DataError, match=r"^cannot read .*05\.png: .*; the last checkpoint is .*$"):
         fit(tmp_path, requests=AtLook(5, gone.unlink), **sections)
 
 
@@ -171,9 +154,3 @@ def test_evaluation_reads_every_image(tmp_path, folder_of_images):
     shutil.copy(__file__, folder_of_images / "validation" / "class0" / "02.png")
     with pytest.raises(DataError, match=r"cannot read .*02\.png"):
         fit(tmp_path, **image_sections(folder_of_images, max_bad_images=5))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "output").write_text("a file in the way")
-    with pytest.raises(ConfigError, match=r"output: cannot write the run folder .*Not a directory"):
-        fit(tmp_path)

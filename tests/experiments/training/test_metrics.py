@@ -69,40 +69,26 @@ def test_what_is_not_finite_is_named_with_its_first_step():
         statistics.refuse_not_finite(ONE_PROCESS, Progress(3, 15))
 
 
-class Counting:
-    """Two processes of which one is here: counts how often they exchange values."""
-
-    exchanges = 0
+class TwoProcesses:
+    """Two processes with the same values, of which one is here."""
 
     def sum(self, tensor):
-        self.exchanges += 1
-        return tensor + 1
+        return 2 * tensor
 
     def minimum(self, tensor):
-        self.exchanges += 1
         return tensor
 
 
-def test_processes_that_took_nothing_on_exchange_as_often_as_the_one_that_did():
-    """Another number of processes goes on, and the steps up to the report are all left out."""
-    before = {"loss": torch.tensor(3.0), **tensors(difficulty_min=0.2, saliency_max=0.1)}
-    states = [added(before).state_dict()] * 2
-    exchanges, saved = [], []
-    for mine in (True, False):
-        statistics, world = RunningStatistics(CPU), Counting()
-        statistics.load_state_dicts(states, mine)
-        saved.append(statistics.state_dict())
-        statistics.read(world)
-        exchanges.append(world.exchanges)
-    assert exchanges == [2, 2]
-    # what the others hold changes nothing, once more saved and taken on
-    together = RunningStatistics(CPU)
-    together.load_state_dicts(saved)
-    after = {"loss": torch.tensor(6.0), **tensors(difficulty_min=0.4, saliency_max=0.0)}
-    together.add_step([after], FINITE)
-    assert together.read(ONE_PROCESS) == pytest.approx(
-        {"loss": 4.0, "htm/layer1/difficulty_min": 0.2, "htm/layer1/saliency_max": 0.1, "steps": 2}
-    )
+def test_what_was_measured_is_shared_by_another_number_of_processes():
+    first = {"loss": torch.tensor(3.0), **tensors(difficulty_min=0.2, saliency_max=0.1)}
+    second = {"loss": torch.tensor(4.0), **tensors(difficulty_min=0.4, saliency_max=0.0)}
+    states = [added(values).state_dict() for values in (first, second)]
+    for sharing, world in ((1, ONE_PROCESS), (2, TwoProcesses())):
+        statistics = RunningStatistics(CPU)
+        statistics.load_state_dicts(states, sharing)
+        statistics.add_step([{**second, "loss": torch.tensor(5.0)}] * (2 // sharing), FINITE)
+        expected = {"loss": 4.25, "htm/layer1/difficulty_min": 0.2, "htm/layer1/saliency_max": 0.1}
+        assert statistics.read(world) == pytest.approx({**expected, "steps": 2})
 
 
 def test_adding_never_reads_a_tensor(monkeypatch):
@@ -168,7 +154,7 @@ def test_a_resumed_run_takes_out_what_it_will_do_again(tmp_path):
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"split": "train", "ste')  # cut off by a crash
     writer = MetricsWriter(tmp_path, 2, tensorboard=False)
-    assert (writer.rows, writer.missing) == (2, 0)
+    assert writer.rows == 2
     writer.write("train", Progress(2, 30), {"loss": 2.0})
     writer.close()
     rows = read_metrics(tmp_path)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from experiments.config import OptimizerConfig, ScheduleConfig, load_config
-from experiments.errors import ConfigError
 from experiments.models.build import build_model
-from experiments.training.optim import Schedule, build_optimizer, check_optimizer
+from experiments.training.optim import Schedule, build_optimizer
 from tests.helpers.runs_helper import HTM, small_config
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -45,10 +44,10 @@ def test_the_papers_learning_rates(epoch):
 def test_a_rate_for_each_step():
     config = ScheduleConfig(epochs=4, warmup_epochs=1, lr=1.0, warmup_lr=0.0, interval="step")
     schedule, _ = schedule_of(config, steps_per_epoch=10)
+    for step in (39, 25, 10):  # backwards: the schedule has no memory
+        assert schedule.set_step(step) == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 40)))
     for step in (0, 3, 9):
         assert schedule.set_step(step) == pytest.approx(step / 10)
-    for step in (10, 25, 39):
-        assert schedule.set_step(step) == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 40)))
 
 
 def test_a_constant_rate_after_the_warm_up():
@@ -56,12 +55,6 @@ def test_a_constant_rate_after_the_warm_up():
     schedule, _ = schedule_of(config, steps_per_epoch=2)
     rates = [schedule.set_step(step) for step in range(6)]
     assert rates == pytest.approx([0.1, 0.1, 0.5, 0.5, 0.5, 0.5])
-
-
-def test_the_schedule_has_no_memory():
-    schedule, _ = schedule_of(ScheduleConfig(epochs=10, interval="step"), steps_per_epoch=7)
-    forward = [schedule.set_step(step) for step in range(70)]
-    assert [schedule.set_step(step) for step in reversed(range(70))] == forward[::-1]
 
 
 def test_biases_and_norms_have_no_weight_decay(tmp_path):
@@ -99,17 +92,3 @@ def test_settings_reach_the_optimiser():
     settings = OptimizerConfig(name="momentum", momentum=0.7, weight_decay=0.0)
     group = build_optimizer(settings, ScheduleConfig(), nn.Linear(2, 2)).param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.7, False)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "adamv"}, r"optimizer\.name: got 'adamv'.*the nearest is adam"),
-        ({"name": "adamw", "momentum": 0.9}, r"optimizer\.momentum: got 0\.9; allowed: null"),
-        ({"name": "sgd", "betas": (0.9, 0.9)}, r"optimizer\.betas"),
-        ({"name": "sgd", "eps": 1e-3}, r"optimizer\.eps"),
-    ],
-)
-def test_settings_that_an_optimiser_does_not_have(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        check_optimizer(OptimizerConfig(**settings))

@@ -183,16 +183,13 @@ def test_rows_come_at_the_interval_and_at_the_end(tmp_path, precision):
         assert "htm/layer1/easy_share" in row
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+def test_a_loss_or_gradient_that_is_not_finite_stops_with_its_step(tmp_path):
     sections = {"logging": {"interval": 3}, "schedule": {"epochs": 2}}
     with pytest.raises(TrainingStopped, match=r"^step 11 \(epoch 2\): the training loss is not"):
         fit(tmp_path, Batches(6, bad_steps=(10,)), **sections)
-
-
-def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
     message = r"^step 2 \(epoch 1\): the norm of the gradient is not finite; there is no checkpoint"
     with pytest.raises(TrainingStopped, match=message):
-        fit(tmp_path, Batches(4), spoil_gradient(2), logging={"interval": 3})
+        fit(tmp_path / "gradient", Batches(4), spoil_gradient(2), **sections)
 
 
 def test_fp16_may_overflow(tmp_path):

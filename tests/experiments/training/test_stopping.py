@@ -2,19 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from experiments import cli, train
 from experiments.training.folder import RunFolder
-from experiments.training.stopping import StopRequests
-from tests.helpers.runs_helper import HTM, VTM, write_config
-
-ROOT = Path(__file__).parent.parent.parent.parent
+from tests.helpers.runs_helper import HTM, VTM, final_bytes, started, wait_for_step, write_config
 
 WAITS = """
 import sys, time
@@ -26,19 +20,6 @@ with StopRequests() as requests:
     print(requests.reason, flush=True)
     time.sleep(60)
 """
-
-
-def started(*command, **settings):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        **settings,
-    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -55,27 +36,11 @@ def test_the_first_signal_asks_and_a_later_one_ends_the_process(number):
         assert process.wait(timeout=5) == 128 + number
 
 
-def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with StopRequests() as requests:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert requests.reason == "SIGINT"
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
 def test_a_time_limit_is_a_positive_number(tmp_path, capsys, text):
     words = ["--config", str(write_config(tmp_path)), f"--max-minutes={text}"]
     assert cli.run(train.main, words) == 2
     assert f"--max-minutes: got '{text}'; allowed: a number above 0" in capsys.readouterr().err
-
-
-def wait_for_step(folder, process, step):
-    deadline = time.monotonic() + 120
-    while not any(path.stem >= f"step-{step:08d}" for path in RunFolder(folder).saved()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_terminals_interrupt_reaches_all_processes_and_nothing_is_lost(tmp_path, capsys):
@@ -94,8 +59,7 @@ def test_a_terminals_interrupt_reaches_all_processes_and_nothing_is_lost(tmp_pat
     for folder in (cut, whole):
         assert cli.run(train.main, [*words, str(folder), "--data.workers", "0"]) == 0
     assert "resuming after step" in capsys.readouterr().out
-    name = "final.safetensors"
-    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert final_bytes(cut) == final_bytes(whole)
 
 
 def test_a_time_limit_saves_and_stops(tmp_path, capsys):

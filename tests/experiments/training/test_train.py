@@ -6,7 +6,6 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
 from experiments.config import load_config
 from experiments.training.distributed import ONE_PROCESS
@@ -14,6 +13,7 @@ from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
 from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.runs_helper import (
+    BOTH,
     HTM,
     VTM,
     final_bytes,
@@ -21,9 +21,6 @@ from tests.helpers.runs_helper import (
     rows_without_clock,
     write_config,
 )
-
-DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}
-BOTH = {"horizontal": HTM, "vertical": VTM, "model": DROPOUT}
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +111,6 @@ def test_evaluation_and_checkpoints_at_their_intervals(tmp_path):
     folder = fit(tmp_path, "rare", schedule={"epochs": 3}, **sections)
     rows = [row for row in read_metrics(folder) if row["split"] == "validation"]
     assert [row["epoch"] for row in rows] == [2, 3]
-
-
-def test_the_entry_point(tmp_path, capsys):
-    path = write_config(tmp_path, schedule={"epochs": 1})
-    words = ["--config", str(path), "--output", str(tmp_path / "run"), "--seed", "3"]
-    assert cli.run(train.main, words) == 0
-    out = capsys.readouterr().out
-    assert "epoch   1/1" in out
-    assert "top-1" in out
-    assert str(tmp_path / "run" / "final.safetensors") in out
 
 
 @pytest.mark.slow
