@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from tokenmixup import HorizontalConfig, TokenMixupModel, TokenMixupOutput
+from tokenmixup import TokenMixupModel, TokenMixupOutput
 
 
 def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
@@ -100,7 +100,7 @@ def pixel_gradient_saliency(
 
 
 class DirectModel(nn.Module):
-    """A plain host or a host with HTM in the direct form: this project's CCT or timm's ViT.
+    """A host with HTM in the direct form: this project's CCT or timm's ViT.
 
     It takes over the parameters of a `TokenMixupModel`, which must not be used any more, and
     returns what that model returns in training.
@@ -108,9 +108,8 @@ class DirectModel(nn.Module):
 
     def __init__(self, model: TokenMixupModel) -> None:
         super().__init__()
-        if model.vertical is not None:
-            raise ValueError("the direct formulation has no VTM: omit `vertical`")
-        self.horizontal: HorizontalConfig | None = model.horizontal
+        assert model.horizontal is not None and model.vertical is None
+        self.horizontal = model.horizontal
         self.class_token = model.layout.class_token
         self.prefix = model.layout.num_prefix_tokens
         self.scorenets = model.scorenets
@@ -125,7 +124,7 @@ class DirectModel(nn.Module):
             tokens = host.norm_pre(host._pos_embed(host.patch_embed(images)))
         loss, stats = tokens.new_zeros(()), {}
         for index, block in enumerate(host.blocks):
-            if self.horizontal is not None and index in self.horizontal.layers:
+            if index in self.horizontal.layers:
                 tokens, targets, more, mask = self._mix(index, block, tokens, targets)
                 loss = loss + more
                 stats[f"htm/layer{index}/mixed_share"] = mask.any(1).float().mean()
@@ -145,7 +144,7 @@ class DirectModel(nn.Module):
         self, index: int, block: Any, tokens: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config = self.horizontal
-        assert config is not None and config.tau is not None
+        assert config.tau is not None
         net = self.scorenets[str(index)]
         logits = net(tokens.detach() if config.scorenet_stop_gradient else tokens)
         losses = -(targets * logits.log_softmax(-1)).sum(-1)  # (B,)

@@ -198,7 +198,7 @@ def _kills(values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def page(found: Mapping[str, Measurement]) -> str:
-    """The table of `docs/reliability.md`, in the order of `PARTS`."""
+    """The table of `docs/reliability.md`."""
     lines = []
     for name in PARTS:
         if name in found:
@@ -216,15 +216,9 @@ line of the table."""
 
 def main(argv: Sequence[str]) -> None:
     """Measure; exit with 1 unless every training survived its kills."""
-    parser = row.parser("python -m benchmarks.faults", __doc__)
-    names = [one.name for one in ROWS]
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="default: all")
-    options = parser.parse_args(argv)
+    options = row.parser("python -m benchmarks.faults", __doc__).parse_args(argv)
     command = ["python -m benchmarks.faults", *argv]
-    found: list[Target] = []
-    for one in ROWS:
-        if one.name in options.parts:
-            found += row.run(one, options, command, RESULTS)
+    found = [target for one in ROWS for target in row.run(one, options, command, RESULTS)]
     if options.results is None and not options.quick:
         print("python -m benchmarks.report updates docs/reliability.md")
     if not all(target.reached for target in found):

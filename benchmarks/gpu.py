@@ -1,8 +1,7 @@
 """Rows 7 to 10, on a CUDA GPU: speed, exchanges with the host, loading, memory.
 
-`python -m benchmarks.gpu` takes less than nine minutes. It records each part as soon as it is
-measured, and names the parts for which there was no time. Each model trains in bfloat16, compiled,
-by the training's own steps.
+Each part is recorded as soon as it is measured, so that an interrupted run keeps it. Each model
+trains in bfloat16, compiled, by the training's own steps.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import row
 from benchmarks.pipeline import PhotographPieces
 from benchmarks.row import Row, Settings, Target
-from benchmarks.steps import FAMILIES, Steps, Workload
+from benchmarks.steps import FAMILIES, VARIANTS, Steps, Workload
 from benchmarks.timing import interleaved, mebibytes, ratio, times
 from experiments import cli
 from experiments.data.loading import TrainBatches
@@ -40,10 +39,6 @@ QUICK_WORKLOADS = (
     # enough images that activations, not gradients, set the peak memory of a step
     Workload("ViT-B/16", 32, "bf16", quick=True),
 )
-VARIANTS = ("plain", "HVTM", "HTM", "VTM")  # the most important ones first
-LIMIT_SECONDS = 9 * 60
-_RESERVE_SECONDS = 100
-"""Time that the longest part takes, once begun."""
 LOADER_PROCESSES, LOADER_STEPS = 16, 300
 WAITED = 0.1
 """A step waited for data if the loader took more than this share of a mean step."""
@@ -61,33 +56,18 @@ MEMORY_RATIO = 1.03
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Per model the speed of its four variants in turn, then the other parts one by one."""
-    end = time.monotonic() + LIMIT_SECONDS
     world = World(0, 1, settings.device)
-    found: dict[str, Any] = {"models": {}, "left_out": []}
-
-    def time_left(part: str) -> bool:
-        enough = time.monotonic() <= end - _RESERVE_SECONDS
-        found["left_out"] += [] if enough else [part]
-        return enough
-
+    found: dict[str, Any] = {"models": {}}
     for workload in QUICK_WORKLOADS if settings.quick else WORKLOADS:
         model: dict[str, Any] = {"batch": workload.batch}
         found["models"][workload.model] = model
-        ready: dict[str, Steps] = {}
-        for name in VARIANTS:
-            if time_left(f"{workload.model}, {name}"):
-                ready[name] = Steps(workload, name, world)
-                for _ in range(1 if settings.quick else 3):
-                    ready[name]()  # compiles
-        model["speed"] = _speed(settings, ready)
-        settings.keep(found)
+        steps = {name: Steps(workload, name, world) for name in VARIANTS}
         for title, part in PARTS.items():
             if title == "loading" and workload.model != "CCT-7/3×1":
                 continue  # the loader is CIFAR's
-            if time_left(f"{workload.model}, {title}"):
-                model[title] = part(settings, workload, ready)
-                settings.keep(found)
-        ready.clear()
+            model[title] = part(settings, workload, steps)
+            settings.keep(found)
+        steps.clear()
         torch._dynamo.reset()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -99,11 +79,12 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _speed(settings: Settings, steps: dict[str, Steps]) -> dict[str, Any]:
+def _speed(settings: Settings, workload: Workload, steps: dict[str, Steps]) -> dict[str, Any]:
     """Row 7: images per second, time over plain, and mixing of each variant."""
     timings = interleaved(
         steps,
         settings.rounds(9),
+        warm_up=1 if settings.quick else 3,  # compiles
         # several steps in flight on the device, as in a training
         least_seconds=0.0 if settings.quick else 0.5,
         synchronise=lambda: _synchronise(settings.device),
@@ -111,7 +92,7 @@ def _speed(settings: Settings, steps: dict[str, Steps]) -> dict[str, Any]:
     return {
         name: {
             **timing.record(),
-            "images_per_second": len(steps[name].labels) / timing.median,
+            "images_per_second": workload.batch / timing.median,
             "over_plain": ratio(timing, timings["plain"]),
             "mixing": steps[name].mixing(),
         }
@@ -256,7 +237,7 @@ def kept_bytes(step: Steps) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type == kind)
 
 
-PARTS = {"exchanges": _exchanges, "loading": _loading, "memory": _memory}
+PARTS = {"speed": _speed, "exchanges": _exchanges, "loading": _loading, "memory": _memory}
 
 
 def tables(values: dict[str, Any]) -> str:
@@ -295,8 +276,6 @@ def tables(values: dict[str, Any]) -> str:
                 f"data in {data['waited_share']:.1%} of the steps and {data['time_share']:.1%} of "
                 "the time."
             )
-    if values["left_out"]:
-        notes.append(f"- Not measured for lack of time: {'; '.join(values['left_out'])}.")
     head = (
         *("model", "step", "images/s", "TFLOP/s", "time over plain (95%)", "samples mixed"),
         *("copies to host", "host waits", "kernels", "device busy", "peak memory (MiB)"),

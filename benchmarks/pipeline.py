@@ -37,11 +37,7 @@ _SIDE, _STEP = 32, 8
 
 
 class PhotographPieces:
-    """32×32 pieces of scikit-learn's two sample photographs, 8 pixels apart.
-
-    Args:
-        count: the number of images, which may repeat pieces; default: each piece once.
-    """
+    """`count` pieces of scikit-learn's two sample photographs, repeated as needed."""
 
     def __init__(self, count: int | None = None) -> None:
         from sklearn.datasets import load_sample_images
@@ -52,7 +48,6 @@ class PhotographPieces:
             for row in range(0, photograph.shape[0] - _SIDE, _STEP)
             for column in range(0, photograph.shape[1] - _SIDE, _STEP)
         ]
-
         self._count = count or len(self._pieces)
 
     def __len__(self) -> int:
@@ -210,22 +205,16 @@ def tables(values: dict[str, Any]) -> str:
     )
 
 
-def images_on(cores: int, values: dict[str, Any]) -> tuple[float, float]:
-    """Images per second from this many loader processes, and what the training can receive.
-
-    Scaled from the largest number of processes measured, since one process alone is faster than
-    each of several. The training process only receives batches; its CPU time is the second bound.
-    """
-    _, found = max(values["loading"].items(), key=lambda item: int(item[0]))
-    return (
-        cores * found["images_per_second"] / found["cores"],
-        1 / found["seconds_of_this_process"],
-    )
-
-
 def targets(values: dict[str, Any]) -> list[Target]:
-    """The prediction for 16 such cores, and what our code adds to timm's transform."""
-    loaded, received = images_on(GPU_CORES, values)
+    """The prediction for 16 such cores, and what our code adds to timm's transform.
+
+    It is scaled from the largest number of processes measured, since one process alone is faster
+    than each of several. The training process only receives batches: its CPU time is the second
+    bound.
+    """
+    _, most = max(values["loading"].items(), key=lambda item: int(item[0]))
+    loaded = GPU_CORES * most["images_per_second"] / most["cores"]
+    received = 1 / most["seconds_of_this_process"]
     over = values["ours_over_timm"]
     percent, low, high = (100 * (over[name] - 1) for name in ("ratio", "low", "high"))
     return [

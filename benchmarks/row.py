@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from experiments import cli, provenance
 from experiments.provenance import ROOT, Record, Records
 
 RESULTS = ROOT / "results" / "benchmarks"
+_CPU = torch.device("cpu")
 _ALSO = ("scipy", "lapx", "scikit-learn")
 
 Values = dict[str, Any]
@@ -32,7 +33,7 @@ class Settings:
 
     quick: bool = False
     """A smoke run: tiny sizes, few repetitions, meaningless figures."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = _CPU
     given_rounds: int | None = None
     """Repetitions that replace each row's own number."""
     keep: Callable[[Values], object] = lambda values: None
@@ -54,18 +55,11 @@ class Target(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the benchmarks.
+    """A row of the benchmarks."""
 
-    Attributes:
-        name: of its module.
-        measure: returns the figures.
-        tables: the figures as Markdown.
-        targets: its targets and what was measured.
-    """
-
-    name: str
+    name: str  # of its module
     measure: Callable[[Settings], Values]
-    tables: Callable[[Values], str]
+    tables: Callable[[Values], str]  # in Markdown
     targets: Callable[[Values], list[Target]]
 
 
@@ -138,18 +132,12 @@ def run(
     options: argparse.Namespace,
     command: Sequence[str],
     results: Path = RESULTS,
-    device: torch.device | None = None,
+    device: torch.device = _CPU,
 ) -> list[Target]:
     """Measure a row, print its tables and targets, and keep the record.
 
-    Args:
-        row: the row.
-        options: from `parser`.
-        command: the program and its words, for the record.
-        results: default folder of the records.
-        device: to measure on; default: the CPU.
+    `options` are those of `parser`; `command`, the program and its words, is for the record.
     """
-    device = device or torch.device("cpu")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     folder = options.results or (None if options.quick else results)

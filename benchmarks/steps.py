@@ -25,7 +25,7 @@ from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import ONE_PROCESS, World
-from experiments.training.evaluation import memory_format, place
+from experiments.training.evaluation import place, to_device
 from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import train_step
@@ -38,22 +38,15 @@ DIRECT_RATIO = 0.8
 
 @dataclass(frozen=True)
 class Family:
-    """A model with its configs.
+    """A model with its configs."""
 
-    Attributes:
-        configs: start of the names of the four configs.
-        classes: C.
-        tiny: the model of a smoke run.
-        side: width of the smoke run's images.
-        sharper: factor on the query and key weights, which makes untrained attention maps as uneven
-            as trained ones.
-    """
-
-    configs: str
-    classes: int
-    tiny: str
-    side: int
+    configs: str  # start of the names of the four configs
+    classes: int  # C
+    tiny: str  # the model of a smoke run
+    side: int  # width of the smoke run's images
     sharper: float
+    """Factor on the query and key weights: untrained attention maps become as uneven as trained
+    ones."""
 
     def config(self, variant: str) -> str:
         """The name of the config of a variant."""
@@ -68,21 +61,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step trains on.
+    """What a step trains on."""
 
-    Attributes:
-        model: a key of `FAMILIES`.
-        batch: B.
-        precision: of the config.
-        compile: of the config.
-        quick: a tiny model of the same family.
-    """
-
-    model: str
-    batch: int
+    model: str  # a key of `FAMILIES`
+    batch: int  # B
     precision: str = "fp32"
     compile: bool = False
-    quick: bool = False
+    quick: bool = False  # a tiny model of the same family
 
 
 WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
@@ -118,13 +103,10 @@ def make_config(workload: Workload, variant: str, device: torch.device) -> RunCo
     return load_config(ROOT / "configs" / f"{family.config(variant)}.yaml", overrides)
 
 
-def make_learner(
-    workload: Workload,
-    variant: str,
-    world: World,
-    wrap: Callable[[Any], nn.Module] = lambda model: model,
-) -> Learner:
-    """The training's learner of a variant; all variants of a workload start from the same weights.
+class Steps:
+    """Consecutive training steps of a variant; each call trains one step on the same batch.
+
+    All variants of a workload start from the same weights. The batch is normal noise.
 
     Args:
         workload: what to train.
@@ -132,41 +114,6 @@ def make_learner(
         world: the processes.
         wrap: replaces the model by another form of it.
     """
-    config = make_config(workload, variant, world.device)
-    family = FAMILIES[workload.model]
-    model = build_model(config, family.classes)
-    with torch.no_grad():
-        for name, parameter in model.backbone.named_parameters():
-            if name.endswith("attn.qkv.weight"):  # queries and keys
-                parameter[: 2 * parameter.shape[0] // 3] *= family.sharper
-    place(model, world.device, config)
-    wrapped: Any = wrap(model.train())
-    wrapped.train()
-    optimizer = build_optimizer(config.optimizer, config.schedule, wrapped)
-    return Learner(
-        config,
-        wrapped,
-        optimizer,
-        Schedule(config.schedule, optimizer, steps_per_epoch=100),
-        BatchMixer(config.mixup, family.classes, config.seed),
-        Division(workload.batch, world.rank, 1),
-        world,
-    )
-
-
-def make_batch(workload: Workload, config: RunConfig, device: torch.device) -> tuple[Tensor, Any]:
-    """Fixed images (B, 3, S, S), normal noise, and labels (B,)."""
-    generator = torch.Generator().manual_seed(0)
-    side = config.model.image_size
-    images = torch.randn(workload.batch, 3, side, side, generator=generator)
-    classes = FAMILIES[workload.model].classes
-    labels = torch.randint(classes, (workload.batch,), generator=generator)
-    moved = images.to(device=device, memory_format=memory_format(config))
-    return moved, labels.to(device)
-
-
-class Steps:
-    """Consecutive training steps of a variant; each call trains one step on the same batch."""
 
     def __init__(
         self,
@@ -175,10 +122,32 @@ class Steps:
         world: World = ONE_PROCESS,
         wrap: Callable[[Any], nn.Module] = lambda model: model,
     ) -> None:
-        self.learner = make_learner(workload, variant, world, wrap)
-        self.images, self.labels = make_batch(workload, self.learner.config, self.learner.device)
+        config, family = make_config(workload, variant, world.device), FAMILIES[workload.model]
+        model = build_model(config, family.classes)
+        with torch.no_grad():
+            for name, parameter in model.backbone.named_parameters():
+                if name.endswith("attn.qkv.weight"):  # queries and keys
+                    parameter[: 2 * parameter.shape[0] // 3] *= family.sharper
+        place(model, world.device, config)
+        wrapped: Any = wrap(model.train())
+        wrapped.train()
+        optimizer = build_optimizer(config.optimizer, config.schedule, wrapped)
+        self.learner = Learner(
+            config,
+            wrapped,
+            optimizer,
+            Schedule(config.schedule, optimizer, steps_per_epoch=100),
+            BatchMixer(config.mixup, family.classes, config.seed),
+            Division(workload.batch, world.rank, 1),
+            world,
+        )
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.batch, 3, config.model.image_size, config.model.image_size)
+        images = torch.randn(shape, generator=generator)
+        labels = torch.randint(family.classes, shape[:1], generator=generator)
+        self.images, self.labels = to_device((images, labels), world.device, config)
         self.progress = Progress()
-        self.statistics = RunningStatistics(self.learner.device)
+        self.statistics = RunningStatistics(world.device)
 
     def __call__(self) -> None:
         # timm's Mixup writes into the images it is given
@@ -189,17 +158,10 @@ class Steps:
         self.learner.schedule.set_step(self.progress.step)
         train_step(self.learner, images, labels, self.progress, self.statistics)
 
-    def measured(self) -> dict[str, float]:
-        """Means of the statistics since the last call; waits for the device."""
-        return self.statistics.read(self.learner.world)
-
     def mixing(self) -> dict[str, float]:
-        """HTM's part of `measured`, by the last part of each name."""
-        return {
-            name.rpartition("/")[2]: value
-            for name, value in self.measured().items()
-            if name.startswith("htm/")
-        }
+        """Means of HTM's statistics since the last call; waits for the device."""
+        means = self.statistics.read(self.learner.world)
+        return {k.rpartition("/")[2]: v for k, v in means.items() if k.startswith("htm/")}
 
 
 def time_steps(

@@ -1,11 +1,12 @@
 """Times of several actions, measured in turn, their ratios with an interval, and their text."""
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 Action = Callable[[], object]
 
@@ -25,13 +26,9 @@ class Timing:
 
     def record(self) -> dict[str, Any]:
         """Median and quartiles in seconds, as records keep them."""
-        low, _, high = _quartiles(self.seconds)
-        return {
-            "seconds": self.median,
-            "lower_quartile": low,
-            "upper_quartile": high,
-            "rounds": len(self.seconds),
-        }
+        low, median, high = np.quantile(self.seconds, (0.25, 0.5, 0.75)).tolist()
+        quartiles = {"lower_quartile": low, "upper_quartile": high}
+        return {"seconds": median, **quartiles, "rounds": len(self.seconds)}
 
 
 def recorded(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
@@ -92,26 +89,11 @@ def ratio(first: Timing, second: Timing) -> dict[str, float]:
     A disturbance hits both values of a round, so rounds stay together. The interval covers the
     noise within this run only.
     """
-    pairs = list(zip(first.seconds, second.seconds, strict=True))
-    draw = random.Random(0)
-    ratios = []
-    for _ in range(_RESAMPLES):
-        sample = draw.choices(pairs, k=len(pairs))
-        above = statistics.median(a for a, _ in sample)
-        ratios.append(above / statistics.median(b for _, b in sample))
-    ratios.sort()
-    return {
-        "ratio": first.median / second.median,
-        "low": ratios[int(0.025 * _RESAMPLES)],
-        "high": ratios[int(0.975 * _RESAMPLES) - 1],
-    }
-
-
-def _quartiles(values: tuple[float, ...]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    rounds = len(first.seconds)
+    sample = np.random.default_rng(0).integers(rounds, size=(_RESAMPLES, rounds))
+    above, below = (np.median(np.array(one.seconds)[sample], axis=1) for one in (first, second))
+    low, high = np.quantile(above / below, (0.025, 0.975)).tolist()
+    return {"ratio": first.median / second.median, "low": low, "high": high}
 
 
 def milliseconds(timing: Mapping[str, Any]) -> str:

@@ -70,14 +70,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
     with _written_to(out):
         written = write_scene(scene, out)
-    print("figures:")
-    _list(written)  # before the animation, which may fail
+    print("figures:", *written, sep="\n  ")  # before the animation, which may fail
     if "animate" in command.options:
-        try:
-            with _written_to(out):
-                print(f"  {write_animation(scene, out)}")
-        except DataError as error:
-            raise DataError(f"{error}; the figures above are written") from None
+        with _written_to(out):
+            animation = write_animation(scene, out)
+        print(f"  {animation}")
 
 
 def _compare(argv: Sequence[str]) -> None:
@@ -96,18 +93,18 @@ def _compare(argv: Sequence[str]) -> None:
     histories = [curves.read_history(folder) for folder in folders]
     groups, table = curves.group_by_seed(histories), curves.compare(histories)
     print(curves.markdown(table))
-    print(curves.paths_text(histories), end="")
+    print(curves.paths_text(folders), end="")
     with _written_to(out):
         written = [*curves.write_table(table, out), *curves.write_curves(groups, out)]
-    print("comparison:")
-    _list(written)  # before the pictures, which need the data set of the runs
+    print("comparison:", *written, sep="\n  ")
     try:
         with _written_to(out):
-            pictures = write_overview_of_runs(folders, out)
+            written = write_overview_of_runs(folders, out)
     except DataError as error:
         print(f"no picture of what was mixed: {error}")
     else:
-        _list(pictures)
+        for path in written:
+            print(f"  {path}")
 
 
 @contextmanager
@@ -123,11 +120,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise ConfigError(f"command line: --count: got {text!r}; allowed: a number from 1 to 64")
     return int(text)
-
-
-def _list(written: Sequence[Path]) -> None:
-    for path in written:
-        print(f"  {path}")
 
 
 if __name__ == "__main__":

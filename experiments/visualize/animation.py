@@ -72,11 +72,7 @@ class Step:
 
 
 def write_animation(scene: Scene, folder: Path) -> Path:
-    """Write `tokenmixup.gif`, and give its path.
-
-    Raises:
-        DataError: no image of the batch was mixed and the model has no VTM.
-    """
+    """Write `tokenmixup.gif`, and give its path."""
     steps = steps_of(scene)
     folder.mkdir(parents=True, exist_ok=True)
     with style.house_style():

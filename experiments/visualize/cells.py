@@ -21,11 +21,7 @@ from experiments.visualize.scenes import Scene
 
 
 def token_grid(values: np.ndarray, size: int) -> np.ndarray:
-    """Values of the tokens (..., T) as squares of an image (..., S, S).
-
-    Raises:
-        ConfigError: the tokens are not those of a square grid.
-    """
+    """Values of the tokens (..., T), a square grid, as squares of an image (..., S, S)."""
     tokens = values.shape[-1]
     side = math.isqrt(tokens)
     if side * side != tokens:
@@ -43,11 +39,11 @@ def mix_patches(images: np.ndarray, partner: np.ndarray, mask: np.ndarray) -> np
     return np.where(pixels, images[partner], images)
 
 
-def heat(image: np.ndarray, values: np.ndarray, high: float, strength: float = 0.7) -> np.ndarray:
+def heat(image: np.ndarray, values: np.ndarray, high: float) -> np.ndarray:
     """Values of the tokens (T,), 0 to `high`, as colours over an image (S, S, 3) in grey."""
     scaled = token_grid(values, len(image)) / (high or 1.0)
     colours = matplotlib.colormaps[MAP](np.clip(scaled, 0, 1))[..., :3]
-    return strength * colours + (1 - strength) * _grey(image)
+    return 0.7 * colours + (1 - 0.7) * _grey(image)
 
 
 def spotlight(image: np.ndarray, chosen: np.ndarray, colour: str) -> np.ndarray:
@@ -81,10 +77,7 @@ def chosen_tokens(positions: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float, str]]:
-    """Class, share and colour of the own class, of the partner's if it differs, and of all others.
-
-    The class of all others is None.
-    """
+    """Class, share and colour: the own class, the partner's if it differs, all others (None)."""
     shares: list[tuple[int | None, float, str]] = [(own, float(target[own]), OWN)]
     if other != own:
         shares.append((other, float(target[other]), PARTNER))

@@ -93,9 +93,8 @@ def compare(histories: list[History]) -> list[dict[str, Any]]:
     """The rows of `comparison.json`, one per run.
 
     `top1` is in per cent, after the last epoch. `step_seconds` is the median over the rows of
-    training, except the first if there are others; `relative_step_time` is its ratio to the first
-    run's. `mixed_share`, `tokens_mixed` and `tokens_remembered` are means over steps and layers,
-    None where the run has no HTM or no VTM.
+    training but the first, which warms up. What HTM and VTM did are means over steps and layers,
+    None in a run without.
     """
     table: list[dict[str, Any]] = []
     for history in histories:
@@ -122,40 +121,34 @@ def compare(histories: list[History]) -> list[dict[str, Any]]:
 
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table in Markdown, aligned, so that it reads well on a terminal too."""
-    columns = {  # title: key, factor, format
-        "top-1": ("top1", 1, "{:.2f}%"),
-        "time per step": ("relative_step_time", 1, "{:.2f} x"),
-        "samples mixed": ("mixed_share", 100, "{:.1f}%"),
-        "tokens mixed": ("tokens_mixed", 1, "{:.1f}"),
-        "tokens remembered": ("tokens_remembered", 1, "{:.0f}"),
+    columns = {  # title: key, format
+        "top-1": ("top1", "{:.2f}%"),
+        "time per step": ("relative_step_time", "{:.2f} x"),
+        "samples mixed": ("mixed_share", "{:.1%}"),
+        "tokens mixed": ("tokens_mixed", "{:.1f}"),
+        "tokens remembered": ("tokens_remembered", "{:.0f}"),
     }
     cells = [
-        [
-            row["name"],
-            *(
-                "-" if row[key] is None else form.format(factor * row[key])
-                for key, factor, form in columns.values()
-            ),
-        ]
+        ["-" if row[key] is None else form.format(row[key]) for key, form in columns.values()]
         for row in table
     ]
+    rows = [[row["name"], *line] for row, line in zip(table, cells, strict=True)]
     legend = "" if all(row["mixed_share"] is None for row in table) else f"\n{_LEGEND}\n"
-    return aligned_table(["run", *columns], cells, range(1, 1 + len(columns))) + legend
+    return aligned_table(["run", *columns], rows, range(1, 1 + len(columns))) + legend
 
 
-def paths_text(histories: list[History]) -> str:
+def paths_text(folders: list[Path]) -> str:
     """Where each run's checkpoints, weights and TensorBoard logs are."""
     lines = []
-    for history in histories:
-        lines.append(f"{history.folder.resolve().name}:")
-        for title, name in (
-            ("checkpoints", CHECKPOINT_FOLDER),
-            ("final weights", FINAL_WEIGHTS),
-            ("TensorBoard logs", TENSORBOARD_FOLDER),
+    for folder in folders:
+        lines.append(f"{folder.resolve().name}:\n")
+        for title, path in (
+            ("checkpoints", folder / CHECKPOINT_FOLDER),
+            ("final weights", folder / FINAL_WEIGHTS),
+            ("TensorBoard logs", folder / TENSORBOARD_FOLDER),
         ):
-            if (history.folder / name).exists():
-                lines.append(f"  {title:<17}{history.folder / name}")
-    return "\n".join(lines) + "\n"
+            lines += [f"  {title:<17}{path}\n"] if path.exists() else []
+    return "".join(lines)
 
 
 def write_table(table: list[dict[str, Any]], output: Path) -> list[Path]:
@@ -219,12 +212,6 @@ class Band:
     deviation: np.ndarray | None
     """(P,) standard deviation over seeds (R - 1 in the denominator), None for a single run."""
 
-    def after(self, epoch: float) -> "Band":
-        """The part from an epoch on."""
-        kept = self.epochs >= epoch
-        deviation = None if self.deviation is None else self.deviation[kept]
-        return Band(self.epochs[kept], self.mean[kept], deviation)
-
 
 def group_by_seed(histories: list[History]) -> list[Group]:
     """Group runs that differ by their seed alone, in the order in which they are given.
@@ -239,8 +226,7 @@ def group_by_seed(histories: list[History]) -> list[Group]:
             if other.seed == history.seed:
                 raise DataError(
                     f"{history.folder} and {other.folder} are the same experiment with the same "
-                    f"seed {history.seed}; a band needs runs of different seeds: give one of the "
-                    "two"
+                    f"seed {history.seed}; give one of them"
                 )
         members.append(history)
     labels = [_label(members) for members in experiments.values()]
@@ -262,10 +248,14 @@ def _label(runs: list[History]) -> str:
 
 def band(group: Group, quantity: Quantity) -> Band | None:
     """Mean and deviation of a quantity over a group; None where its runs share no step."""
-    found = []
-    for run in group.runs:
-        values = {row["step"]: quantity.read(row) for row in run.split(quantity.split)}
-        found.append({step: value for step, value in values.items() if value is not None})
+    found = [
+        {
+            row["step"]: value
+            for row in run.split(quantity.split)
+            if (value := quantity.read(row)) is not None
+        }
+        for run in group.runs
+    ]
     steps = sorted(set.intersection(*(set(values) for values in found)))
     if not steps:
         return None
@@ -340,22 +330,24 @@ def last_top1(group: Group) -> str:
 def _magnify_the_end(axis: Axes, found: list[tuple[int, Band]]) -> None:
     """The last third in a small panel: late differences are small beside the early descent."""
     last = max(one.epochs[-1] for _, one in found)
-    ends = [(number, one.after(2 / 3 * last)) for number, one in found]
-    if any(len(one.epochs) < _POINTS_TO_MAGNIFY for _, one in ends):
+    if any((one.epochs >= 2 / 3 * last).sum() < _POINTS_TO_MAGNIFY for _, one in found):
         return
     inset = axis.inset_axes((0.52, 0.14, 0.47, 0.46))
-    for number, one in ends:
-        _line(inset, one, number, "")
+    for number, one in found:
+        _line(inset, one, number, start=2 / 3 * last)
     inset.tick_params(labelsize=6.5, length=2)
     inset.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     inset.yaxis.set_major_locator(MaxNLocator(4))
     inset.grid(color=GRID, linewidth=0.6)
 
 
-def _line(axis: Axes, one: Band, number: int, label: str) -> None:
+def _line(axis: Axes, one: Band, number: int, label: str = "", start: float = 0.0) -> None:
+    """The part of a band from an epoch on."""
     colour, dash = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
-    marker = "o" if len(one.epochs) == 1 else ""  # a line needs two
-    axis.plot(one.epochs, one.mean, dash, marker=marker, color=colour, linewidth=1.5, label=label)
+    kept = one.epochs >= start
+    epochs, mean = one.epochs[kept], one.mean[kept]
+    marker = "o" if len(epochs) == 1 else ""  # a line needs two
+    axis.plot(epochs, mean, dash, marker=marker, color=colour, linewidth=1.5, label=label)
     if one.deviation is not None:
-        edges = one.mean - one.deviation, one.mean + one.deviation
-        axis.fill_between(one.epochs, *edges, color=colour, alpha=0.22, linewidth=0)
+        edges = mean - one.deviation[kept], mean + one.deviation[kept]
+        axis.fill_between(epochs, *edges, color=colour, alpha=0.22, linewidth=0)

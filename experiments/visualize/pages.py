@@ -1,6 +1,6 @@
 """All figures of a scene, and the overview of run folders, written to files."""
 
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,23 +19,16 @@ _OVERVIEW_BATCH, _OVERVIEW_ROWS = 64, 4
 def write_scene(scene: Scene, folder: Path) -> list[Path]:
     """Write every figure of a scene, as PNG and SVG, and give their paths in order.
 
-    `tokenmixup` is an overview of HTM and VTM, where the model has both. Each HTM layer has
-    `htm_layerN` (every image, step by step) and `htm_layerN_gain` (who gains from whom). Each VTM
-    layer has `vtm_layerN` (what is remembered of eight images; further images are in
-    `vtm_layerN_from8` and so on) and `vtm_layerN_attention` (the share of each head).
+    They are the overview, where the model has HTM and VTM, then those of each HTM and VTM layer.
     """
     written = []
     with style.house_style():
-        for name, figure in _figures(scene):
+        if scene.recording.horizontal and scene.recording.attention:
+            caption = f"{scene.run}: {OVERVIEW}"
+            written += style.write(overview(scene, scene), folder / OVERVIEW, caption)
+        for name, figure in itertools.chain(horizontal.figures(scene), vertical.figures(scene)):
             written += style.write(figure, folder / name, f"{scene.run}: {name}")
     return written
-
-
-def _figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
-    if scene.recording.horizontal and scene.recording.attention:
-        yield OVERVIEW, overview(scene, scene)
-    yield from horizontal.figures(scene)
-    yield from vertical.figures(scene)
 
 
 def overview(htm: Scene | None, vtm: Scene | None) -> Figure:

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
-from tokenmixup.functional import (
-    HorizontalMixup,
-    horizontal_mixup,
-    saliency_gain,
-    salient_positions,
-    sample_difficulty,
-)
+from tokenmixup.functional import saliency_gain, sample_difficulty
 from tokenmixup.hosts.base import input_saliency
 
 
@@ -87,33 +81,51 @@ class _Call(NamedTuple):
 def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording:
     """Run one training pass with dropout off, and record what TokenMixup decides in it.
 
-    The decisions are computed again from the tokens that enter each layer, by the functions of
-    `tokenmixup.functional` that the model itself uses. The model is left as it came.
+    The model's own rules decide again, from the tokens that enter each layer. The model is left as
+    it came.
 
     Args:
         model: with HTM, VTM or both.
         images: (B, 3, H, W).
         targets: soft targets, (B, C).
     """
-    layers = model.adapter.layers(model.backbone)
-    mixing = model.horizontal.layers if model.horizontal is not None else ()
-    attending = model.vertical.layers if model.vertical is not None else ()
+    layers, rules = model.adapter.layers(model.backbone), model.rules
+    prefix = model.layout.num_prefix_tokens
     recording = Recording()
     memory: list[tuple[Tensor, Tensor]] = []
     for index, call in enumerate(_calls(model, layers, images, targets)):
-        layer = layers[index]
-        if index in mixing:
-            horizontal, mixed = _mix(model, index, layer, call, targets)
-            recording.horizontal.append(horizontal)
-            call, targets = call._replace(tokens=mixed.tokens), mixed.targets
-        if index in attending:
+        layer, htm, vtm = layers[index], model.horizontal, model.vertical
+        if htm is not None and index in htm.layers:
+            saliency = rules.saliency(index, _saliency(model, layer, call))
+            difficulty, easy = None, torch.ones_like(targets[:, 0], dtype=torch.bool)
+            if htm.scorenet is not None:
+                assert htm.tau is not None
+                logits = model.scorenets[str(index)](call.tokens)
+                difficulty = sample_difficulty(logits, targets)
+                easy = difficulty <= htm.tau
+            decision = rules.decide(index, saliency, targets, easy, htm.rho)
+            targets = rules.relabel(targets, saliency, decision)
+            call = call._replace(tokens=rules.mix(call.tokens, decision, prefix))
+            recording.horizontal.append(
+                HorizontalRecord(
+                    layer=index,
+                    saliency=_array(saliency),
+                    difficulty=None if difficulty is None else _array(difficulty),
+                    easy=_array(easy),
+                    gain=_array(saliency_gain(saliency, easy, htm.rho)),
+                    partner=_array(decision.partner),
+                    mask=_array(decision.mask),
+                    targets=_array(targets),
+                )
+            )
+        if vtm is not None and index in vtm.layers:
             shares = _attention_shares(model, layer, call, memory)
             recording.attention.append(AttentionRecord(index, _array(shares)))
-        if model.vertical is not None and index < attending[-1]:
+        if vtm is not None and index < vtm.layers[-1]:
             saliency = _saliency(model, layer, call)
-            positions = salient_positions(saliency, model.vertical.kappa)
+            positions = rules.choose(index, saliency, vtm.kappa)
             recording.vertical.append(VerticalRecord(index, _array(saliency), _array(positions)))
-            memory.append((call.tokens, positions + model.layout.num_prefix_tokens))
+            memory.append((call.tokens, positions + prefix))
     return recording
 
 
@@ -140,33 +152,6 @@ def _calls(
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _mix(
-    model: TokenMixupModel, index: int, layer: nn.Module, call: _Call, targets: Tensor
-) -> tuple[HorizontalRecord, HorizontalMixup]:
-    config = model.horizontal
-    assert config is not None
-    tokens, saliency = call.tokens, _saliency(model, layer, call)
-    difficulty = None
-    easy = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    if config.scorenet is not None:
-        assert config.tau is not None
-        difficulty = sample_difficulty(model.scorenets[str(index)](tokens), targets)
-        easy = difficulty <= config.tau
-    prefix = model.layout.num_prefix_tokens
-    mixed = horizontal_mixup(tokens, targets, saliency, easy, config.rho, prefix)
-    decision = HorizontalRecord(
-        layer=index,
-        saliency=_array(saliency),
-        difficulty=None if difficulty is None else _array(difficulty),
-        easy=_array(easy),
-        gain=_array(saliency_gain(saliency, easy, config.rho)),
-        partner=_array(mixed.partner),
-        mask=_array(mixed.mask),
-        targets=_array(mixed.targets),
-    )
-    return decision, mixed
 
 
 def _saliency(model: TokenMixupModel, layer: nn.Module, call: _Call) -> Tensor:

@@ -83,10 +83,6 @@ def scene_of_folder(
 
     The label of an image is the class whose name or number its folder has, otherwise the model's
     own prediction. The data set of the config may be missing: classes then have numbers only.
-
-    Raises:
-        DataError: the folder is missing or empty, or an image cannot be read.
-        ConfigError: neither the config nor the data set states the number of classes.
     """
     paths = _image_paths(folder)
     try:
@@ -176,16 +172,9 @@ def _scene(
 
 
 def _image_paths(folder: Path) -> list[Path]:
-    """The images below a folder, in the order of their paths.
-
-    Files and folders whose names begin with a dot are left out, and files that Pillow cannot open.
-
-    Raises:
-        DataError: the folder is missing or holds no image.
-    """
+    """The images below a folder, in the order of their paths, without hidden ones."""
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"--images: {folder} {what}; give a folder of images")
+        raise DataError(f"--images: {folder} is no folder; give a folder of images")
     formats = Image.registered_extensions()
     endings = {ending for ending, name in formats.items() if name in Image.OPEN}
     paths = sorted(
@@ -197,26 +186,18 @@ def _image_paths(folder: Path) -> list[Path]:
     )
     if not paths:
         raise DataError(
-            f"--images: {folder} holds no images; expected files such as NAME.jpg or NAME.png, "
-            "in it or in folders of it"
+            f"--images: {folder} holds no images; expected files such as NAME.jpg or NAME.png"
         )
     return paths
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image, upright and in RGB.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """An image, upright and in RGB."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # whatever a decoder raises: name the file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"--images: cannot read {path}: {reason}; repair it or take it away"
-        ) from None
+        raise DataError(f"--images: cannot read {path}: {error!r}") from None
 
 
 def _folder_label(path: Path, num_classes: int, names: tuple[str, ...] | None) -> int | None:
@@ -224,10 +205,10 @@ def _folder_label(path: Path, num_classes: int, names: tuple[str, ...] | None) -
 
     Case, spaces, hyphens and underscores are ignored.
     """
+    known = [_plain(name) for name in names or ()]
     for folder in reversed(path.parent.parts):
-        for number, name in enumerate(names or ()):
-            if _plain(folder) == _plain(name):
-                return number
+        if _plain(folder) in known:
+            return known.index(_plain(folder))
         if folder.isascii() and folder.isdigit() and int(folder) < num_classes:
             return int(folder)
     return None

@@ -85,32 +85,14 @@ def test_training_step(host, all_easy):
 
 
 def test_saliency_by_gradients_is_that_of_the_loss():
-    """Against finite differences of the loss, pixel by pixel."""
     torch.manual_seed(0)
     host = vit().double().train()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     targets = torch.eye(5, dtype=torch.float64)[[1, 3]]
     found = pixel_gradient_saliency(host, images, targets, 16)
     assert all(p.grad is None for p in host.parameters())
-    torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64))
-
-    @torch.no_grad()
-    def losses(pixels):
-        return functional.soft_cross_entropy(host(pixels), targets)
-
-    strength = torch.zeros(2, 3, 4, 4, dtype=torch.float64)  # of one pixel in some of the patches
-    for channel in range(3):
-        for row, column in ((0, 0), (3, 2)):
-            shift = torch.zeros_like(images)
-            shift[:, channel, 16 * row + 5, 16 * column + 7] = 1e-5
-            strength[:, channel, row, column] = (
-                losses(images + shift) - losses(images - shift)
-            ) / 2e-5
     pixels = images.clone().requires_grad_()
     functional.soft_cross_entropy(host(pixels), targets).sum().backward()
-    for row, column in ((0, 0), (3, 2)):
-        exact = pixels.grad[:, :, 16 * row + 5, 16 * column + 7]
-        torch.testing.assert_close(strength[:, :, row, column], exact, rtol=1e-5, atol=1e-8)
     rms = pixels.grad.square().mean(1).sqrt()
     pooled = rms.unflatten(1, (4, 16)).unflatten(3, (4, 16)).mean((2, 4)).flatten(1)
     torch.testing.assert_close(found, pooled / pooled.sum(1, keepdim=True))

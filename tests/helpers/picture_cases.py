@@ -1,18 +1,15 @@
 """A fixed scene and fixed curves, and small pictures of their figures to compare with.
 
-`python tests/helpers/picture_cases.py` writes the references in tests/data/pictures/ again; look at
+`python -m tests.helpers.picture_cases` writes the references in tests/data/pictures/ again; look at
 each before you commit it. They hold no text, so that fonts do not matter.
 
 Dimensions: B = 4 images of 16 x 16 pixels, T = 16 patch tokens, C = 10 classes, H = 2 heads,
 K = 3 remembered tokens.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The numbers in the figures are those of the recording.
+"""The numbers in the figures are those of the recording; figures look as committed pictures.
 
 Dimensions: B batch, T patch tokens, H heads.
 """
@@ -6,19 +6,18 @@ Dimensions: B batch, T patch tokens, H heads.
 import dataclasses
 import functools
 
+import matplotlib
 import numpy as np
 import pytest
-from matplotlib import colormaps
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from experiments.documents import figures as style
-from experiments.documents.figures import MAP, OWN, PARTNER, REST
+from experiments.documents.figures import OWN, PARTNER, REST
 from experiments.errors import ConfigError
 from experiments.visualize import animation, vertical
 from experiments.visualize.cells import (
-    heat,
     label_shares,
     mix_patches,
     outlines,
@@ -29,6 +28,9 @@ from experiments.visualize.horizontal import chosen_pairs
 from experiments.visualize.recording import Recording
 from tests.helpers import picture_cases
 from tests.helpers.picture_cases import RHO, TAU, scene
+
+TOLERANCE, SHARE = 40, 0.004
+"""A pixel counts as another one from this difference of any channel on; so many may."""
 
 
 @functools.cache
@@ -69,17 +71,6 @@ def test_outlines_run_between_chosen_and_other_pixels(size):
         column, row = round(min(x, u) + 1.5), round(min(y, v) + 1.5)
         across = pixels[row, column - 1] if x == u else pixels[row - 1, column]
         assert pixels[row, column] != across
-
-
-def test_heat_and_spotlight_show_the_values():
-    image = np.full((4, 4, 3), 0.5)
-    values = np.array([0.0, 1.0, 2.0, 4.0])
-    found = heat(image, values, 4.0, strength=1.0)
-    for token, (row, column) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
-        np.testing.assert_allclose(found[row, column], colormaps[MAP](values[token] / 4)[:3])
-    lit = spotlight(image, values > 1, PARTNER)
-    assert np.ptp(lit[0, 0]) == 0  # grey
-    assert np.ptp(lit[3, 3]) > 0.2  # in the colour
 
 
 def test_difficulty_bars_against_tau():
@@ -240,3 +231,36 @@ def test_a_batch_of_more_images_than_columns_has_several_pages(monkeypatch):
     monkeypatch.setattr(vertical, "MOST_COLUMNS", 3)
     names = [name for name, _ in vertical.figures(scene())]
     assert names == ["vtm_layer2", "vtm_layer2_from3", "vtm_layer2_attention"]
+
+
+@pytest.mark.parametrize("name", picture_cases.FIGURES)
+def test_figures_look_as_they_did(name):
+    with Image.open(picture_cases.REFERENCES / f"{name}.png") as image:
+        expected = np.asarray(image.convert("RGB"))
+    found = picture_cases.picture(name)
+    assert found.shape == expected.shape
+    gap = np.abs(found.astype(int) - expected.astype(int)).max(axis=-1)
+    assert (gap > TOLERANCE).mean() <= SHARE, (
+        "look at the figure; if it is as it should be, python -m tests.helpers.picture_cases"
+    )
+
+
+@pytest.mark.parametrize("name", ["htm_gain", "vtm_attention"])
+def test_files_have_their_ground_and_the_same_bytes_each_time(name, tmp_path):
+    """Whatever a person's own settings of matplotlib are; without a ground, dark ink on dark."""
+    written = []
+    for number, settings in enumerate(({}, {"font.size": 30, "figure.facecolor": "red"})):
+        with matplotlib.rc_context(settings), style.house_style():
+            figure = picture_cases.FIGURES[name](picture_cases.scene())
+            written.append(style.write(figure, tmp_path / str(number) / name, "a caption"))
+    for first, second in zip(*written, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    png, svg = written[0]
+    with Image.open(png) as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    assert (pixels[..., 3] == 255).all()
+    assert pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3].tolist() == [[255] * 3] * 4
+    text = svg.read_text()
+    assert "<dc:date>" not in text and "<title>a caption</title>" in text
+    patch = text[text.index('<g id="patch_1">') :].partition("</g>")[0]
+    assert "fill: #ffffff" in patch and "opacity" not in patch

@@ -9,14 +9,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from experiments.models.build import build_model
-from experiments.visualize.horizontal import chosen_pairs
 from experiments.visualize.recording import record
 from tests.helpers import oracle
 from tests.helpers.cases import array
-from tests.helpers.host_cases import batch, every_host, some_hosts
+from tests.helpers.host_cases import batch, every_host
 from tests.helpers.naive_host import (
     attention_of,
     explicit_map,
@@ -109,15 +107,6 @@ def test_the_recording_is_what_the_model_did(model):
     assert np.array_equal(vertical.positions, np.argsort(-vertical.saliency, axis=1)[:, :3])
 
 
-def test_partners_are_those_of_the_greatest_total_gain(model):
-    layer = record(model, *small_batch()).horizontal[0]
-    expected = oracle.saliency_gain(layer.saliency, layer.easy.tolist(), HTM["rho"])
-    np.testing.assert_allclose(layer.gain, expected, atol=1e-6)
-    best = expected[linear_sum_assignment(expected, maximize=True)].sum()
-    chosen = sum(expected[pair] for pair in chosen_pairs(layer))
-    assert chosen == pytest.approx(best, abs=1e-6) and best > 0
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_recording_leaves_the_model_as_it_came(model, training):
     model.train(training)
@@ -127,9 +116,3 @@ def test_recording_leaves_the_model_as_it_came(model, training):
     assert all(module.training is training for module in model.modules())
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-@some_hosts("vit", "cct")
-def test_a_plain_model_has_nothing_to_record(case):
-    recording = record(attach(case.build()), *batch(case, 2))
-    assert recording.horizontal == recording.vertical == recording.attention == []

@@ -197,67 +197,45 @@ def ready(tmp_path):
     return ("--config", tmp_path / "small.yaml", "--checkpoint", tmp_path / "weights.safetensors")
 
 
-def test_mistakes_with_images_are_one_line(tmp_path, capsys, ready):
-    empty = tmp_path / "empty"
-    (empty / "inner").mkdir(parents=True)
-    (empty / "inner" / "read.me").write_text("no image")
-    broken = tmp_path / "broken"
-    good = paint(broken / "good.png", "red")
-    (broken / "cut.png").write_bytes(good.read_bytes()[:60])
-    for folder, expected in (
-        (tmp_path / "nowhere", "nowhere does not exist; give a folder of images"),
-        (good, "good.png is a file; give a folder of images"),
-        (empty, "empty holds no images; expected files such as NAME.jpg or NAME.png"),
-        (broken, "cannot read {}".format(broken / "cut.png")),
-    ):
-        code, _, err = run(capsys, *ready, "--images", folder, "--out", tmp_path / "out")
-        assert code == 2 and err.count("\n") == 1
-        assert err.startswith("error: --images: ") and expected in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, ready):
+def test_mistakes_are_one_line(tmp_path, capsys, ready):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    (tmp_path / "empty" / "inner" / "read.me").write_text("no image")
+    good = paint(tmp_path / "broken" / "good.png", "red")
+    cut = tmp_path / "broken" / "cut.png"
+    cut.write_bytes(good.read_bytes()[:60])
     plain = write_config(tmp_path, "plain")
+    missing = {"dataset": "", "root": str(tmp_path / "missing")}
+    no_classes = write_config(tmp_path, "no_classes", data=missing, horizontal=HTM)
+    images = [*ready, "--out", tmp_path / "out", "--images"]
     for words, expected in (
+        ([*images, tmp_path / "nowhere"], "nowhere is no folder; give a folder of images"),
+        ([*images, good], "good.png is no folder; give a folder of images"),
+        ([*images, tmp_path / "empty"], "empty holds no images; expected files such as NAME.jpg"),
+        ([*images, cut.parent], f"--images: cannot read {cut}"),
         (["--config", plain, "--checkpoint", "x"], "plain.yaml: there is nothing to draw"),
         ([*ready[:2]], "--checkpoint: missing"),
         ([*ready, "--count", "0"], "--count: got '0'; allowed: a number from 1 to 64"),
         ([*ready, "--animate", "--imagse", "x"], "unknown option; the nearest is images"),
         ([*ready[:2], "--checkpoint", tmp_path / "no"], "no"),
+        (["--config", no_classes, *images[2:], good.parent], "model.num_classes: got null"),
     ):
         code, _, err = run(capsys, *words)
         assert code == 2 and err.count("\n") == 1 and expected in err, words
+    assert not (tmp_path / "out").exists()
 
 
-def test_without_data_the_number_of_classes_must_be_told(tmp_path, capsys):
-    path = write_config(
-        tmp_path, data={"dataset": "", "root": str(tmp_path / "missing")}, horizontal=HTM
-    )
-    paint(tmp_path / "own" / "a.png", "red")
-    given = ("--config", path, "--checkpoint", "x", "--images", tmp_path / "own")
-    code, _, err = run(capsys, *given)
-    assert code == 2 and "model.num_classes: got null" in err and err.count("\n") == 1
-
-
-def test_pictures_are_told_where_there_is_nothing_to_animate(tmp_path, capsys):
+def test_pictures_are_written_where_there_is_nothing_to_animate(tmp_path, capsys):
+    """The weights, of a plain model, have no ScoreNet."""
+    weights_of(small_config(tmp_path, "plain"), 10, tmp_path / "weights.safetensors")
     path = write_config(tmp_path, "small", horizontal={**HTM, "tau": 0.0})
-    weights_of(load_config(path), 10, tmp_path / "weights.safetensors")
     given = ("--config", path, "--checkpoint", tmp_path / "weights.safetensors", "--count", 2)
     code, out, err = run(capsys, *given, "--out", tmp_path / "out", "--animate")
     assert code == 2 and err.count("\n") == 1
     assert "nothing to animate: no image of this batch was mixed" in err
-    assert "the figures above are written" in err
+    assert "not in the file, left as initialised: scorenets.1" in out
     written = set((tmp_path / "out").iterdir())
     assert written == {Path(line.strip()) for line in out.partition("figures:\n")[2].splitlines()}
     assert written
-
-
-def test_weights_without_a_scorenet_are_told(tmp_path, capsys):
-    weights_of(small_config(tmp_path, "plain"), 10, tmp_path / "plain.safetensors")
-    path = write_config(tmp_path, "small", horizontal=HTM)
-    given = ("--config", path, "--checkpoint", tmp_path / "plain.safetensors", "--count", 2)
-    code, out, _ = run(capsys, *given, "--out", tmp_path / "out")
-    assert code == 0 and "not in the file, left as initialised: scorenets.1" in out
 
 
 def test_help(capsys):
