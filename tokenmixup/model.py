@@ -82,7 +82,6 @@ class TokenMixupModel(nn.Module):
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
         self._handles = self._install_hooks()
-        self._is_attached = bool(self._handles)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -101,10 +100,15 @@ class TokenMixupModel(nn.Module):
                     "model.train() before a training step, or model(images) to evaluate"
                 )
             logits = self.adapter.logits(self.backbone(images))
-            if self._is_attached and not torch.compiler.is_compiling():
+            if self._handles and not torch.compiler.is_compiling():
                 self._session.mark_backward(None, logits)
             return logits
-        self._check_usable()
+        # torch marks what DataParallel makes in this way
+        if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
+                "that belong to the original: use DistributedDataParallel, also on one machine"
+            )
         targets = self._soft_targets(images, targets)
         self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
@@ -117,19 +121,6 @@ class TokenMixupModel(nn.Module):
             with self._session.step(targets) as record:
                 output = self.backbone(images)
         return self._collect(record, self.adapter.logits(output))
-
-    def _check_usable(self) -> None:
-        if not self._is_attached and (self.horizontal or self.vertical):
-            raise RuntimeError(
-                "detach() removed TokenMixup from this model: train the model that it returned, or "
-                "attach TokenMixup to that again"
-            )
-        # torch marks what DataParallel makes in this way
-        if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
-                "that belong to the original: use DistributedDataParallel, also on one machine"
-            )
 
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
@@ -174,12 +165,11 @@ class TokenMixupModel(nn.Module):
     def detach(self) -> nn.Module:
         """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
 
-        Do not use this model afterwards.
+        Do not train this model afterwards.
         """
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._is_attached = False
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
