@@ -54,13 +54,6 @@ def test_attention_saliency_matches_oracle(seed, batch, heads, patches, prefix, 
     np.testing.assert_allclose(array(saliency), expected, rtol=TOLERANCE[dtype], atol=1e-7)
 
 
-def test_attention_saliency_has_no_prefix_by_default():
-    attention = torch.rand(2, 3, 5, 5)
-    assert same_bits(
-        functional.attention_saliency(attention), functional.attention_saliency(attention, 0)
-    )
-
-
 @given(
     seed=SEEDS,
     batch=st.integers(1, 5),
@@ -79,11 +72,6 @@ def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
     # A cross-entropy near zero is a difference of large logits: the error is relative to those.
     slack = TOLERANCE[dtype] * (1 + scale / 10)
     np.testing.assert_allclose(array(difficulty), expected, rtol=TOLERANCE[dtype], atol=slack)
-
-
-def test_difficulty_of_a_uniform_guess_is_a_tenth_of_log_classes():
-    difficulty = functional.sample_difficulty(torch.zeros(1, 8), torch.eye(8)[:1])
-    assert difficulty.item() == pytest.approx(math.log(8) / 10)
 
 
 @given(cases())
@@ -117,37 +105,6 @@ def test_assign_partners_reaches_the_optimum(seed, rows, extra, levels, dtype):
     assert oracle.total_gain(array(gain), columns) == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("rows, columns", [(20, 20), (7, 64), (64, 65), (128, 128)])
-def test_assign_partners_reaches_scipys_optimum_on_large_batches(rows, columns):
-    gain = torch.rand(rows, columns)
-    found = functional.assign_partners(gain)
-    assert len(set(found.tolist())) == rows
-    best = oracle.total_gain(array(gain), oracle.best_assignment(array(gain)))
-    assert oracle.total_gain(array(gain), found) == pytest.approx(best, rel=1e-6)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.66, 0.67, 0.9, 1.0])
-@pytest.mark.parametrize("rows", [80, 96])
-def test_assign_partners_is_exact_for_samples_of_all_kinds_of_sharpness(rows, share):
-    """Rows and columns that differ in level by orders of magnitude, some rows without any gain."""
-    rng = np.random.default_rng(rows)
-    saliency = rng.normal(size=(96, 50)) * rng.uniform(0.1, 6, (96, 1))
-    saliency = np.exp(saliency) / np.exp(saliency).sum(1, keepdims=True)
-    gain = oracle.saliency_gain(saliency, np.arange(96) < rows, 1e-3)
-    gain[rng.random(rows) >= share] = 0
-    given = torch.from_numpy(gain.copy())
-    found = functional.assign_partners(given)
-    assert len(set(found.tolist())) == rows
-    np.testing.assert_array_equal(given.numpy(), gain)  # left as it was
-    best = oracle.total_gain(gain, oracle.best_assignment(gain))
-    assert oracle.total_gain(gain, found) == pytest.approx(best, rel=1e-12)
-
-
-def test_assign_partners_takes_numbers_that_have_no_finite_sum():
-    gain = torch.full((3, 3), 1e308, dtype=torch.float64)
-    assert sorted(functional.assign_partners(gain).tolist()) == [0, 1, 2]
-
-
 # Horizontal mixup: oracle and invariants
 
 
@@ -169,15 +126,9 @@ def check_against_oracle(case, out):
     assert achieved == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
-@given(cases())
+@given(cases() | cases(most_patches=256))
 @settings(max_examples=150)
 def test_horizontal_mixup_matches_oracle(case):
-    check_against_oracle(case, functional.horizontal_mixup(*case.arguments()))
-
-
-@given(cases(most_patches=256))
-@settings(max_examples=12)
-def test_horizontal_mixup_matches_oracle_on_many_tokens(case):
     check_against_oracle(case, functional.horizontal_mixup(*case.arguments()))
 
 
