@@ -165,15 +165,11 @@ class VerticalTokenMixupLayer(nn.Module):
                 "computes one on demand only, have it do so"
             )
         batch, count, _ = keys.shape
-        shape = tuple(attention.shape)
-        if attention.dim() == 4 and shape[1] != self.heads:
+        shape, expected = tuple(attention.shape), (batch, self.heads, count, count)
+        if shape != expected:
             raise ValueError(
-                f"vtm_attn_numheads is {self.heads}, but {name} returned a map of shape {shape}"
-            )
-        if shape != (batch, self.heads, count, count):
-            raise ValueError(
-                f"{name} must return a map of every head over the {count} tokens that it is given, "
-                f"(B, H, N, N) = {(batch, self.heads, count, count)}, got shape {shape}"
+                f"{name} must return a map (B, H, N, N) = {expected} of H = vtm_attn_numheads = "
+                f"{self.heads} heads over the {count} tokens that it is given, got shape {shape}"
             )
         return output, attention
 

@@ -94,6 +94,11 @@ def test_shapes_that_do_not_fit_are_named(changes, named):
 EASY = torch.ones(4, dtype=torch.bool)
 
 
+def select(kappa=2, num_prefix_tokens=1):
+    tokens, saliency = torch.rand(4, 7, 3), torch.rand(4, 6)
+    return functional.select_salient_tokens(tokens, saliency, kappa, num_prefix_tokens)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -102,18 +107,9 @@ EASY = torch.ones(4, dtype=torch.bool)
         (lambda: functional.saliency_gain(torch.rand(4, 6), EASY, -math.inf), "rho.*-inf"),
         (lambda: functional.assign_partners(torch.rand(4, 3)), "4, 3"),
         (lambda: functional.assign_partners(torch.rand(4)), "4"),
-        (
-            lambda: functional.select_salient_tokens(torch.rand(4, 7, 3), torch.rand(4, 6), 0, 1),
-            "0",
-        ),
-        (
-            lambda: functional.select_salient_tokens(torch.rand(4, 7, 3), torch.rand(4, 6), 7, 1),
-            "7",
-        ),
-        (
-            lambda: functional.select_salient_tokens(torch.rand(4, 7, 3), torch.rand(4, 6), 2, 0),
-            "4, 7, 3.*4, 6",
-        ),
+        (lambda: select(kappa=0), "kappa.*got 0"),
+        (lambda: select(kappa=7), "kappa.*got 7"),
+        (lambda: select(num_prefix_tokens=0), "4, 7, 3.*4, 6"),
         (lambda: functional.sample_difficulty(torch.rand(4, 5), torch.rand(4, 6)), "4, 5.*4, 6"),
     ],
 )
