@@ -250,15 +250,6 @@ def test_a_layer_without_scorenet_hands_an_earlier_loss_on():
     assert not torch.equal(targets, first[0])
 
 
-@pytest.mark.parametrize("tau, mixed", [(0.0, False), (100.0, True)])
-def test_tau_decides(tau, mixed):
-    x, y = random_batch(4, 5)
-    layer = StubLayer(random_map(4, 5))
-    out, (targets, _) = wrap(layer, tau=tau)(x, y)
-    assert torch.equal(out, 2 * x) is not mixed
-    assert same_bits(targets, y) is not mixed
-
-
 @pytest.mark.parametrize("use_scorenet", [True, False])
 def test_evaluation_is_the_wrapped_layer(use_scorenet):
     x, y = random_batch(4, 5)

@@ -50,17 +50,6 @@ def test_what_training_returns():
     assert out.stats["vtm/layer2/remembered_tokens"] == 2 * 2
 
 
-def test_difficulty_is_what_tau_is_compared_with():
-    images, targets = batch()
-    model = attach(vit(), horizontal=HTM)
-    out = model.train()(images, targets)
-    lowest = out.stats["htm/layer1/difficulty_min"].item()
-    highest_easy = HorizontalConfig(layers=(1,), tau=lowest, rho=1e-5)
-    again = attach(copy.deepcopy(model).detach(), horizontal=highest_easy)
-    again.load_state_dict(model.state_dict())
-    assert again.train()(images, targets).stats["htm/layer1/easy_share"] == pytest.approx(1 / 6)
-
-
 def test_class_indices_are_made_one_hot():
     model = attach(vit(), horizontal=HTM).train()
     images, _ = batch()
@@ -82,16 +71,6 @@ def test_plain_model_in_the_same_shell():
 def test_vertical_alone_needs_no_targets():
     out = attach(vit(), vertical=VTM).train()(batch()[0])
     assert out.targets is None and out.logits.shape == (6, 5)
-
-
-def test_lambda_scales_the_scorenet_loss_alone():
-    images, targets = batch()
-    losses = []
-    for scale in (0.5, 1.0):
-        torch.manual_seed(0)
-        config = HorizontalConfig(layers=(1, 2), tau=0.9, rho=1e-5, scorenet_lambda=scale)
-        losses.append(attach(vit(), horizontal=config).train()(images, targets).scorenet_loss)
-    torch.testing.assert_close(2 * losses[0], losses[1])
 
 
 def test_attaching_twice_is_an_error_and_detach_undoes_it():

@@ -139,19 +139,6 @@ def test_what_is_remembered_ends_with_its_model(last_layer):
     assert [reference() for reference in held] == [None] * 4
 
 
-def test_reset_is_of_one_threads_pass():
-    wrappers, tokens = wrap_all(plain_attentions()), random_tokens()
-    expected = run(wrap_all([wrapper.attention for wrapper in wrappers]), tokens)
-    for wrapper, x in zip(wrappers[:2], tokens, strict=False):
-        wrapper(x)
-    thread = threading.Thread(target=wrappers[0].reset)
-    thread.start()
-    thread.join(timeout=30)
-    assert same_bits(wrappers[2](tokens[2])[0], expected[2][0])
-    wrappers[0].reset()
-    assert not wrappers[0]._memory.tokens()
-
-
 # Reports
 
 
