@@ -6,9 +6,9 @@ it again; otherwise they change nothing.
 Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ def _refuse_without_gradients(record: StepRecord, index: int) -> None:
 
 
 def install_hooks(
-    layers: Sequence[nn.Module], shared: Attachment, scorenets: Mapping[str, ScoreNet]
+    layers: Sequence[nn.Module], shared: Attachment, scorenets: nn.ModuleDict
 ) -> list[RemovableHandle]:
     """Put the hooks on the layers, and return the handles that remove them."""
     mixing = shared.horizontal.layers if shared.horizontal is not None else ()
@@ -237,7 +237,8 @@ def install_hooks(
         remembers = _remembers(shared, index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
-            scorenet, projected = scorenets.get(str(index)), projection is not None
+            name, projected = str(index), projection is not None
+            scorenet = cast(ScoreNet, scorenets[name]) if name in scorenets else None
             hook = _LayerHook(shared, index, layer, index in mixing, scorenet, projected)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:

@@ -4,7 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C class
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,9 @@ class TokenMixupModel(nn.Module):
         parameter = next(backbone.parameters())
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
-        self._handles = self._install_hooks()
+        shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
+        layers = adapter.layers(backbone)
+        self._handles = install_hooks(layers, shared, self.scorenets)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -185,18 +187,6 @@ class TokenMixupModel(nn.Module):
                 f"(vertical): {self.vertical}",
             )
         )
-
-    def _install_hooks(self) -> list[Any]:
-        shared = Attachment(
-            self.adapter,
-            self.layout,
-            self._session,
-            self.rules,
-            self.horizontal,
-            self.vertical,
-        )
-        scorenets = {name: cast(ScoreNet, net) for name, net in self.scorenets.items()}
-        return install_hooks(self.adapter.layers(self.backbone), shared, scorenets)
 
 
 def attach(
