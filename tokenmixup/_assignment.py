@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 _SOLVED, _NO_MEMORY = -1, -2
-_LARGEST_WITH_MEAN = 1e300
-"""The sum of a row of these does not overflow."""
 
 
 @torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=())
@@ -61,16 +59,19 @@ def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
 def by_lap(gain: Tensor) -> np.ndarray:
     """The same optimum by lapx, for gains in float64 and where the solver in C was not built."""
     cost = -gain.to(torch.float64).numpy()
-    largest = np.maximum(cost.max(initial=0), -cost.min(initial=0))
-    if not np.isfinite(largest):
+    if not np.isfinite(cost).all():
         row, column = np.argwhere(~np.isfinite(cost))[0]
         _refuse(row, column, -cost[row, column])
     cost *= _tilt(*cost.shape)
-    # a row of zeros adds nothing to the total whatever its column
+    # rows without gain add nothing to the total: they are handed the columns that are left
     active = np.asarray(cost.any(axis=1))
-    if 3 * np.count_nonzero(active) > 2 * cost.shape[1] and largest < _LARGEST_WITH_MEAN:
-        return _solve_square(cost)
-    return _solve_active(cost, active)
+    columns = np.empty(len(cost), dtype=np.int64)
+    if active.any():
+        rows, chosen = lap.lapjvr(cost[active], extend_cost=True, return_cost=False)
+        columns[np.flatnonzero(active)[rows]] = chosen
+    free = np.setdiff1d(np.arange(cost.shape[1]), columns[active])
+    columns[~active] = free[: np.count_nonzero(~active)]
+    return columns
 
 
 def _tilt(rows: int, columns: int) -> np.ndarray:
@@ -92,40 +93,6 @@ def _refuse(row: int, column: int, value: float) -> NoReturn:
         f"gain[{row}, {column}] is {value}: the saliency or the targets that it "
         "was computed from are not finite (diverged training, or bad targets)"
     )
-
-
-def _solve_square(cost: np.ndarray) -> np.ndarray:
-    """Optimum with a row for each column, where most rows have something to gain.
-
-    The solver begins by giving each column to its cheapest row. Samples of flat saliency gain most
-    from anyone, so a few rows would take all columns. Adding a constant to a row changes every
-    assignment's total alike: with rows of mean 0 most columns find a row of their own, and the
-    solver is two to four times faster. Where saliency is so peaked that they do not, it is faster
-    on the rows as they are.
-    """
-    rows, size = cost.shape
-    if rows < size:
-        cost = np.concatenate((cost, np.zeros((size - rows, size))))
-    level = cost.mean(axis=1, keepdims=True)
-    cost -= level
-    cheapest_somewhere = np.any(cost == cost.min(axis=0), axis=1)
-    if 3 * np.count_nonzero(cheapest_somewhere) < size:
-        cost += level
-    order, chosen = lap.lapjvr(cost, return_cost=False)
-    columns = np.empty(size, dtype=np.int64)
-    columns[order] = chosen
-    return columns[:rows]
-
-
-def _solve_active(cost: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """Optimum of the rows that have something to gain; the others are handed free columns."""
-    columns = np.empty(len(cost), dtype=np.int64)
-    if active.any():
-        rows, chosen = lap.lapjvr(cost[active], True, return_cost=False)
-        columns[np.flatnonzero(active)[rows]] = chosen
-    free = np.setdiff1d(np.arange(cost.shape[1]), columns[active])
-    columns[~active] = free[: np.count_nonzero(~active)]
-    return columns
 
 
 @functools.cache

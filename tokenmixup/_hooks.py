@@ -6,9 +6,9 @@ it again; otherwise they change nothing.
 Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,10 @@ class _Hook:
     their own, bound to the copy.
     """
 
-
-class _SaliencyHook(_Hook):
-    """Base of the two hooks that look at the tokens of a layer."""
-
-    def __init__(self, shared: Attachment, index: int) -> None:
+    def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
         self.shared = shared
         self.index = index
+        self.layer = layer
 
     def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
         """Keep the tokens at the chosen positions."""
@@ -74,19 +71,27 @@ class _SaliencyHook(_Hook):
         assert config is not None
         record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
 
+    def _remembered(self, record: StepRecord) -> Remembered:
+        """What this VTM layer attends to."""
+        tokens = remembered_before(record.memory, self.index)
+        positions = remembered_before(record.positions, self.index)
+        assert tokens is not None and positions is not None, "layers before it remember theirs"
+        return Remembered(tokens, positions)
 
-class _LayerHook(_SaliencyHook):
+
+class _LayerHook(_Hook):
     """At a layer's input: mix (HTM), then remember (VTM) or leave that to its projection's hook."""
 
     def __init__(
         self,
         shared: Attachment,
         index: int,
+        layer: nn.Module,
         mixes: bool,
         scorenet: ScoreNet | None,
         projected: bool,
     ) -> None:
-        super().__init__(shared, index)
+        super().__init__(shared, index, layer)
         self.mixes = mixes
         self.scorenet = scorenet
         self.remembers = _remembers(shared, index)
@@ -100,12 +105,12 @@ class _LayerHook(_SaliencyHook):
         tokens = self.shared.adapter.tokens(args, kwargs)
         self._check(record, tokens)
         if self.mixes:
-            tokens = self._mix(record, again, layer, tokens, args, kwargs)
+            tokens = self._mix(record, again, tokens, args, kwargs)
         if self.projected:
             record.entering[self.index] = (tokens, args, kwargs)
         elif self.remembers:
             if not again:
-                self._choose(record, self._input_saliency(layer, tokens, args, kwargs))
+                self._choose(record, self._input_saliency(tokens, args, kwargs))
             self._remember(record, again, tokens)
         if not self.mixes:
             return None
@@ -130,13 +135,7 @@ class _LayerHook(_SaliencyHook):
             )
 
     def _mix(
-        self,
-        record: StepRecord,
-        again: bool,
-        layer: nn.Module,
-        tokens: Tensor,
-        args: Args,
-        kwargs: Kwargs,
+        self, record: StepRecord, again: bool, tokens: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
         config = self.shared.horizontal
         assert config is not None
@@ -149,7 +148,7 @@ class _LayerHook(_SaliencyHook):
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
-            saliency = self._input_saliency(layer, tokens, args, kwargs)
+            saliency = self._input_saliency(tokens, args, kwargs)
             step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
             record.targets = step.targets
@@ -158,19 +157,13 @@ class _LayerHook(_SaliencyHook):
         decision = record.decisions[self.index][1]
         return self.shared.rules.mix(tokens, decision, self.shared.layout.num_prefix_tokens)
 
-    def _input_saliency(
-        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs
-    ) -> Tensor:
+    def _input_saliency(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
         shared = self.shared
-        return input_saliency(shared.adapter, shared.layout, layer, tokens, args, kwargs)
+        return input_saliency(shared.adapter, shared.layout, self.layer, tokens, args, kwargs)
 
 
-class _ProjectionHook(_SaliencyHook):
+class _ProjectionHook(_Hook):
     """At the output of a layer's projection: choose and remember by its queries and keys."""
-
-    def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
-        super().__init__(shared, index)
-        self.layer = layer
 
     def __call__(self, projection: nn.Module, args: Args, output: Tensor) -> None:
         record, again = self.shared.session.current()
@@ -193,22 +186,7 @@ def _remembers(shared: Attachment, index: int) -> bool:
     return shared.vertical is not None and index < shared.vertical.layers[-1]
 
 
-class _AttentionHook(_Hook):
-    """Base of the two hooks on a VTM layer's attention."""
-
-    def __init__(self, shared: Attachment, index: int, layer: nn.Module) -> None:
-        self.shared = shared
-        self.index = index
-        self.layer = layer
-
-    def _remembered(self, record: StepRecord) -> Remembered:
-        tokens = remembered_before(record.memory, self.index)
-        positions = remembered_before(record.positions, self.index)
-        assert tokens is not None and positions is not None, "layers before it remember theirs"
-        return Remembered(tokens, positions)
-
-
-class _AttendHook(_AttentionHook):
+class _AttendHook(_Hook):
     """At the input of a VTM layer's attention: add the remembered tokens to its keys and values."""
 
     def __call__(
@@ -227,7 +205,7 @@ class _AttendHook(_AttentionHook):
         return self.shared.adapter.with_memory(self.layer, remembered, args, kwargs)
 
 
-class _OwnTokensHook(_AttentionHook):
+class _OwnTokensHook(_Hook):
     """At the output of a VTM layer's attention: drop the remembered tokens' part."""
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -249,7 +227,7 @@ def _refuse_without_gradients(record: StepRecord, index: int) -> None:
 
 
 def install_hooks(
-    layers: Sequence[nn.Module], shared: Attachment, scorenets: Mapping[str, ScoreNet]
+    layers: Sequence[nn.Module], shared: Attachment, scorenets: nn.ModuleDict
 ) -> list[RemovableHandle]:
     """Put the hooks on the layers, and return the handles that remove them."""
     mixing = shared.horizontal.layers if shared.horizontal is not None else ()
@@ -259,8 +237,9 @@ def install_hooks(
         remembers = _remembers(shared, index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
-            scorenet, projected = scorenets.get(str(index)), projection is not None
-            hook = _LayerHook(shared, index, index in mixing, scorenet, projected)
+            name, projected = str(index), projection is not None
+            scorenet = cast(ScoreNet, scorenets[name]) if name in scorenets else None
+            hook = _LayerHook(shared, index, layer, index in mixing, scorenet, projected)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:
             reading = _ProjectionHook(shared, index, layer)

@@ -335,7 +335,14 @@ def horizontal_mixup(
     Raises:
         ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
     """
-    _check_mixup(tokens, targets, saliency, easy, num_prefix_tokens)
+    _check_tokens(tokens, saliency, num_prefix_tokens)
+    if targets.dim() != 2 or targets.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"targets must be (B, C) with B = {tokens.shape[0]} as tokens have, "
+            f"got shape {tuple(targets.shape)}"
+        )
+    if not targets.is_floating_point():
+        raise ValueError(f"targets must be soft (floating point), got {targets.dtype}")
     decision = decide_mixing(saliency, targets, easy, rho)
     return HorizontalMixup(
         mix_tokens(tokens, decision, num_prefix_tokens),
@@ -430,16 +437,3 @@ def _check_tokens(tokens: Tensor, saliency: Tensor, num_prefix_tokens: int) -> N
             f"saliency must be (B, T) = {expected} for tokens of shape {tuple(tokens.shape)} with "
             f"{num_prefix_tokens} prefix tokens, got {tuple(saliency.shape)}"
         )
-
-
-def _check_mixup(
-    tokens: Tensor, targets: Tensor, saliency: Tensor, easy: Tensor, num_prefix_tokens: int
-) -> None:
-    _check_tokens(tokens, saliency, num_prefix_tokens)
-    if targets.dim() != 2 or targets.shape[0] != tokens.shape[0]:
-        raise ValueError(
-            f"targets must be (B, C) with B = {tokens.shape[0]} as tokens have, "
-            f"got shape {tuple(targets.shape)}"
-        )
-    if not targets.is_floating_point():
-        raise ValueError(f"targets must be soft (floating point), got {targets.dtype}")

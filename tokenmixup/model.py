@@ -4,7 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C class
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,9 @@ class TokenMixupModel(nn.Module):
         parameter = next(backbone.parameters())
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
-        self._handles = self._install_hooks()
-        self._is_attached = bool(self._handles)
+        shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
+        layers = adapter.layers(backbone)
+        self._handles = install_hooks(layers, shared, self.scorenets)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -101,10 +102,15 @@ class TokenMixupModel(nn.Module):
                     "model.train() before a training step, or model(images) to evaluate"
                 )
             logits = self.adapter.logits(self.backbone(images))
-            if self._is_attached and not torch.compiler.is_compiling():
+            if self._handles and not torch.compiler.is_compiling():
                 self._session.mark_backward(None, logits)
             return logits
-        self._check_usable()
+        # torch marks what DataParallel makes in this way
+        if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
+                "that belong to the original: use DistributedDataParallel, also on one machine"
+            )
         targets = self._soft_targets(images, targets)
         self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
@@ -117,19 +123,6 @@ class TokenMixupModel(nn.Module):
             with self._session.step(targets) as record:
                 output = self.backbone(images)
         return self._collect(record, self.adapter.logits(output))
-
-    def _check_usable(self) -> None:
-        if not self._is_attached and (self.horizontal or self.vertical):
-            raise RuntimeError(
-                "detach() removed TokenMixup from this model: train the model that it returned, or "
-                "attach TokenMixup to that again"
-            )
-        # torch marks what DataParallel makes in this way
-        if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
-                "that belong to the original: use DistributedDataParallel, also on one machine"
-            )
 
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
@@ -174,12 +167,11 @@ class TokenMixupModel(nn.Module):
     def detach(self) -> nn.Module:
         """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
 
-        Do not use this model afterwards.
+        Do not train this model afterwards.
         """
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._is_attached = False
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
@@ -195,18 +187,6 @@ class TokenMixupModel(nn.Module):
                 f"(vertical): {self.vertical}",
             )
         )
-
-    def _install_hooks(self) -> list[Any]:
-        shared = Attachment(
-            self.adapter,
-            self.layout,
-            self._session,
-            self.rules,
-            self.horizontal,
-            self.vertical,
-        )
-        scorenets = {name: cast(ScoreNet, net) for name, net in self.scorenets.items()}
-        return install_hooks(self.adapter.layers(self.backbone), shared, scorenets)
 
 
 def attach(

@@ -6,7 +6,7 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, C classes.
 import torch
 from torch import Tensor, nn
 
-from tokenmixup.config import SCORENET_TYPES, ScoreNetType
+from tokenmixup.config import ScoreNetType
 
 
 class ScoreNet(nn.Module):
@@ -23,7 +23,7 @@ class ScoreNet(nn.Module):
         class_token: whether token 0 is a class token.
 
     Raises:
-        ValueError: an unknown pooling, or ``"cls"`` without a class token.
+        ValueError: ``"cls"`` without a class token.
     """
 
     def __init__(
@@ -35,10 +35,6 @@ class ScoreNet(nn.Module):
         class_token: bool,
     ) -> None:
         super().__init__()
-        if pooling not in SCORENET_TYPES:
-            raise ValueError(
-                f"ScoreNet's pooling must be one of {', '.join(SCORENET_TYPES)}, got {pooling!r}"
-            )
         if pooling == "cls" and not class_token:
             raise ValueError(
                 "ScoreNet's pooling 'cls' reads the class token, and this model has none: "

@@ -158,26 +158,18 @@ class VerticalTokenMixupLayer(nn.Module):
     def _checked(self, result: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention returned for its input (B, M, D), own and remembered tokens."""
         name = f"the attention of layer {self.layer_index}"
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ValueError(
-                f"{name} must return (output, attention map), got {type(result).__name__}"
-            )
-        output, attention = result
+        output, attention = result if isinstance(result, tuple) else (result, None)
         if not isinstance(attention, Tensor):
             raise ValueError(
-                f"{name} must return (output, attention map), but its map is "
-                f"{type(attention).__name__}; if it computes one on demand only, have it do so"
+                f"{name} must return (output, attention map), but the map is missing; if it "
+                "computes one on demand only, have it do so"
             )
         batch, count, _ = keys.shape
-        shape = tuple(attention.shape)
-        if attention.dim() == 4 and shape[1] != self.heads:
+        shape, expected = tuple(attention.shape), (batch, self.heads, count, count)
+        if shape != expected:
             raise ValueError(
-                f"vtm_attn_numheads is {self.heads}, but {name} returned a map of shape {shape}"
-            )
-        if shape != (batch, self.heads, count, count):
-            raise ValueError(
-                f"{name} must return a map of every head over the {count} tokens that it is given, "
-                f"(B, H, N, N) = {(batch, self.heads, count, count)}, got shape {shape}"
+                f"{name} must return a map (B, H, N, N) = {expected} of H = vtm_attn_numheads = "
+                f"{self.heads} heads over the {count} tokens that it is given, got shape {shape}"
             )
         return output, attention
 

@@ -67,6 +67,9 @@ def randomise(host: nn.Module) -> None:
             parameter.copy_(1.3 * noise / parameter[0].numel() ** 0.5)
 
 
+TIMM_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
 def timm_host(model: str, **settings: Any) -> Callable[[float], nn.Module]:
     sizes = {
         "img_size": IMAGE,
@@ -76,16 +79,26 @@ def timm_host(model: str, **settings: Any) -> Callable[[float], nn.Module]:
         "num_heads": HEADS,
         "num_classes": CLASSES,
     }
+    return lambda dropout: timm.create_model(
+        model, **dict.fromkeys(TIMM_RATES, dropout), **sizes | settings
+    )
 
-    def build(dropout: float) -> nn.Module:
-        names = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-        return timm.create_model(model, **dict.fromkeys(names, dropout), **sizes | settings)
 
-    return build
+def timm_case(
+    name: str,
+    family: str,
+    model: str,
+    prefix: str,
+    covers: str = "",
+    fixed_size: bool = True,
+    **settings: Any,
+) -> HostCase:
+    """A host that timm builds; ``model`` may name a setting after a comma."""
+    build = timm_host(model.partition(",")[0], **settings)
+    return HostCase(name, family, model, prefix, build, covers, fixed_size)
 
 
 def cct_host(dropout: float) -> nn.Module:
-    names = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
     return timm.create_model(
         "cct_7_3x1_32",
         img_size=8,
@@ -93,7 +106,7 @@ def cct_host(dropout: float) -> nn.Module:
         depth=DEPTH,
         num_heads=HEADS,
         num_classes=CLASSES,
-        **dict.fromkeys(names, dropout),
+        **dict.fromkeys(TIMM_RATES, dropout),
     )
 
 
@@ -142,186 +155,116 @@ VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
 CASES = (
-    HostCase(
-        "vit",
-        VIT,
-        "vit_base_patch16_224",
-        "class",
-        timm_host("vit_base_patch16_224"),
-    ),
-    HostCase("deit", VIT, "deit_tiny_patch16_224", "class", timm_host("deit_tiny_patch16_224")),
-    HostCase(
+    timm_case("vit", VIT, "vit_base_patch16_224", "class"),
+    timm_case("deit", VIT, "deit_tiny_patch16_224", "class"),
+    timm_case(
         "deit_distilled",
         VIT,
         "deit_tiny_distilled_patch16_224",
         "class, distillation",
-        timm_host("deit_tiny_distilled_patch16_224"),
         "mean of both heads; training with a teacher is refused",
     ),
-    HostCase(
-        "deit3",
-        VIT,
-        "deit3_small_patch16_224",
-        "class",
-        timm_host("deit3_small_patch16_224"),
-        "LayerScale, class token without position",
+    timm_case(
+        "deit3", VIT, "deit3_small_patch16_224", "class", "LayerScale, class token without position"
     ),
-    HostCase(
+    timm_case(
         "registers",
         VIT,
         "vit_base_patch16_reg4_gap_256",
         "4 registers",
-        timm_host("vit_base_patch16_reg4_gap_256"),
         "saliency from the mean over all queries",
     ),
-    HostCase(
-        "siglip",
-        VIT,
-        "vit_base_patch16_siglip_224",
-        "none",
-        timm_host("vit_base_patch16_siglip_224"),
-        "attention pooling",
-    ),
-    HostCase(
-        "dinov2",
-        VIT,
-        "vit_small_patch14_reg4_dinov2",
-        "class, 4 registers",
-        timm_host("vit_small_patch14_reg4_dinov2"),
-        "LayerScale",
-    ),
-    HostCase(
+    timm_case("siglip", VIT, "vit_base_patch16_siglip_224", "none", "attention pooling"),
+    timm_case("dinov2", VIT, "vit_small_patch14_reg4_dinov2", "class, 4 registers", "LayerScale"),
+    timm_case(
         "qk_norm",
         VIT,
         "vit_base_patch16_224, qk_norm=True",
         "class",
-        timm_host("vit_base_patch16_224", qk_norm=True, scale_attn_norm=True),
         "query, key and attention norms",
+        qk_norm=True,
+        scale_attn_norm=True,
     ),
-    HostCase(
-        "post_norm",
-        VIT,
-        "vit_base_patch16_rpn_224",
-        "none",
-        timm_host("vit_base_patch16_rpn_224"),
-        "norm after the attention",
-    ),
-    HostCase(
+    timm_case("post_norm", VIT, "vit_base_patch16_rpn_224", "none", "norm after the attention"),
+    timm_case(
         "dynamic_size",
         VIT,
         "vit_base_patch16_224, dynamic_img_size=True",
         "class",
-        timm_host("vit_base_patch16_224", dynamic_img_size=True),
         "images of any size, kappa checked at the first step",
         fixed_size=False,
+        dynamic_img_size=True,
     ),
-    HostCase(
-        "eva",
-        EVA,
-        "eva_giant_patch14_224",
-        "class",
-        timm_host("eva_giant_patch14_224", mlp_ratio=2),
-        "no rotary embedding",
-    ),
-    HostCase(
-        "eva02",
-        EVA,
-        "eva02_small_patch14_224",
-        "class",
-        timm_host("eva02_small_patch14_224"),
-        "joint projection",
-    ),
-    HostCase(
-        "eva02_separate",
-        EVA,
-        "eva02_base_patch14_224",
-        "class",
-        timm_host("eva02_base_patch14_224"),
-        "separate projections",
-    ),
-    HostCase(
-        "eva02_clip",
-        EVA,
-        "eva02_base_patch16_clip_224",
-        "class",
-        timm_host("eva02_base_patch16_clip_224"),
-        "attention norm",
-    ),
-    HostCase(
+    timm_case("eva", EVA, "eva_giant_patch14_224", "class", "no rotary embedding", mlp_ratio=2),
+    timm_case("eva02", EVA, "eva02_small_patch14_224", "class", "joint projection"),
+    timm_case("eva02_separate", EVA, "eva02_base_patch14_224", "class", "separate projections"),
+    timm_case("eva02_clip", EVA, "eva02_base_patch16_clip_224", "class", "attention norm"),
+    timm_case(
         "eva02_post_norm",
         EVA,
         "eva02_enormous_patch14_clip_224",
         "class",
-        timm_host("eva02_enormous_patch14_clip_224", mlp_ratio=2),
         "norm after the attention",
+        mlp_ratio=2,
     ),
-    HostCase(
+    timm_case(
         "rope_register",
         EVA,
         "vit_medium_patch16_rope_reg1_gap_256",
         "1 register",
-        timm_host("vit_medium_patch16_rope_reg1_gap_256"),
         "rotary embedding",
     ),
-    HostCase(
+    timm_case(
         "rope_mixed",
         EVA,
         "vit_small_patch16_rope_mixed_224",
         "class",
-        timm_host("vit_small_patch16_rope_mixed_224"),
         "learnt rotary embedding of each layer and head",
     ),
-    HostCase(
+    timm_case(
         "perception_encoder",
         EVA,
         "vit_pe_core_gigantic_patch14_448",
         "none",
-        timm_host("vit_pe_core_gigantic_patch14_448"),
         "rotary embedding, attention pooling",
     ),
-    HostCase(
+    timm_case(
         "dinov3",
         EVA,
         "vit_small_patch16_dinov3",
         "class, 4 registers",
-        timm_host("vit_small_patch16_dinov3"),
         "rotary embedding with jitter, images of any size",
         fixed_size=False,
     ),
-    HostCase(
+    timm_case(
         "sapiens2",
         EVA,
         "vit_base_patch16_sapiens2",
         "class, 8 registers",
-        timm_host("vit_base_patch16_sapiens2", num_kv_heads=1),
         "heads that share keys (grouped queries)",
         fixed_size=False,
+        num_kv_heads=1,
     ),
-    HostCase(
-        "beit",
-        BEIT,
-        "beitv2_base_patch16_224",
-        "class",
-        timm_host("beitv2_base_patch16_224"),
-        "relative-position bias of each layer",
+    timm_case(
+        "beit", BEIT, "beitv2_base_patch16_224", "class", "relative-position bias of each layer"
     ),
-    HostCase(
+    timm_case(
         "beit_shared",
         BEIT,
         "beit_base_patch16_224, use_shared_rel_pos_bias=True",
         "class",
-        timm_host("beit_base_patch16_224", use_shared_rel_pos_bias=True),
         "shared bias on top",
+        use_shared_rel_pos_bias=True,
     ),
-    HostCase(
+    timm_case(
         "beit_plain",
         BEIT,
         "beit_base_patch16_224, use_rel_pos_bias=False",
         "class",
-        timm_host(
-            "beit_base_patch16_224", use_rel_pos_bias=False, use_abs_pos_emb=True, qkv_bias=False
-        ),
         "no bias",
+        use_rel_pos_bias=False,
+        use_abs_pos_emb=True,
+        qkv_bias=False,
     ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
     HostCase(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.cases import same_bits
-from tests.helpers.host_cases import batch, every_host, logits_of, one_of_each, some_hosts
+from tests.helpers.host_cases import batch, every_host, logits_of, one_of_each
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 from tokenmixup.rules import Rules
 
@@ -102,27 +102,20 @@ def test_gradients_are_those_without_checkpointing(case):
     assert_same_gradients(again, model)
 
 
+@pytest.mark.parametrize("backward", ["together", "in order", "twice"])
 @one_of_each
-def test_forward_passes_in_flight(case):
-    """Two of one model and one of another, then one backward pass, as in contrastive training."""
+def test_passes_in_flight(case, backward):
+    """Two forward passes, then their backward passes, as in contrastive training."""
     model = build(case)
     again = checkpointed(case, model)
     batches = [batch(case), batch(case)]
     for one in (model, again):
-        outs = [one(*each) for each in batches]
-        sum(map(loss_of, outs)).backward()
-    assert_same_gradients(again, model, exactly=False)
-
-
-@one_of_each
-def test_backward_passes_in_another_order(case):
-    model = build(case)
-    again = checkpointed(case, model)
-    batches = [batch(case), batch(case)]
-    for one in (model, again):
-        outs = [one(*each) for each in batches]
-        for out in outs:
-            loss_of(out).backward()
+        losses = [loss_of(one(*each)) for each in batches]
+        if backward == "together":
+            sum(losses).backward()
+        else:
+            for loss in losses * (2 if backward == "twice" else 1):
+                loss.backward(retain_graph=True)
     assert_same_gradients(again, model, exactly=False)
 
 
@@ -164,31 +157,14 @@ def test_the_host_alone_is_not_mixed_in_its_recomputation(case, training):
     assert_same_gradients(again, model)
 
 
-@some_hosts("vit", "torchvision")
-def test_second_backward_pass_through_one_step(case):
-    model = build(case)
-    again = checkpointed(case, model)
-    images, targets = batch(case)
-    for one in (model, again):
-        out = one(images, targets)
-        loss_of(out).backward(retain_graph=True)
-        out.logits.sum().backward()
-    assert_same_gradients(again, model, exactly=False)
-
-
 @one_of_each
 def test_reentrant_checkpointing_is_refused(case):
     model = build(case)
-    wrap_layers(model, use_reentrant=True)
+    if case.name == "hf_vit":
+        transformers_checkpointing(model.backbone, use_reentrant=True)
+    else:
+        wrap_layers(model, use_reentrant=True)
     images, targets = batch(case)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         model(images, targets)
     model.eval()(images)
-
-
-@some_hosts("hf_vit")
-def test_reentrant_checkpointing_of_transformers_is_refused(case):
-    model = build(case)
-    transformers_checkpointing(model.backbone, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        model(*batch(case))

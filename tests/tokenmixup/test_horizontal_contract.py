@@ -3,15 +3,13 @@
 Dimensions: B batch, H heads, N tokens with prefix, D width, C classes.
 """
 
-import copy
 import logging
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers.cases import same_bits
-from tests.helpers.toy_encoder import CLASSES, HEADS, WIDTH, Block, random_batch
+from tests.helpers.toy_encoder import CLASSES, HEADS, WIDTH, random_batch
 from tests.tokenmixup.test_horizontal import POOLS, StubLayer, random_map, wrap
 
 # Reports
@@ -53,28 +51,6 @@ def test_report_names_its_layer_and_silence_is_kept(caplog, capsys):
         assert "stage3" in caplog.text
     assert reporting_steps(caplog, wrap(layer, report_every=1, verbose=False), 5, x, y) == []
     assert capsys.readouterr().out == ""
-
-
-# State
-
-
-def test_two_models_interleaved_do_not_meet(caplog):
-    caplog.set_level(logging.DEBUG)
-    batches = [random_batch(5, 6) for _ in range(4)]
-    first = wrap(Block(), tau=10.0, report_every=2, verbose=True, layer_name="first")
-    second = wrap(Block(), tau=10.0, report_every=2, verbose=True, layer_name="second")
-    alone = [copy.deepcopy(m) for m in (first, second)]
-    expected = [[m(*batch) for batch in batches] for m in alone]
-    lines = [record.getMessage() for record in caplog.records]
-    caplog.clear()
-    for step, batch in enumerate(batches):
-        for m, results in zip((first, second), expected, strict=True):
-            out, (targets, loss) = m(*batch)
-            assert same_bits(out, results[step][0])
-            assert same_bits(targets, results[step][1][0])
-            assert same_bits(loss, results[step][1][1])
-    together = [record.getMessage() for record in caplog.records]
-    assert sorted(together) == sorted(lines) and len(lines) == 4
 
 
 # Errors

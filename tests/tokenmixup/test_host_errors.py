@@ -32,17 +32,11 @@ def test_a_host_of_another_class(build):
         host = build()
     with pytest.raises(UnsupportedHostError) as caught:
         attach(host, horizontal=HTM)
-    parts = (
-        f"{base.class_name(type(host))} is no supported host: register an adapter with",
-        "register_adapter",
-        "HorizontalTokenMixupLayer",
-        "A host needs one sequence of tokens",
-        "Supported: timm VisionTransformer, timm Eva, timm Beit, torchvision VisionTransformer",
+    caught.match(
+        f"^{base.class_name(type(host))} is no supported host: register an adapter with "
+        ".*register_adapter.*HorizontalTokenMixupLayer.*A host needs one sequence of tokens"
+        ".*Supported: timm VisionTransformer, timm Eva, timm Beit, torchvision VisionTransformer"
     )
-    message = str(caught.value)
-    places = [message.find(part) for part in parts]
-    assert places[0] == 0 and places == sorted(places) and len(message) < 600
-    assert "\n" not in message
 
 
 def test_wrapped_models_are_told_the_right_order():
@@ -95,6 +89,7 @@ def test_distilled_training():
         ("vit", {"is_causal": True}),
         ("eva02", {"attn_mask": torch.zeros(17, 17)}),
         ("eva02", {"is_causal": True}),
+        ("hf_vit", {"attention_mask": torch.tensor([[True] * 16 + [False]]).expand(6, -1)}),
     ],
 )
 def test_masks_are_refused_in_training(name, call, settings):
@@ -107,17 +102,6 @@ def test_masks_are_refused_in_training(name, call, settings):
     with pytest.raises(ValueError, match=f"with `{next(iter(call))}`"):
         model.train()(images, targets)
     model.eval()(images)
-
-
-def test_masks_of_transformers_are_refused_in_training():
-    case = BY_NAME["hf_vit"]
-    host = case.build()
-    inner = host.forward
-    model = attach(host, vertical=VTM).train()
-    mask = torch.tensor([[True] * 16 + [False]]).expand(6, -1)
-    host.forward = lambda images: inner(images, attention_mask=mask)
-    with pytest.raises(ValueError, match="with `attention_mask`"):
-        model(batch(case)[0])
 
 
 def test_attention_implementations_of_transformers():
@@ -158,11 +142,6 @@ def test_another_class_in_a_place_of_the_host():
     host.encoder.layers[1] = nn.TransformerEncoderLayer(32, 2, batch_first=True)
     with pytest.raises(UnsupportedHostError, match=r"`encoder.layers\[1\]` being a torchvision"):
         attach(host)
-    host = BY_NAME["torchvision"].build()
-    for layer in host.encoder.layers:
-        layer.self_attention.batch_first = False
-    with pytest.raises(UnsupportedHostError, match=r"self_attention.batch_first` being True"):
-        attach(host)
 
 
 def test_a_host_that_leaves_a_layer_out():
@@ -178,10 +157,10 @@ def test_a_host_that_leaves_a_layer_out():
 
 def test_a_host_that_drops_tokens_on_the_way():
     """As those that prune: the n-th tokens of two images would come from different places."""
-    for name, kept in (("vit", 9), ("dynamic_size", 9)):  # T known, and T of the image
+    for name in ("vit", "dynamic_size"):  # T known, and T of the image
         case = BY_NAME[name]
         host = case.build()
-        host.blocks[0].register_forward_hook(lambda _, args, output, kept=kept: output[:, :kept])
+        host.blocks[0].register_forward_hook(lambda _, args, output: output[:, :9])
         model = attach(host, vertical=VerticalConfig(layers=(2,), kappa=3)).train()
         with pytest.raises(ValueError, match=r"layer 1 was called with 9 tokens instead of 17"):
             model(*batch(case))
@@ -216,17 +195,6 @@ def test_layers_that_run_without_gradients():
     host.forward_features = torch.no_grad()(host.forward_features)
     with pytest.raises(RuntimeError, match=r"freeze them by requires_grad_\(False\) instead"):
         model(*batch(case))
-
-
-def test_an_adapter_that_promises_other_tokens_than_the_host_has():
-    case = BY_NAME["vit"]
-    host = case.build()
-    host.embed_dim = 33
-    for settings in ({"horizontal": HTM}, {"vertical": VTM}):
-        model = attach(host, **settings).train()
-        with pytest.raises(ValueError, match=r"\(6, 17, 32\).*promises \(B, N, 33\)"):
-            model(*batch(case))
-        model.detach()
 
 
 # Settings that do not fit
@@ -270,15 +238,6 @@ def test_num_classes_comes_from_the_classifier_that_is_there():
         assert attach(host, horizontal=horizontal, num_classes=4).num_classes == 4
 
 
-def test_an_adapter_without_its_parts_cannot_be_made():
-    class Half(base.HostAdapter):
-        family = "half"
-        host_classes = ("half.Host",)
-
-    with pytest.raises(TypeError, match="abstract"):
-        Half()
-
-
 class MyViT(timm.models.vision_transformer.VisionTransformer):
     pass
 
@@ -297,3 +256,14 @@ def test_the_adapter_of_the_nearest_class_is_used(monkeypatch):
         register_adapter(Mine())
         assert find_adapter(host).family == family
     assert find_adapter(vit()).family == "timm VisionTransformer"
+
+
+def test_an_adapter_that_promises_other_tokens_than_the_host_has():
+    case = BY_NAME["vit"]
+    host = case.build()
+    host.embed_dim = 33
+    for settings in ({"horizontal": HTM}, {"vertical": VTM}):
+        model = attach(host, **settings).train()
+        with pytest.raises(ValueError, match=r"\(6, 17, 32\).*promises \(B, N, 33\)"):
+            model(*batch(case))
+        model.detach()

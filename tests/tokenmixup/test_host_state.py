@@ -105,19 +105,6 @@ def test_interleaved_models_do_not_meet(case):
         assert_same([out.logits.detach(), out.targets, *gradients], wanted[:2] + wanted[3:])
 
 
-@one_of_each
-def test_two_batches_of_one_model_in_flight(case):
-    model = build(case)
-    batches = [batch(case), batch(case)]
-    expected = [result(model, *one)[3:] for one in batches]
-    model.zero_grad()
-    outs = [model(*one) for one in batches]
-    sum(out.logits.square().mean() + out.scorenet_loss for out in outs).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for gradient, first, second in zip(gradients, *expected, strict=True):
-        torch.testing.assert_close(gradient, first + second, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
 @one_of_each
 def test_threads_do_not_meet(case, shared):

@@ -264,14 +264,6 @@ def test_every_parameter_gets_a_gradient(case):
 
 
 @every_host
-def test_dropout_and_drop_path_stay_on(case):
-    model = attach(case.build(dropout=0.3), horizontal=MIX_ALL, vertical=VTM).train()
-    images, targets = batch(case)
-    first, second = model(images, targets).logits, model(images, targets).logits
-    assert not torch.equal(first, second)
-
-
-@every_host
 def test_several_layers_of_each_kind(case):
     """VTM twice and HTM twice, once in the same layer."""
     host = case.build()

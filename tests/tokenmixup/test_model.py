@@ -32,43 +32,22 @@ def batch(size=6, classes=5):
     return torch.randn(size, 3, 32, 32), torch.rand(size, classes).softmax(-1)
 
 
-@HOSTS
-def test_state_dict_keys_of_the_host_are_unchanged(host):
-    plain = host()
-    keys = list(plain.state_dict())
-    model = attach(plain, horizontal=HTM, vertical=VTM)
-    assert list(model.backbone.state_dict()) == keys and model.backbone is plain
-    others = [key for key in model.state_dict() if not key.startswith("backbone.")]
-    assert others == [f"scorenets.1.{n}" for n in ("pool.weight", "pool.bias")] + [
-        f"scorenets.1.{n}" for n in ("head.weight", "head.bias")
-    ]
+def test_names_of_the_scorenets_weights():
+    keys = [key for key in attach(vit(), horizontal=HTM).state_dict() if "backbone." not in key]
+    assert keys == [f"scorenets.1.{n}.{m}" for n in ("pool", "head") for m in ("weight", "bias")]
 
 
 def test_what_training_returns():
     model = attach(vit(), horizontal=HTM, vertical=VTM).train()
     images, targets = batch()
     out = model(images, targets)
-    assert isinstance(out, TokenMixupOutput) and out._fields[:3] == (
-        "logits",
-        "targets",
-        "scorenet_loss",
-    )
+    assert isinstance(out, TokenMixupOutput)
+    assert out._fields == ("logits", "targets", "scorenet_loss", "stats")
     assert out.logits.shape == out.targets.shape == (6, 5)
     assert out.scorenet_loss.shape == () and out.scorenet_loss > 0
     assert all(value.shape == () for value in out.stats.values())
     assert out.stats["htm/layer1/easy_share"] == 1
     assert out.stats["vtm/layer2/remembered_tokens"] == 2 * 2
-
-
-def test_difficulty_is_what_tau_is_compared_with():
-    images, targets = batch()
-    model = attach(vit(), horizontal=HTM)
-    out = model.train()(images, targets)
-    lowest = out.stats["htm/layer1/difficulty_min"].item()
-    highest_easy = HorizontalConfig(layers=(1,), tau=lowest, rho=1e-5)
-    again = attach(copy.deepcopy(model).detach(), horizontal=highest_easy)
-    again.load_state_dict(model.state_dict())
-    assert again.train()(images, targets).stats["htm/layer1/easy_share"] == pytest.approx(1 / 6)
 
 
 def test_class_indices_are_made_one_hot():
@@ -94,43 +73,6 @@ def test_vertical_alone_needs_no_targets():
     assert out.targets is None and out.logits.shape == (6, 5)
 
 
-def test_lambda_scales_the_scorenet_loss_alone():
-    images, targets = batch()
-    losses = []
-    for scale in (0.5, 1.0):
-        torch.manual_seed(0)
-        config = HorizontalConfig(layers=(1, 2), tau=0.9, rho=1e-5, scorenet_lambda=scale)
-        losses.append(attach(vit(), horizontal=config).train()(images, targets).scorenet_loss)
-    torch.testing.assert_close(2 * losses[0], losses[1])
-
-
-@pytest.mark.parametrize("stop", [False, True])
-def test_scorenet_stop_gradient(stop):
-    config = HorizontalConfig(layers=(1,), tau=0.9, rho=1e-5, scorenet_stop_gradient=stop)
-    model = attach(cct(), horizontal=config).train()
-    model(*batch()).scorenet_loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.scorenets.parameters())
-    reached = [p.grad is not None and p.grad.any() for p in model.backbone.parameters()]
-    assert any(reached) is not stop
-
-
-@pytest.mark.parametrize("stop", [False, True])
-def test_vertical_stop_gradient(stop):
-    # Through the remembered tokens alone: the attention's own keys and values of layer 1 are cut.
-    model = attach(cct(), vertical=VerticalConfig(layers=(1,), kappa=2, stop_gradient=stop)).train()
-    seen = {}
-
-    def keep(module, args, kwargs):
-        seen["memory"] = kwargs["memory"]
-
-    model.backbone.blocks[1].attn.register_forward_pre_hook(keep, with_kwargs=True)
-    model(*batch())
-    model.backbone.pos_embed.grad = None
-    seen["memory"].sum().backward(retain_graph=True)
-    gradient = model.backbone.pos_embed.grad
-    assert (gradient is not None and bool(gradient.any())) is not stop
-
-
 def test_attaching_twice_is_an_error_and_detach_undoes_it():
     host = vit()
     model = attach(host, horizontal=HTM, vertical=VTM)
@@ -142,19 +84,6 @@ def test_attaching_twice_is_an_error_and_detach_undoes_it():
     modules = list(host.modules())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
     attach(host, horizontal=HTM)
-
-
-def test_repr_shows_what_is_attached():
-    text = repr(attach(vit(), horizontal=HTM, vertical=VTM))
-    for part in ("timm VisionTransformer", "layers=(1,)", "layers=(2,)", "tau=0.9", "kappa=2"):
-        assert part in text
-
-
-def test_no_weight_decay_goes_by_the_names_here():
-    model = attach(vit(), horizontal=HTM)
-    host = model.backbone.no_weight_decay()
-    assert "pos_embed" in host
-    assert model.no_weight_decay() == {f"backbone.{name}" for name in host}
 
 
 @pytest.mark.parametrize(
@@ -218,10 +147,6 @@ def test_impossible_settings(kind, arguments, message):
         kind(**arguments)
 
 
-def test_layers_are_kept_in_order():
-    assert HorizontalConfig(layers=[3, 1], tau=0.1, rho=0.1).layers == (1, 3)
-
-
 @pytest.mark.parametrize(
     "targets, message",
     [
@@ -265,13 +190,6 @@ def test_logits_of_an_evaluation_can_be_saved(tmp_path):
     logits = model(batch()[0])
     torch.save(logits, tmp_path / "logits.pt")
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits)
-
-
-def test_what_detach_has_left_is_not_trained():
-    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
-    model.detach()
-    with pytest.raises(RuntimeError, match=r"detach\(\) removed TokenMixup"):
-        model(*batch())
 
 
 def test_a_model_inside_itself_is_told():

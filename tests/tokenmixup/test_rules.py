@@ -90,16 +90,6 @@ class LabelsByNumber(Rules):
         return functional.mix_targets(targets, torch.ones_like(saliency), decision)
 
 
-class StaleChoice(Rules):
-    def saliency(self, layer, saliency):
-        self.before = {layer: saliency}
-        return saliency
-
-    def choose(self, layer, saliency, kappa):
-        stale = getattr(self, "before", {}).pop(layer, saliency)
-        return super().choose(layer, stale, kappa)
-
-
 class OneBefore(Rules):
     def remember(self, tokens, positions, config, num_prefix_tokens):
         return super().remember(tokens, positions, config, num_prefix_tokens - 1)
@@ -132,7 +122,6 @@ class LastFirst(Rules):
         (OtherSaliency, True),
         (LessItsMean, False),
         (LabelsByNumber, True),
-        (StaleChoice, False),
         (OneBefore, False),
         (LastFirst, True),
     ],
@@ -141,15 +130,10 @@ def test_what_is_overridden_takes_effect(rules, relabels):
     images, targets = batch(CASE)
     out, plain = build(rules())(images, targets), build()(images, targets)
     assert torch.equal(out.targets, plain.targets) != relabels
+    assert torch.equal(out.targets, plain.targets.flip(0)) == (rules is LastFirst)
     assert torch.equal(out.logits, plain.logits) == (rules is LabelsByNumber)
     torch.testing.assert_close(out.targets.sum(1), targets.sum(1))
     out.logits.square().mean().backward()
-
-
-def test_order_is_carried_by_the_decision():
-    images, targets = batch(CASE)
-    out, plain = build(LastFirst())(images, targets), build()(images, targets)
-    assert torch.equal(out.targets, plain.targets.flip(0))
 
 
 def test_rules_that_are_none_are_refused():

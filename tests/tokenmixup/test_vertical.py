@@ -175,12 +175,6 @@ def test_evaluation_between_training_layers_leaves_the_memory_alone():
         assert same_bits(wrapper(x)[0], result[0])
 
 
-def test_wrapping_adds_no_parameters():
-    attention = Attention()
-    wrapper = wrap(attention, 2)
-    assert {id(p) for p in wrapper.parameters()} == {id(p) for p in attention.parameters()}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision(dtype):
     wrappers = [wrapper.to(dtype) for wrapper in wrap_all(plain_attentions())]
@@ -188,13 +182,6 @@ def test_low_precision(dtype):
         assert output.dtype == attention.dtype == dtype
         assert output.isfinite().all()
         assert attention.shape == (4, HEADS, 7, 7)
-
-
-def test_under_autocast():
-    wrappers, tokens = wrap_all(plain_attentions()), random_tokens(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        results = run([wrapper.float() for wrapper in wrappers], tokens)
-    assert all(output.isfinite().all() for output, _ in results)
 
 
 def test_map_is_finite_where_remembered_tokens_take_all_attention():

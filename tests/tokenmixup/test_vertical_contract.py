@@ -23,20 +23,6 @@ from tokenmixup.vertical import VerticalMemory
 # State
 
 
-def test_two_models_interleaved_call_by_call_do_not_meet():
-    attentions = plain_attentions(), plain_attentions()
-    batches = [(random_tokens(), random_tokens()) for _ in range(2)]
-    expected = [[run(wrap_all(attentions[m]), batch[m]) for batch in batches] for m in range(2)]
-    models = wrap_all(attentions[0]), wrap_all(attentions[1])
-    for step, batch in enumerate(batches):
-        for layer in range(3):
-            for m in (0, 1):
-                result = models[m][layer](batch[m][layer])
-                assert same_bits(result[0], expected[m][step][layer][0])
-        for m in (0, 1):
-            models[m][0].reset()
-
-
 def test_an_index_that_does_not_rise_begins_another_model():
     tokens = random_tokens()
     first, second, last_of_second = (wrap(Attention().double(), i, (1,)) for i in (0, 0, 1))
@@ -47,19 +33,24 @@ def test_an_index_that_does_not_rise_begins_another_model():
     last_of_second(tokens[1])
 
 
-def test_two_models_built_in_turns_need_a_memory_each():
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_two_models_interleaved_call_by_call_do_not_meet(in_turns):
+    """Models whose layers were built in turns need a memory each."""
     attentions = plain_attentions(), plain_attentions()
     tokens = random_tokens(), random_tokens()
     expected = [run(wrap_all(attentions[m]), tokens[m]) for m in range(2)]
-    memories = VerticalMemory(), VerticalMemory()
-    models = [], []
-    for layer in range(3):
-        for m in (0, 1):
-            models[m].append(wrap(attentions[m][layer], layer, memory=memories[m]))
-    for layer in range(3):
-        for m in (0, 1):
-            result = models[m][layer](tokens[m][layer])
-            assert same_bits(result[0], expected[m][layer][0])
+    if in_turns:
+        memories, models = (VerticalMemory(), VerticalMemory()), ([], [])
+        for layer in range(3):
+            for m in (0, 1):
+                models[m].append(wrap(attentions[m][layer], layer, memory=memories[m]))
+    else:
+        models = [wrap_all(attentions[m]) for m in range(2)]
+    for _ in range(2):
+        for layer in range(3):
+            for m in (0, 1):
+                result = models[m][layer](tokens[m][layer])
+                assert same_bits(result[0], expected[m][layer][0])
 
 
 @pytest.mark.parametrize(
@@ -115,15 +106,6 @@ def test_the_lowest_layer_begins_a_new_pass():
         assert same_bits(wrapper(x)[0], wanted[0])
 
 
-def test_what_the_last_pass_remembered_is_gone_without_reset():
-    wrappers, tokens = wrap_all(plain_attentions()), random_tokens()
-    for wrapper, x in zip(wrappers, tokens, strict=True):
-        wrapper(x)
-    wrappers[0](tokens[0])
-    with pytest.raises(RuntimeError, match="1"):
-        wrappers[2](tokens[2])
-
-
 @pytest.mark.parametrize("called, missing", [([], "0, 1"), ([0], "1"), ([1], "0")])
 def test_layers_that_remembered_nothing_are_named(called, missing):
     wrappers, tokens = wrap_all(plain_attentions()), random_tokens()
@@ -155,36 +137,6 @@ def test_what_is_remembered_ends_with_its_model(last_layer):
     del wrappers, wrapper, tokens, x
     gc.collect()
     assert [reference() for reference in held] == [None] * 4
-
-
-def test_what_a_thread_remembered_ends_with_it():
-    wrappers = wrap_all(plain_attentions())
-    held = []
-
-    def work():
-        wrappers[0](random_tokens()[0])
-        held.extend(map(weakref.ref, wrappers[0]._memory.tokens().values()))
-
-    work()
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(timeout=30)
-    gc.collect()
-    own, ended = held
-    assert own() is not None and ended() is None
-
-
-def test_reset_is_of_one_threads_pass():
-    wrappers, tokens = wrap_all(plain_attentions()), random_tokens()
-    expected = run(wrap_all([wrapper.attention for wrapper in wrappers]), tokens)
-    for wrapper, x in zip(wrappers[:2], tokens, strict=False):
-        wrapper(x)
-    thread = threading.Thread(target=wrappers[0].reset)
-    thread.start()
-    thread.join(timeout=30)
-    assert same_bits(wrappers[2](tokens[2])[0], expected[2][0])
-    wrappers[0].reset()
-    assert not wrappers[0]._memory.tokens()
 
 
 # Reports
@@ -228,14 +180,6 @@ def test_a_map_that_htm_asks_for_is_no_training_step_of_its_own(caplog):
         encoder(x, y)
         found += [step] * len(caplog.records)
     assert len(found) == 3 and np.diff(found).min() >= 4
-
-
-def test_silence_is_kept(caplog):
-    caplog.set_level(logging.DEBUG)
-    wrappers = wrap_all(plain_attentions(), report_every=1, verbose=False)
-    for _ in range(3):
-        run(wrappers, random_tokens())
-    assert not caplog.records
 
 
 # Errors
@@ -295,20 +239,17 @@ class Returning(Attention):
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    "change, message",
     [
-        (lambda output, attention: output, ["Tensor"]),
-        (lambda output, attention: (output, None), ["NoneType"]),
-        (lambda output, attention: (output, attention.mean(1)), ["4, 2, 7, 7", "4, 7, 7"]),
-        (lambda output, attention: (output, attention[..., :5]), ["4, 2, 7, 7", "4, 2, 7, 5"]),
+        (lambda output, attention: output, "the map is missing"),
+        (lambda output, attention: (output, None), "the map is missing"),
+        (lambda output, attention: (output, attention.mean(1)), "4, 2, 7, 7.*4, 7, 7"),
+        (lambda output, attention: (output, attention[..., :5]), "4, 2, 7, 7.*4, 2, 7, 5"),
     ],
 )
-def test_attention_that_returns_another_map(change, named):
-    with pytest.raises(ValueError, match=r"attention of layer 0 must return .*map") as error:
+def test_attention_that_returns_another_map(change, message):
+    with pytest.raises(ValueError, match=rf"attention of layer 0 must return .*map.*{message}"):
         wrap(Returning(change).double(), 0)(random_tokens()[0])
-    assert "\n" not in str(error.value) and "numheads" not in str(error.value)
-    for word in named:
-        error.match(word)
 
 
 def test_tokens_that_are_not_three_dimensional():

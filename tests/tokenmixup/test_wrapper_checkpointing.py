@@ -108,26 +108,3 @@ def test_vtm_is_refused(vertical, reentrant, threaded):
         backward()
     (message,) = failed
     assert "was called inside a backward pass" in message and "tokenmixup.attach works" in message
-
-
-def test_vtm_that_was_only_evaluated_may_be_checkpointed():
-    found = []
-    for reentrant in (None, False):
-        encoder = build(reentrant, vertical=(1, 3)).eval()
-        sum(loss_of(encoder, batch) for batch in batches()).backward()
-        found.append(gradients(encoder))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
-
-
-def test_layers_under_no_grad_may_remember():
-    """As where the lower part of an encoder is frozen."""
-    encoder = build(None, vertical=(1, 3))
-    ((x, y),) = batches(1)
-    with torch.no_grad():
-        for layer in encoder.layers[:2]:
-            x, y = layer(x, y)
-    for layer in encoder.layers[2:]:
-        x, y = layer(x, y)
-    x.square().mean().backward()
-    assert gradients(encoder)

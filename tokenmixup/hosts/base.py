@@ -272,13 +272,21 @@ def require_part(
             )
 
 
-def refuse(name: str, value: Any) -> None:
-    """Raise ValueError if an attention mask, called ``name``, is not None or False."""
-    if value is not None and value is not False:
-        raise ValueError(
-            f"the host calls its layers with `{name}`, but TokenMixup's saliency and memory are "
-            "those of attention without a mask: leave it out in training"
-        )
+def refuse_masks(args: Args, kwargs: Kwargs, **positions: int) -> None:
+    """Raise ValueError if a call has an attention mask that is not None or False.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        **positions: where each mask stands among the positional arguments, by its name.
+    """
+    for name, position in positions.items():
+        value = argument(position, name, args, kwargs)
+        if value is not None and value is not False:
+            raise ValueError(
+                f"the host calls its layers with `{name}`, but TokenMixup's saliency and memory "
+                "are those of attention without a mask: leave it out in training"
+            )
 
 
 def argument(position: int, name: str, args: Args, kwargs: Kwargs) -> Any:

@@ -13,11 +13,8 @@ from tokenmixup.hosts.base import (
     Remembered,
     TokenLayout,
     linear_outputs,
-    require_part,
 )
-from tokenmixup.hosts.timm_vit import TimmViT
-
-BLOCK = "tokenmixup.models.cct.Block"
+from tokenmixup.hosts.timm_vit import TimmNames, TimmViT
 
 
 class CCTAdapter(TimmViT):
@@ -28,11 +25,14 @@ class CCTAdapter(TimmViT):
 
     family = "CCT"
     host_classes = ("tokenmixup.models.cct.CCT",)
+    block_classes = ("tokenmixup.models.cct.Block",)
+    attention_classes = ("tokenmixup.models.cct.Attention",)
+    read = ("qkv", "num_heads", "scale")
+    arguments = ("x", "memory")
 
     def check(self, host: nn.Module) -> None:
         """CCT's own blocks."""
-        for index, block in enumerate(self.layers(host)):
-            require_part(block, f"blocks[{index}]", (BLOCK,), ("norm1", "attn"))
+        TimmNames.check(self, host)
 
     def layout(self, host: nn.Module) -> TokenLayout:
         """All tokens are patch tokens."""

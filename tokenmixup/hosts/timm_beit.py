@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
-    LINEAR,
     Args,
     Kwargs,
     Remembered,
@@ -19,20 +18,9 @@ from tokenmixup.hosts.base import (
     joint_projection,
     joint_query_key,
     linear_outputs,
-    require_part,
 )
-from tokenmixup.hosts.timm_vit import TimmNames
+from tokenmixup.hosts.timm_vit import TimmNames, joint_bias
 
-BLOCK = "timm.models.beit.Block"
-ATTENTION = "timm.models.beit.Attention"
-ARGUMENTS = ("x", "shared_rel_pos_bias")
-"""Of blocks and of their attention."""
-READ = (
-    *("qkv", "q_bias", "k_bias", "v_bias", "num_heads", "scale"),
-    *("relative_position_bias_table", "relative_position_index"),
-    *("attn_drop", "proj", "proj_drop"),
-)
-"""Attributes of the attention."""
 PREFIX_TOKENS = 1
 
 
@@ -46,14 +34,14 @@ class TimmBeit(TimmNames):
 
     family = "timm Beit"
     host_classes = ("timm.models.beit.Beit",)
-
-    def check(self, host: nn.Module) -> None:
-        """BEiT's own blocks and attention."""
-        for index, block in enumerate(cast(Any, host).blocks):
-            where = f"blocks[{index}]"
-            require_part(block, where, (BLOCK,), ("norm1", "attn"), ARGUMENTS)
-            require_part(block.attn, f"{where}.attn", (ATTENTION,), READ, ARGUMENTS)
-            require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
+    block_classes = ("timm.models.beit.Block",)
+    attention_classes = ("timm.models.beit.Attention",)
+    read = (
+        *("qkv", "q_bias", "k_bias", "v_bias", "num_heads", "scale"),
+        *("relative_position_bias_table", "relative_position_index"),
+        *("attn_drop", "proj", "proj_drop"),
+    )
+    arguments = ("x", "shared_rel_pos_bias")
 
     def layout(self, host: nn.Module) -> TokenLayout:
         """A class token and the patches."""
@@ -74,7 +62,7 @@ class TimmBeit(TimmNames):
         query, key = joint_query_key(
             self.normalise(layer, tokens),
             attention.qkv.weight,
-            _joint_bias(attention),
+            joint_bias(attention),
             attention.num_heads,
             class_row,
         )
@@ -99,7 +87,7 @@ class TimmBeit(TimmNames):
         """The layer's tokens (B, N, D) attending to themselves and to the remembered ones."""
         attention, tokens = cast(Any, layer).attn, args[0]
         everything = torch.cat((tokens, self.normalise(layer, remembered.tokens)), dim=1)
-        weight, bias = attention.qkv.weight, _joint_bias(attention)
+        weight, bias = attention.qkv.weight, joint_bias(attention)
         query, key, value = (
             joint_projection(inputs, weight, bias, part, attention.num_heads)
             for part, inputs in enumerate((tokens, everything, everything))
@@ -112,13 +100,6 @@ class TimmBeit(TimmNames):
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
-
-
-def _joint_bias(attention: Any) -> Tensor | None:
-    """Bias of queries, keys and values; that of the keys is constant zero."""
-    if attention.q_bias is None:
-        return None
-    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
 
 
 def _relative_bias(attention: Any, args: Args, kwargs: Kwargs, rows: slice) -> Tensor | None:

@@ -9,33 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
-    LINEAR,
     Args,
     Kwargs,
     Remembered,
-    TokenLayout,
     argument,
     class_name,
     joint_query_key,
-    linear_outputs,
-    refuse,
-    require_part,
+    refuse_masks,
     split_heads,
     with_argument,
 )
-from tokenmixup.hosts.timm_vit import TimmNames, refuse_dropped_patches
+from tokenmixup.hosts.timm_vit import TimmNames, joint_bias, refuse_dropped_patches
 
-BLOCK = "timm.models.eva.EvaBlock"
 POST_NORM_BLOCK = "timm.models.eva.EvaBlockPostNorm"
-ATTENTION = "timm.models.eva.EvaAttention"
 ROPE_ATTENTION = "timm.layers.attention.AttentionRope"
-ARGUMENTS = ("x", "rope", "attn_mask", "is_causal")
-"""Of blocks and of their attention."""
-READ = (
-    *("qkv", "q_proj", "k_proj", "num_heads", "head_dim", "scale", "q_norm", "k_norm"),
-    *("num_prefix_tokens", "rotate_half"),
-)
-"""Attributes of both attentions."""
 
 
 class TimmEva(TimmNames):
@@ -47,41 +34,34 @@ class TimmEva(TimmNames):
 
     family = "timm Eva"
     host_classes = ("timm.models.eva.Eva",)
+    block_classes = ("timm.models.eva.EvaBlock", POST_NORM_BLOCK)
     post_norm_block = POST_NORM_BLOCK
+    attention_classes = ("timm.models.eva.EvaAttention", ROPE_ATTENTION)
+    read = (
+        *("qkv", "q_proj", "k_proj", "num_heads", "head_dim", "scale", "q_norm", "k_norm"),
+        *("num_prefix_tokens", "rotate_half"),
+    )
+    arguments = ("x", "rope", "attn_mask", "is_causal")
 
     def check(self, host: nn.Module) -> None:
-        """Eva's own blocks and attentions, and no dropping of patches."""
-        eva = cast(Any, host)
-        refuse_dropped_patches(eva.patch_drop)
-        for index, block in enumerate(eva.blocks):
-            where = f"blocks[{index}]"
-            require_part(block, where, (BLOCK, POST_NORM_BLOCK), ("norm1", "attn"), ARGUMENTS)
-            attentions = (ATTENTION, ROPE_ATTENTION)
-            require_part(block.attn, f"{where}.attn", attentions, READ, ARGUMENTS)
-            if block.attn.qkv is not None:
-                require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
-
-    def layout(self, host: nn.Module) -> TokenLayout:
-        """From the host's attributes."""
-        eva = cast(Any, host)
-        return TokenLayout(
-            width=eva.embed_dim,
-            num_prefix_tokens=eva.num_prefix_tokens,
-            class_token=eva.cls_token is not None,
-            num_patch_tokens=None if eva.dynamic_img_size else eva.patch_embed.num_patches,
-            num_classes=linear_outputs(eva.head),
-        )
+        """Eva's own blocks, and no dropping of patches."""
+        refuse_dropped_patches(host)
+        super().check(host)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
         """Joint or separate projections, query and key norms, then the rotation."""
-        _refuse_masks(args, kwargs)
+        refuse_masks(args, kwargs, attn_mask=2, is_causal=3)
         attention = cast(Any, layer).attn
         tokens = self.normalise(layer, tokens)
         if attention.qkv is not None:
-            weight, bias = attention.qkv.weight, _joint_bias(attention)
-            query, key = joint_query_key(tokens, weight, bias, attention.num_heads, class_row)
+            # EVA's own attention keeps the biases apart from the projection
+            own = class_name(type(attention)) == ROPE_ATTENTION
+            bias = attention.qkv.bias if own else joint_bias(attention)
+            query, key = joint_query_key(
+                tokens, attention.qkv.weight, bias, attention.num_heads, class_row
+            )
         else:
             query = attention.q_proj(tokens[:, :1] if class_row else tokens)
             query = split_heads(query, attention.num_heads)
@@ -99,7 +79,7 @@ class TimmEva(TimmNames):
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         """Remembered tokens follow the layer's own, and so do their rotary embeddings."""
-        _refuse_masks(args, kwargs)
+        refuse_masks(args, kwargs, attn_mask=2, is_causal=3)
         args, kwargs = super().with_memory(layer, remembered, args, kwargs)
         rope = argument(1, "rope", args, kwargs)
         if rope is None:
@@ -111,15 +91,6 @@ class TimmEva(TimmNames):
         return with_argument(1, "rope", torch.cat((own, more), dim=2), args, kwargs)
 
 
-def _joint_bias(attention: Any) -> Tensor | None:
-    """Bias of queries, keys and values: EVA's own attention has none for the keys."""
-    if class_name(type(attention)) == ROPE_ATTENTION:
-        return attention.qkv.bias
-    if attention.q_bias is None:
-        return None
-    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-
-
 def _rotate(heads: Tensor, rope: Tensor, attention: Any) -> Tensor:
     """Rotate the patch tokens of queries or keys (B, H, N, d), as the attention itself does it."""
     from timm.layers import apply_rot_embed_cat
@@ -127,8 +98,3 @@ def _rotate(heads: Tensor, rope: Tensor, attention: Any) -> Tensor:
     prefix = attention.num_prefix_tokens
     rotated = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=attention.rotate_half)
     return torch.cat((heads[:, :, :prefix], rotated), dim=2)
-
-
-def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
-    for position, name in enumerate(ARGUMENTS[2:], start=2):
-        refuse(name, argument(position, name, args, kwargs))

@@ -6,6 +6,7 @@ Dimensions: B batch, N tokens, D width, H heads, C classes.
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
@@ -16,29 +17,51 @@ from tokenmixup.hosts.base import (
     Remembered,
     TokenLayout,
     UnsupportedHostError,
-    argument,
     class_name,
     joint_query_key,
     linear_outputs,
-    refuse,
+    refuse_masks,
     require_part,
     split_query_key,
 )
 
-BLOCK = "timm.models.vision_transformer.Block"
 POST_NORM_BLOCK = "timm.models.vision_transformer.ResPostBlock"
-ATTENTION = "timm.layers.attention.Attention"
-ARGUMENTS = ("x", "attn_mask", "is_causal")
-"""Of blocks and of their attention."""
-READ = ("qkv", "num_heads", "attn_dim", "scale", "q_norm", "k_norm")
-"""Attributes of the attention."""
 
 
 class TimmNames(HostAdapter):
     """Base of the adapters for hosts with timm's names: `blocks` with a `norm1` and an `attn`."""
 
+    block_classes: ClassVar[tuple[str, ...]]
+    """Full names of the allowed classes of blocks."""
     post_norm_block: ClassVar[str | None] = None
-    """Full name of the class of blocks that norm after their attention, where there is one."""
+    """The one of them that norms after its attention, where there is one."""
+    attention_classes: ClassVar[tuple[str, ...]]
+    """Full names of the allowed classes of attention."""
+    read: ClassVar[tuple[str, ...]]
+    """The attributes of the attention that the adapter reads."""
+    arguments: ClassVar[tuple[str, ...]]
+    """All allowed arguments of blocks and of their attention."""
+
+    def check(self, host: nn.Module) -> None:
+        """Blocks and attentions of the known classes, with linear projections."""
+        for index, block in enumerate(cast(Any, host).blocks):
+            where = f"blocks[{index}]"
+            require_part(block, where, self.block_classes, ("norm1", "attn"), self.arguments)
+            attention, where = block.attn, f"{where}.attn"
+            require_part(attention, where, self.attention_classes, self.read, self.arguments)
+            if attention.qkv is not None:
+                require_part(attention.qkv, f"{where}.qkv", (LINEAR,))
+
+    def layout(self, host: nn.Module) -> TokenLayout:
+        """From the host's attributes."""
+        vit = cast(Any, host)
+        return TokenLayout(
+            width=vit.embed_dim,
+            num_prefix_tokens=vit.num_prefix_tokens,
+            class_token=vit.cls_token is not None,
+            num_patch_tokens=None if vit.dynamic_img_size else vit.patch_embed.num_patches,
+            num_classes=linear_outputs(vit.head),
+        )
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The blocks."""
@@ -69,39 +92,25 @@ class TimmViT(TimmNames):
 
     family = "timm VisionTransformer"
     host_classes = ("timm.models.vision_transformer.VisionTransformer",)
+    block_classes: ClassVar[tuple[str, ...]] = (
+        "timm.models.vision_transformer.Block",
+        POST_NORM_BLOCK,
+    )
     post_norm_block = POST_NORM_BLOCK
+    attention_classes = ("timm.layers.attention.Attention",)
+    read: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "scale", "q_norm", "k_norm")
+    arguments: ClassVar[tuple[str, ...]] = ("x", "attn_mask", "is_causal")
 
     def check(self, host: nn.Module) -> None:
-        """Blocks with a joint qkv projection, and no dropping of patches."""
-        vit = cast(Any, host)
-        refuse_dropped_patches(vit.patch_drop)
-        for index, block in enumerate(vit.blocks):
-            where = f"blocks[{index}]"
-            require_part(block, where, (BLOCK, POST_NORM_BLOCK), ("norm1", "attn"), ARGUMENTS)
-            require_part(block.attn, f"{where}.attn", (ATTENTION,), READ, ARGUMENTS)
-            require_part(block.attn.qkv, f"{where}.attn.qkv", (LINEAR,))
-            if block.attn.qkv.out_features != 3 * block.attn.attn_dim:
-                raise UnsupportedHostError(
-                    f"TokenMixup relies on `{where}.attn.qkv` giving queries, keys and values of "
-                    f"{block.attn.attn_dim} each, but it gives {block.attn.qkv.out_features}"
-                )
-
-    def layout(self, host: nn.Module) -> TokenLayout:
-        """From the host's attributes."""
-        vit = cast(Any, host)
-        return TokenLayout(
-            width=vit.embed_dim,
-            num_prefix_tokens=vit.num_prefix_tokens,
-            class_token=vit.has_class_token,
-            num_patch_tokens=None if vit.dynamic_img_size else vit.patch_embed.num_patches,
-            num_classes=linear_outputs(vit.head),
-        )
+        """timm's own blocks, and no dropping of patches."""
+        refuse_dropped_patches(host)
+        super().check(host)
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
         """From the first two thirds of `qkv`, with the query and key norms."""
-        _refuse_masks(args, kwargs)
+        refuse_masks(args, kwargs, attn_mask=1, is_causal=2)
         attention = cast(Any, layer).attn
         query, key = joint_query_key(
             self.normalise(layer, tokens),
@@ -132,7 +141,7 @@ class TimmViT(TimmNames):
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         """Remembered tokens follow the layer's own."""
-        _refuse_masks(args, kwargs)
+        refuse_masks(args, kwargs, attn_mask=1, is_causal=2)
         return super().with_memory(layer, remembered, args, kwargs)
 
     def logits(self, output: Any) -> Tensor:
@@ -146,8 +155,9 @@ class TimmViT(TimmNames):
         return output
 
 
-def refuse_dropped_patches(patch_drop: nn.Module | None) -> None:
-    """Raise `UnsupportedHostError` if timm drops patches in training."""
+def refuse_dropped_patches(host: nn.Module) -> None:
+    """Raise `UnsupportedHostError` if one of timm's hosts drops patches in training."""
+    patch_drop = cast(Any, host).patch_drop
     if patch_drop is not None and not isinstance(patch_drop, nn.Identity):
         raise UnsupportedHostError(
             "build the host with patch_drop_rate=0: it drops patches in training "
@@ -156,6 +166,8 @@ def refuse_dropped_patches(patch_drop: nn.Module | None) -> None:
         )
 
 
-def _refuse_masks(args: Args, kwargs: Kwargs) -> None:
-    for position, name in enumerate(ARGUMENTS[1:], start=1):
-        refuse(name, argument(position, name, args, kwargs))
+def joint_bias(attention: Any) -> Tensor | None:
+    """Bias of queries, keys and values where the attention keeps them apart, or None."""
+    if attention.q_bias is None:
+        return None
+    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))

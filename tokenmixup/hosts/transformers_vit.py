@@ -15,9 +15,8 @@ from tokenmixup.hosts.base import (
     Remembered,
     TokenLayout,
     UnsupportedHostError,
-    argument,
     linear_outputs,
-    refuse,
+    refuse_masks,
     require_part,
     split_heads,
 )
@@ -90,7 +89,7 @@ class TransformersViT(HostAdapter):
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
         """From the separate projections."""
-        refuse("attention_mask", argument(1, "attention_mask", args, kwargs))
+        refuse_masks(args, kwargs, attention_mask=1)
         attention = cast(Any, layer).attention
         tokens = self.normalise(layer, tokens)
         query = attention.q_proj(tokens[:, :1] if class_row else tokens)
@@ -102,7 +101,7 @@ class TransformersViT(HostAdapter):
         self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         """Remembered tokens follow the layer's own."""
-        refuse("attention_mask", argument(1, "attention_mask", args, kwargs))
+        refuse_masks(args, kwargs, attention_mask=1)
         return super().with_memory(layer, remembered, args, kwargs)
 
     def own_tokens(
