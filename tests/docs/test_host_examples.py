@@ -26,7 +26,10 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n.startswith("timm") else pytest.mark.slow) for n in EXAMPLES],
+)
 def test_example(name, offline, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

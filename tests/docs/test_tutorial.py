@@ -33,6 +33,7 @@ def printed(notebook: NotebookNode) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_it_runs_and_gives_the_committed_outputs(executed: NotebookNode) -> None:
     again = [cell for cell in executed.cells if cell.cell_type == "code"]
     for number, (committed, now) in enumerate(zip(CODE, again, strict=True), 1):

@@ -152,7 +152,9 @@ def ready(shared: Checkout) -> Checkout:
     return shared
 
 
-@pytest.mark.parametrize("tool", ["uv", "pip", "venv"])
+@pytest.mark.parametrize(
+    "tool", ["uv", *(pytest.param(tool, marks=pytest.mark.slow) for tool in ("pip", "venv"))]
+)
 def test_one_tool_suffices_and_a_second_call_does_nothing(checkout: Checkout, tool: str) -> None:
     if tool != "uv":
         (checkout.tools / "uv").unlink()
@@ -210,6 +212,7 @@ def test_a_wrong_environment_is_made_anew(
     assert ready.installed() == RIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "message"),
     [("9.0", "the installation stopped"), ("2.0", "torch, torchvision and timm do not load")],
@@ -255,6 +258,7 @@ def test_local_wheels_are_taken_where_there_is_no_index(checkout: Checkout, pack
     assert "torch-1.0+cpu" in checkout.installed()
 
 
+@pytest.mark.slow
 def test_two_calls_at_once_install_once(checkout: Checkout) -> None:
     running = [checkout.start() for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in running]

@@ -118,6 +118,7 @@ def test_evaluation_by_two_counts_every_image_once(runs, capsys):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
     config = write_config(tmp_path, data={"batch_size": 127})
     words = ("experiments.train", "--config", config, "--output", tmp_path / "run")

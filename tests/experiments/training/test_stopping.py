@@ -43,6 +43,7 @@ def test_a_time_limit_is_a_positive_number(tmp_path, capsys, text):
     assert f"--max-minutes: got '{text}'; allowed: a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_terminals_interrupt_reaches_all_processes_and_nothing_is_lost(tmp_path, capsys):
     """The whole group gets the signal, as after Ctrl-C: the training and its loader's processes."""
     sections = {"horizontal": HTM, "vertical": VTM, "schedule": {"epochs": 3}}

@@ -94,7 +94,7 @@ def test_what_a_scene_shows_is_what_a_training_step_would_do(tmp_path):
     np.testing.assert_allclose(scene.images, small / 255, atol=2 / 255)
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("pool", ["token", pytest.param("avg", marks=pytest.mark.slow)])
 def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, pool):
     kwargs = {**VIT["kwargs"], "global_pool": pool, "class_token": pool == "token"}
     path = write_config(

@@ -234,6 +234,7 @@ def test_a_folder_that_cannot_be_written(server, said, tmp_path):
         zoo_there.obtain(entry(server.offer("/unwritten", ranges(CONTENT))))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_no_file_under_the_name(server, tmp_path, weights):
     gate = threading.Event()
     url = server.offer("/kill", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))

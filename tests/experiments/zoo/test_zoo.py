@@ -38,6 +38,7 @@ def command(*words, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_came(server, tmp_path, weights):
     big = saved(1, numbers=500_000)
     url = server.offer("/disk", ranges(big))
@@ -60,6 +61,7 @@ def test_a_full_disk_keeps_what_came(server, tmp_path, weights):
     assert server.requests["/disk"][-1]["range"].startswith("bytes=")
 
 
+@pytest.mark.slow
 def test_two_downloads_of_one_file_at_once(server, tmp_path, weights):
     url = server.offer("/twice", slow(CONTENT))
     manifest = manifest_of(tmp_path, twice={"url": url})
