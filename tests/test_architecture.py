@@ -61,13 +61,25 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, at_run_time: bool = False) -> set[str]:
     """Full names of all imported modules, anywhere in the file.
 
     `from a import b` gives a.b if that is a module of this repository, else a.
+
+    Args:
+        path: a source file.
+        at_run_time: leave out what only type checkers import.
     """
+    for_types = [
+        n for n in nodes(path) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+    ]
+    left_out = (
+        {id(inner) for block in for_types for inner in ast.walk(block)} if at_run_time else set()
+    )
     found: set[str] = set()
     for node in nodes(path):
+        if id(node) in left_out:
+            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -173,6 +185,23 @@ def test_only_commands_can_be_started() -> None:
     for name, path in MODULES.items():
         if '__name__ == "__main__"' in path.read_text():
             assert is_command(module_name(path)), f"{name} can be started, but is no command"
+
+
+def test_no_cycle_of_imports() -> None:
+    graph = {
+        name: imports(path, at_run_time=True) & MODULES.keys() for name, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, "a cycle: " + " -> ".join([*way, name])
+        if name not in done:
+            for other in sorted(graph[name] - {name}):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
 
 
 def is_true(node: ast.Call, keyword: str) -> bool:

@@ -105,6 +105,11 @@ class TokenMixupModel(nn.Module):
             if self._handles and not torch.compiler.is_compiling():
                 self._session.mark_backward(None, logits)
             return logits
+        if not self._handles and (self.horizontal or self.vertical):
+            raise RuntimeError(
+                "detach() removed TokenMixup from this model: train the model that it returned, or "
+                "attach TokenMixup to that again"
+            )
         # torch marks what DataParallel makes in this way
         if not torch.compiler.is_compiling() and "_is_replica" in self.__dict__:
             raise RuntimeError(

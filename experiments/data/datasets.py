@@ -1,7 +1,10 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
 import re
+import socket
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +17,7 @@ from experiments.errors import ConfigError, DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
+_DOWNLOAD_TIMEOUT_SECONDS = 30
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -216,12 +220,13 @@ def _open_split(config: DataConfig, split: str) -> Images:
     from timm.data import create_dataset
 
     try:
-        try:
-            dataset = create_dataset(config.dataset, root=str(root), split=split)
-        except RuntimeError:
-            if not download:
-                raise
-            dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+        with _network_timeout():
+            try:
+                dataset = create_dataset(config.dataset, root=str(root), split=split)
+            except RuntimeError:
+                if not download:
+                    raise
+                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
     except AssertionError as error:
         raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
     except ImportError as error:
@@ -306,3 +311,14 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """End a stalled download, for which torchvision sets no time limit, with an error."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

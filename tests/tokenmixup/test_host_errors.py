@@ -144,6 +144,18 @@ def test_another_class_in_a_place_of_the_host():
         attach(host)
 
 
+def test_an_attention_that_is_set_up_otherwise():
+    host = BY_NAME["torchvision"].build()
+    for layer in host.encoder.layers:
+        layer.self_attention.batch_first = False
+    with pytest.raises(UnsupportedHostError, match=r"self_attention.batch_first` being True"):
+        attach(host)
+    host = BY_NAME["vit"].build()
+    host.blocks[1].attn.qkv = nn.Linear(32, 3 * 32 + 1)
+    with pytest.raises(UnsupportedHostError, match=r"`blocks\[1\].attn.qkv` giving queries"):
+        attach(host)
+
+
 def test_a_host_that_leaves_a_layer_out():
     case = BY_NAME["vit"]
     host = case.build()

@@ -192,6 +192,13 @@ def test_logits_of_an_evaluation_can_be_saved(tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits)
 
 
+def test_what_detach_has_left_is_not_trained():
+    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
+    model.detach()
+    with pytest.raises(RuntimeError, match=r"detach\(\) removed TokenMixup"):
+        model(*batch())
+
+
 def test_a_model_inside_itself_is_told():
     host = vit()
     model = attach(host, vertical=VTM).train()

@@ -98,13 +98,20 @@ class TimmViT(TimmNames):
     )
     post_norm_block = POST_NORM_BLOCK
     attention_classes = ("timm.layers.attention.Attention",)
-    read: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "scale", "q_norm", "k_norm")
+    read: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "attn_dim", "scale", "q_norm", "k_norm")
     arguments: ClassVar[tuple[str, ...]] = ("x", "attn_mask", "is_causal")
 
     def check(self, host: nn.Module) -> None:
-        """timm's own blocks, and no dropping of patches."""
+        """timm's own blocks, qkv of whole heads, and no dropping of patches."""
         refuse_dropped_patches(host)
         super().check(host)
+        for index, block in enumerate(cast(Any, host).blocks):
+            width, outputs = block.attn.attn_dim, block.attn.qkv.out_features
+            if outputs != 3 * width:
+                raise UnsupportedHostError(
+                    f"TokenMixup relies on `blocks[{index}].attn.qkv` giving queries, keys and "
+                    f"values of {width} each, but it gives {outputs}"
+                )
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool

@@ -15,6 +15,7 @@ from tokenmixup.hosts.base import (
     Kwargs,
     Remembered,
     TokenLayout,
+    UnsupportedHostError,
     joint_query_key,
     linear_outputs,
     require_part,
@@ -22,7 +23,10 @@ from tokenmixup.hosts.base import (
 
 LAYER = "torchvision.models.vision_transformer.EncoderBlock"
 ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
-READ = ("in_proj_weight", "in_proj_bias", "num_heads", "head_dim")
+READ = (
+    *("in_proj_weight", "in_proj_bias", "num_heads", "head_dim"),
+    *("batch_first", "bias_k", "add_zero_attn", "q_proj_weight"),
+)
 """Attributes of the attention."""
 
 
@@ -33,12 +37,22 @@ class TorchvisionViT(HostAdapter):
     host_classes = ("torchvision.models.vision_transformer.VisionTransformer",)
 
     def check(self, host: nn.Module) -> None:
-        """torchvision's own layers, with torch's multi-head attention."""
+        """torchvision's own layers, with plain multi-head attention, batch first."""
         for index, layer in enumerate(cast(Any, host).encoder.layers):
             where = f"encoder.layers[{index}]"
             require_part(layer, where, (LAYER,), ("ln_1", "self_attention"), ("input",))
             attention, where = layer.self_attention, f"{where}.self_attention"
             require_part(attention, where, (ATTENTION,), READ)
+            for name, value, expected in (
+                ("batch_first", attention.batch_first, True),
+                ("bias_k", attention.bias_k, None),
+                ("add_zero_attn", attention.add_zero_attn, False),
+                ("q_proj_weight", attention.q_proj_weight, None),
+            ):
+                if value is not expected:
+                    raise UnsupportedHostError(
+                        f"TokenMixup relies on `{where}.{name}` being {expected}, but it is {value}"
+                    )
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The encoder's layers."""
