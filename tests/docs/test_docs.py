@@ -102,10 +102,11 @@ def is_of_the_model(name: str) -> bool:
     return name in described or hasattr(tokenmixup.TokenMixupModel, name)
 
 
-# Other programs' options are theirs.
+# Other programs' options are theirs; records keep commands with options that are gone.
 FOREIGN = (
     r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
     r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
+    r"|benchmarks\.faults --parts"
 )
 
 
@@ -115,6 +116,7 @@ def known_options() -> set[str]:
         text = path.read_text(encoding="utf-8")
         found.update(re.findall(r'"([\w-]+)": (?:cli\.)?Option\(', text))
         found.update(re.findall(r'add_argument\(\s*"--([\w-]+)"', text))
+        found.update(re.findall(r"^  --([\w-]+) ", text, re.MULTILINE))  # a usage text
     for path in (ROOT / "run").glob("*.sh"):
         found.update(re.findall(r"(?<=[ (])--([a-z-]+)(?=\)| \])", path.read_text()))
     return found
