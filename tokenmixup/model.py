@@ -84,6 +84,7 @@ class TokenMixupModel(nn.Module):
         shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
         layers = adapter.layers(backbone)
         self._handles = install_hooks(layers, shared, self.scorenets)
+        self._is_attached = bool(self._handles)  # torch.compile cannot look at the handles
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -102,10 +103,10 @@ class TokenMixupModel(nn.Module):
                     "model.train() before a training step, or model(images) to evaluate"
                 )
             logits = self.adapter.logits(self.backbone(images))
-            if self._handles and not torch.compiler.is_compiling():
+            if self._is_attached and not torch.compiler.is_compiling():
                 self._session.mark_backward(None, logits)
             return logits
-        if not self._handles and (self.horizontal or self.vertical):
+        if not self._is_attached and (self.horizontal or self.vertical):
             raise RuntimeError(
                 "detach() removed TokenMixup from this model: train the model that it returned, or "
                 "attach TokenMixup to that again"
@@ -177,6 +178,7 @@ class TokenMixupModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._is_attached = False
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:

@@ -112,8 +112,9 @@ def check_evaluation(case, backend):
 
 
 @some_hosts("vit", "cct")
-def test_training_compiles_to_one_graph(case):
+def test_training_and_evaluation_compile_to_one_graph(case):
     check(case, "aot_eager")
+    check_evaluation(case, "aot_eager")
 
 
 @pytest.mark.slow
