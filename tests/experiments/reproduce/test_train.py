@@ -270,7 +270,7 @@ def test_a_signal_reaches_all_processes_and_all_resumes(tmp_path, words, number,
     again = started(given, **environment)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, out + err
-    assert "going on after step" in (folder / "log.txt").read_text()
+    assert "resuming after step" in (folder / "log.txt").read_text()
     seeds = training_of(tmp_path)["seeds"]
     assert [(entry["seed"], entry["epochs"]) for entry in seeds] == [(1, 40), (2, 40)]
     assert seeds[1]["command"].startswith("NPROC=2 python" if processes == 2 else "python")
