@@ -48,7 +48,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove the temporary files that crashes left in a folder to which nobody writes now."""
+    """Remove the temporary files that crashes left in a folder that has no writer now."""
     for path in folder.glob(f".*{_TEMPORARY}"):
         path.unlink(missing_ok=True)
 

@@ -101,7 +101,7 @@ class GreedyPartners(Rules):
     """The largest gain of all first, then the largest of the remaining rows and columns."""
 
     def partners(self, gain: Tensor) -> Tensor:
-        """(B,) int64; rows without any gain get the columns that nobody took."""
+        """(B,) int64; rows without any gain get the columns that are left."""
         values = gain.detach().cpu().numpy()
         found = np.full(len(values), -1, dtype=np.int64)
         taken = np.zeros(len(values), dtype=bool)

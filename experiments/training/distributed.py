@@ -86,7 +86,7 @@ class Agreement:
     """Whether any process wants something: the same answer in all of them.
 
     Each call of `ask` returns the answer to the call before it, which travels while the processes
-    compute, so that nobody waits. A single process gets its answer at once.
+    compute, so that no process waits. A single process gets its answer at once.
     """
 
     def __init__(self, world: World) -> None:
@@ -167,7 +167,7 @@ def _fresh_store(rank: int, size: int, timeout: timedelta) -> Any:
     used (pytorch issue 135712). Stale entries there, such as ports, make the new processes wait for
     dead ones until the timeout. torchrun has no name for a start that is the same on all machines,
     so the main process draws one and sends it to each process in answer to a word of its own.
-    Messages from dead processes are answered too; nobody reads those answers.
+    Messages from dead processes are acknowledged and dropped.
 
     Raises:
         RuntimeError: one of torch's (`DistError`): some did not come in time.

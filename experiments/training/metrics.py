@@ -291,7 +291,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise DataError(
                     f"{path}, line {number}: is not JSON, so the file was damaged or edited; the "
-                    "rows after it cannot be trusted: set it aside to go on without them"
+                    "rows after it cannot be trusted: set it aside to continue without them"
                 ) from None
     return rows
 
