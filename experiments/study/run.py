@@ -216,7 +216,10 @@ class Runner:
             environment.setdefault("PET_SIGNALS_TO_HANDLE", _STOP_SIGNALS)
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             torchrun += ["--nproc-per-node", str(self.processes)]
-            words = [*torchrun, "--max-restarts", environment.get("MAX_RESTARTS", "3"), *words]
+            torchrun += ["--max-restarts", environment.get("MAX_RESTARTS", "3")]
+            assert words[0] == "-m"
+            # after "--" torchrun does not take the training's --run for one of its own options
+            words = [*torchrun, "-m", "--", *words[1:]]
         training.folder.mkdir(parents=True, exist_ok=True)
         with training.log.open("ab") as log:
             return subprocess.Popen(
