@@ -51,7 +51,7 @@ FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|toke
 
 def missing_files(code: str) -> set[str]:
     names = re.findall(rf"(?<![\w./…-])({FILES}/[\w./-]*\.(?:py|sh|yaml|md|jsonl|ipynb))\b", code)
-    # capitals are a placeholder: configs/NAME.yaml
+    # capitals stand for any name: configs/NAME.yaml
     return {
         name
         for name in names
