@@ -101,6 +101,12 @@ def _advice(host: nn.Module) -> str:
     )
 
 
+def families_of(library: str) -> list[str]:
+    """The families of hosts that come from a library, such as ``timm``."""
+    prefix = f"{library}."
+    return [a.family for a in _adapters if any(c.startswith(prefix) for c in a.host_classes)]
+
+
 def _is_supported(module: nn.Module) -> bool:
     taken = {name for adapter in _adapters for name in adapter.host_classes}
     return any(class_name(base) in taken for base in type(module).__mro__)
