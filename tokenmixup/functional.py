@@ -12,8 +12,9 @@ difficulty and relabelling are computed in float32. Equations are those of Choi,
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ def query_key_saliency(
 
     The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
     is computed, without one the map of one head and a few samples at a time. Fused attention can
-    thus stay on in the layer itself.
+    thus stay on in the layer itself. Scores are computed in float32, also where autocast is on:
+    rounding a score of 100 to bfloat16 may change its probability by a quarter.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -117,24 +119,42 @@ def query_key_saliency(
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
     dtype = _wide(query)
-    if _reads_class_token(num_prefix_tokens, class_token):
-        scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias[:, :, :1]
-        return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
-    samples, heads, tokens = key.shape[:3]
-    at_once = _rows_at_once(key, query.shape[2] * tokens)
-    parts = []
-    for first in range(0, max(1, samples), at_once):
-        part = slice(first, first + at_once)
-        columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
-        for head in range(heads):
-            scores = (query[part, head] * scale) @ key[part, head].transpose(-2, -1)
-            if bias is not None:
-                scores = scores + (bias if len(bias) == 1 else bias[part])[:, head]
-            columns = columns + scores.softmax(-1, dtype=dtype).mean(1)
-        parts.append(columns / heads)
-    return torch.cat(parts)[:, num_prefix_tokens:]
+    with _without_autocast(query.device.type):
+        if _reads_class_token(num_prefix_tokens, class_token):
+            bias = None if bias is None else bias[:, :, :1]
+            scores = _scores(query[:, :, :1], key, scale, bias)
+            return scores.softmax(-1)[:, :, 0, num_prefix_tokens:].mean(1)
+        samples, heads, tokens = key.shape[:3]
+        at_once = _rows_at_once(key, query.shape[2] * tokens)
+        parts = []
+        for first in range(0, max(1, samples), at_once):
+            part = slice(first, first + at_once)
+            of_part = bias if bias is None or len(bias) == 1 else bias[part]
+            columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
+            for head in range(heads):
+                of_head = None if of_part is None else of_part[:, head]
+                scores = _scores(query[part, head], key[part, head], scale, of_head)
+                columns = columns + scores.softmax(-1).mean(1)
+            parts.append(columns / heads)
+        return torch.cat(parts)[:, num_prefix_tokens:]
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """``scale * Q K^T + bias`` in float32 or wider.
+
+    The scale comes last: half-precision numbers are exact in TF32, which tensor cores multiply
+    where torch is allowed to use it, but their scaled values need not be.
+    """
+    dtype = _wide(query)
+    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
+    return scores if bias is None else scores + bias
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operations keep the type of their tensors inside, on any type of device."""
+    if not torch.amp.is_autocast_available(device_type):  # torch.autocast refuses such a device
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -117,6 +117,20 @@ def test_training_and_evaluation_compile_to_one_graph(case):
     check_evaluation(case, "aot_eager")
 
 
+@some_hosts("vit", "cct")
+def test_under_autocast_one_graph_has_the_same_saliency(case):
+    """Compiled code switches autocast off for the scores as eager code does."""
+    model = build(case, vertical=None)
+    images, targets = batch(case)
+
+    def greatest_difference(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(images, targets).stats["htm/layer1/saliency_difference_max"]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(greatest_difference(compiled), greatest_difference(model))
+
+
 @pytest.mark.slow
 @every_host
 def test_every_host_compiles_to_one_graph(case):

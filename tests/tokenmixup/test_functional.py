@@ -292,3 +292,11 @@ def test_each_part_gets_its_own_bias(monkeypatch, shared):
     monkeypatch.setattr(functional, "_CPU_CHUNK", 3 * 25)
     found = functional.query_key_saliency(query, key, 0.3, class_token=False, bias=bias)
     torch.testing.assert_close(found.double(), of_whole_map(query, key, bias), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_saliency_on_a_device_without_autocast(class_token):
+    """Shapes alone, as tools that count operations want them."""
+    query, key = torch.empty(2, 3, 2, 5, 8, dtype=torch.bfloat16, device="meta")
+    found = functional.query_key_saliency(query, key, 0.3, class_token=class_token)
+    assert found.shape == (3, 5) and found.dtype == torch.float32
