@@ -6,8 +6,8 @@ targets; Vertical TokenMixup: the salient tokens that a layer remembers.
 Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class token, registers),
 T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
 
-Every function accepts any floating dtype on any device and keeps no state. Half-precision saliency,
-difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
+Every function accepts any floating dtype on any device and keeps no state. Of half-precision
+tensors, and under autocast, saliency, difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
 "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
 """
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
+from tokenmixup._targets import are_distributions, check_soft_targets
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
@@ -288,14 +289,17 @@ def decide_mixing(
         rho: smallest saliency difference that replaces a token.
         partners: chooses the partners by the gains, in place of :func:`assign_partners`.
         mask: chooses the tokens, in place of :func:`mixing_mask`.
+
+    Raises:
+        ValueError: shapes do not fit, rho is negative, or (by :func:`assign_partners`) saliency is
+            not finite, or a row of targets is negative or does not sum to 1.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    gain = _gain(saliency, saliency, rho) * easy.unsqueeze(1)
-    # 0 * x is nan where x is not finite: the solver, which has to read the gains anyway, finds bad
-    # targets without another device synchronisation.
-    gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
-    partner = partners(gain)
+    # The solver, which has to read the gains anyway, finds bad targets by the nan that they make,
+    # without another device synchronisation.
+    factor = torch.where(are_distributions(targets), easy, float("nan"))
+    partner = partners(_gain(saliency, saliency, rho) * factor.unsqueeze(1))
     taken = mask(saliency, partner, easy, rho)
     own = torch.arange(len(partner), device=partner.device)
     return MixingDecision(torch.where(taken.any(1), partner, own), taken)
@@ -353,16 +357,11 @@ def horizontal_mixup(
         :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
 
     Raises:
-        ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
+        ValueError: shapes do not fit, rho is negative, saliency is not finite, or a row of targets
+            is negative or does not sum to 1.
     """
     _check_tokens(tokens, saliency, num_prefix_tokens)
-    if targets.dim() != 2 or targets.shape[0] != tokens.shape[0]:
-        raise ValueError(
-            f"targets must be (B, C) with B = {tokens.shape[0]} as tokens have, "
-            f"got shape {tuple(targets.shape)}"
-        )
-    if not targets.is_floating_point():
-        raise ValueError(f"targets must be soft (floating point), got {targets.dtype}")
+    check_soft_targets(targets, tokens.shape[0], None)
     decision = decide_mixing(saliency, targets, easy, rho)
     return HorizontalMixup(
         mix_tokens(tokens, decision, num_prefix_tokens),

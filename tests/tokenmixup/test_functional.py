@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers import oracle
 from tests.helpers.cases import DTYPES, TOLERANCE, Case, array, cases, same_bits, soft_targets
 from tokenmixup import functional
+from tokenmixup._targets import are_distributions
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -300,3 +301,43 @@ def test_saliency_on_a_device_without_autocast(class_token):
     query, key = torch.empty(2, 3, 2, 5, 8, dtype=torch.bfloat16, device="meta")
     found = functional.query_key_saliency(query, key, 0.3, class_token=class_token)
     assert found.shape == (3, 5) and found.dtype == torch.float32
+
+
+BAD_ROWS = {
+    "nan": [float("nan"), 0, 0],
+    "infinite": [float("inf"), 0, 0],
+    "zeros": [0, 0, 0],
+    "twice": [1, 0, 1],
+    "negative": [0.8, 0.4, -0.2],
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("easy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_targets_that_are_no_distribution_are_found_in_the_gains(row, easy, dtype):
+    """What every device does: `decide_mixing` itself looks at no value, the solver does."""
+    saliency = torch.rand(4, 6, dtype=torch.promote_types(dtype, torch.float32)).softmax(1)
+    targets = torch.eye(3, dtype=dtype)[[0, 1, 2, 0]]
+    targets[2] = torch.tensor(row, dtype=dtype)
+    easy = torch.full((4,), easy)
+    seen = []
+    functional.decide_mixing(
+        saliency, targets, easy, 0.0, partners=lambda gain: seen.append(gain) or torch.arange(4)
+    )
+    assert seen[0].isfinite().all(1).tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match=r"gain\[2, 0\] is nan: .*targets are no distribution"):
+        functional.decide_mixing(saliency, targets, easy, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 100, 21_843])
+def test_smoothed_and_mixed_targets_are_distributions(dtype, classes):
+    """Label smoothing and Mixup carried out in the targets' type; and a softmax."""
+    soft = (torch.randn(20, classes) * 3).softmax(1).to(dtype)
+    labels = torch.randint(classes, (20,))
+    smooth = torch.full((20, classes), 0.1 / classes, dtype=dtype)
+    smooth[torch.arange(20), labels] += 0.9
+    for targets in (soft, smooth, 0.3 * smooth + 0.7 * smooth.flip(0), 0.37 * soft + 0.63 * smooth):
+        assert targets.dtype == dtype
+        assert are_distributions(targets).all()
