@@ -7,8 +7,9 @@ Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class t
 T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
 
 Every function accepts any floating dtype on any device and keeps no state. Of half-precision
-tensors, and under autocast, saliency, difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
-"TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
+tensors, and under autocast, saliency, difficulty and relabelling are computed in float32.
+Equations are those of Choi, Choi and Kim, "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols
+as in ``docs/paper_map.md``.
 """
 
 from collections.abc import Callable
