@@ -73,6 +73,28 @@ def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
     np.testing.assert_allclose(array(difficulty), expected, rtol=TOLERANCE[dtype], atol=slack)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_least_difficulty_is_that_of_the_best_logits(dtype):
+    """Known for smoothing 0.1 and for one class; otherwise found by descent over the logits."""
+    smoothed = torch.full((1000,), 0.1 / 1000, dtype=torch.float64)
+    smoothed[3] += 0.9
+    known = torch.stack((smoothed, torch.eye(1000, dtype=torch.float64)[7])).to(dtype)
+    tolerance = TOLERANCE[dtype] / 10
+    least = functional.least_difficulty(known)
+    assert least.dtype == torch.promote_types(dtype, torch.float32)
+    np.testing.assert_allclose(array(least), [0.1015, 0], atol=5e-5 + tolerance)
+
+    targets = torch.tensor(soft_targets(np.random.default_rng(0), 6, 4)).clamp_min(0).to(dtype)
+    logits = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+    for _ in range(2000):
+        difficulty = functional.soft_cross_entropy(logits, targets) / 10
+        (gradient,) = torch.autograd.grad(difficulty.sum(), logits)
+        logits.data.sub_(20 * gradient)
+    least = array(functional.least_difficulty(targets))
+    assert (least <= array(difficulty) + tolerance).all()
+    np.testing.assert_allclose(least, array(difficulty), atol=1e-4 + tolerance)
+
+
 @given(cases())
 @settings(max_examples=60)
 def test_saliency_gain_matches_oracle(case):
