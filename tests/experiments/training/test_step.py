@@ -162,6 +162,22 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(divided.model.state_dict()[name], value)
 
 
+def test_each_part_of_each_step_draws_its_own_numbers(tmp_path):
+    """Dropout, as Mixup, depends on (seed, step, part), whichever process computes the part."""
+    config = small_config(tmp_path, data={"batch_size": 8, "micro_batch": 2})
+
+    def drawn(step, seed=0, division=Division(2, 0, 4)):
+        learner = learner_of(dataclasses.replace(config, seed=seed))
+        learner.division = division
+        images, labels = batch(division.count * division.micro_batch)
+        parts = learner.micro_batches(images, labels, Progress(step=step))
+        return [torch.rand(()).item() for _ in parts]
+
+    first, second, other_seed = drawn(0), drawn(1), drawn(0, seed=1)
+    assert len({*first, *second, *other_seed}) == 12
+    assert drawn(1) == second and drawn(1, division=Division(2, 2, 2)) == second[2:]
+
+
 def test_parts_of_a_batch_are_mixed_like_batches_of_their_own(tmp_path):
     mixup = MixupConfig(mixup_alpha=0.8, cutmix_alpha=1.0)
     images, labels = batch()
