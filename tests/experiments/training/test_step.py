@@ -166,16 +166,16 @@ def test_each_part_of_each_step_draws_its_own_numbers(tmp_path):
     """Dropout, as Mixup, depends on (seed, step, part), whichever process computes the part."""
     config = small_config(tmp_path, data={"batch_size": 8, "micro_batch": 2})
 
-    def drawn(step, seed=0, division=Division(2, 0, 4)):
+    def drawn(step, seed=0, first=0, count=4):
         learner = learner_of(dataclasses.replace(config, seed=seed))
-        learner.division = division
-        images, labels = batch(division.count * division.micro_batch)
+        learner.division = Division(2, first, count)
+        images, labels = batch(2 * count)
         parts = learner.micro_batches(images, labels, Progress(step=step))
         return [torch.rand(()).item() for _ in parts]
 
     first, second, other_seed = drawn(0), drawn(1), drawn(0, seed=1)
     assert len({*first, *second, *other_seed}) == 12
-    assert drawn(1) == second and drawn(1, division=Division(2, 2, 2)) == second[2:]
+    assert drawn(1) == second and drawn(1, first=2, count=2) == second[2:]
 
 
 def test_parts_of_a_batch_are_mixed_like_batches_of_their_own(tmp_path):
