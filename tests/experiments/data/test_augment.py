@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.mixup import Mixup
 
 from experiments.config import DataConfig, MixupConfig, load_config
 from experiments.data.augment import (
@@ -12,8 +13,10 @@ from experiments.data.augment import (
     eval_transform,
     least_difficulty,
     refuse_unreachable_tau,
+    train_transform,
 )
 from experiments.errors import ConfigError
+from experiments.seeding import derive_seed, seeded
 from tests.helpers.runs_helper import HTM, ROOT, small_config
 from tokenmixup.functional import sample_difficulty
 
@@ -24,6 +27,43 @@ def test_evaluation_transform_normalises_the_image():
     expected = (np.asarray(image).transpose(2, 0, 1) / 255 - 0.5) / 0.25
     actual = eval_transform(config, 32)(image).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_every_setting_reaches_its_transform():
+    crop = {"scale": (0.3, 0.6), "ratio": (0.8, 1.2), "train_interpolation": "bilinear"}
+    flips = {"hflip": 0.3, "vflip": 0.2}
+    erasing = {"re_prob": 0.4, "re_mode": "const", "re_count": 3}
+    colours = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "color_jitter": 0.25}
+    transform = train_transform(DataConfig(**crop, **flips, **erasing, **colours), 24)
+    by_name = {type(step).__name__: step for step in transform.transforms}
+    cropping = by_name["RandomResizedCropAndInterpolation"]
+    assert (cropping.size, cropping.scale, cropping.ratio) == ((24, 24), (0.3, 0.6), (0.8, 1.2))
+    assert str(cropping.interpolation).lower().endswith("bilinear")
+    assert by_name["RandomHorizontalFlip"].p == 0.3 and by_name["RandomVerticalFlip"].p == 0.2
+    assert by_name["ColorJitter"].brightness == (0.75, 1.25)
+    normalising, blotting = by_name["Normalize"], by_name["RandomErasing"]
+    assert normalising.mean.tolist() == pytest.approx((0.1, 0.2, 0.3))
+    assert normalising.std.tolist() == pytest.approx((0.4, 0.5, 0.6))
+    assert (blotting.probability, blotting.max_count) == (0.4, 3)
+    assert not blotting.rand_color and not blotting.per_pixel
+    policy = train_transform(DataConfig(auto_augment="rand-m5-n3", color_jitter=0.0), 24)
+    names = {type(step).__name__ for step in policy.transforms}
+    assert "RandAugment" in names and "ColorJitter" not in names
+    evaluation = eval_transform(DataConfig(crop_pct=0.5, interpolation="bilinear"), 24)
+    resize = evaluation.transforms[0]
+    assert resize.size == 48 and resize.interpolation.value == "bilinear"
+
+
+def test_every_setting_reaches_mixup():
+    settings = {"mixup_alpha": 0.3, "cutmix_alpha": 0.7, "prob": 0.6, "switch_prob": 0.3}
+    settings |= {"mode": "elem", "label_smoothing": 0.2}
+    ours, reference = BatchMixer(MixupConfig(**settings), 6, 7), Mixup(num_classes=6, **settings)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 6
+    for epoch, step in ((0, 0), (0, 1), (1, 0), (5, 9)):
+        found = ours(images.clone(), labels, epoch, step, 2)
+        with seeded(derive_seed(7, "mixup", epoch, step, 2)):
+            wanted = reference(images.clone(), labels)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 def test_mixup_is_a_function_of_the_step():
