@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
             "config": command.config_file,
             "checkpoint": checkpoint,
             "kind": loaded.kind,
+            "notes": loaded.notes,
             "device": world.device.type,
             "precision": config.eval_precision,
             "top1": result.top1,
@@ -50,10 +51,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(facts))
         return
     print(f"{checkpoint} ({loaded.kind})")
-    if loaded.left_out:
-        print(f"not in the file, left as initialised: {', '.join(loaded.left_out)}")
-    if loaded.unused:
-        print(f"in the file, not used by the model: {', '.join(loaded.unused)}")
+    for note in loaded.notes:
+        print(note)
     print(
         f"top-1 {result.top1:.2f}%  top-5 {result.top5:.2f}%  loss {result.loss:.4f}  "
         f"{result.images} images in {seconds:.1f} s"

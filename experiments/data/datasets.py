@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from experiments.errors import ConfigError, DataError, MissingData
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -132,9 +134,9 @@ class TimmImages:
 
     def describe(self, index: int) -> str:
         """The image's file, where the data set has files."""
-        if self._reader is None:
-            return f"image {index}"
-        return str(self._reader.filename(index, absolute=True))
+        # a Hugging Face data set may hold the images themselves, without a file's name
+        file = self._reader.filename(index, absolute=True) if self._reader else None
+        return f"image {index}" if file is None else str(file)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -269,8 +271,8 @@ def _open_split(config: DataConfig, split: str) -> Images:
             "file)"
         )
     root = Path(config.root)
-    if not prefix and (root / f"{split}.tar").is_file():
-        root = root / f"{split}.tar"  # timm reads a tar file, but knows no splits of one
+    if not prefix and root.is_dir():
+        root = _place_of_split(config, split)
     download = config.download and prefix == "torch"
     if not root.exists() and not download and prefix != "hfds":
         raise MissingData(_missing(config, split, "the folder does not exist"))
@@ -285,14 +287,18 @@ def _open_split(config: DataConfig, split: str) -> Images:
         return _tar_images(root)
     from timm.data import create_dataset
 
+    # in the folder of a split, timm would take a class named "train" for another split
+    create = partial(
+        create_dataset, config.dataset, root=str(root), split=split, search_split=bool(prefix)
+    )
     try:
         with _network_timeout():
             try:
-                dataset = create_dataset(config.dataset, root=str(root), split=split)
+                dataset = create()
             except RuntimeError:
                 if not download:
                     raise
-                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+                dataset = create(download=True)
     except AssertionError as error:
         raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
     except ImportError as error:
@@ -303,6 +309,27 @@ def _open_split(config: DataConfig, split: str) -> Images:
     if len(dataset) == 0:
         raise MissingData(_missing(config, split, "it holds no images"))
     return TimmImages(dataset)
+
+
+def _place_of_split(config: DataConfig, split: str) -> Path:
+    """The folder or tar file of a split, under its own name or a synonym.
+
+    A folder without any split is itself the place of each.
+
+    Raises:
+        DataError: there are other splits, but not this one.
+    """
+    root = Path(config.root)
+    names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
+    for path in (root / f"{name}{ending}" for name in names for ending in (".tar", "")):
+        if path.exists():
+            return path
+    known = [name for group in _SYNONYMS for name in group]
+    others = [path.name for path in sorted(root.iterdir()) if path.stem in known]
+    if others:
+        found = ", ".join(others)
+        raise DataError(_missing(config, split, f"there is {found}, but not this split"))
+    return root
 
 
 def _tar_images(path: Path) -> TimmImages:
@@ -373,6 +400,8 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
     advice = "set data.root to the folder that holds it"
     if config.dataset.lower().startswith("torch/"):
         advice += ", or let data.download fetch it on a machine with a network"
+    elif config.dataset.lower().startswith("hfds/"):
+        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
     elif "/" not in config.dataset:
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"

@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import torch
 
-import tokenmixup
+from experiments import provenance
 from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
 from experiments.config import RunConfig, as_plain, yaml_text
 from experiments.data.loading import TrainBatches
@@ -203,7 +203,7 @@ def captured(
         "data": _data_facts(batches),
         "processes": processes,
         "config": as_plain(learner.config),
-        "versions": {"torch": str(torch.__version__), "tokenmixup": tokenmixup.__version__},
+        "versions": _versions(),
     }
 
 
@@ -217,7 +217,7 @@ def restore(
 ) -> Progress:
     """Put the state of a checkpoint into the parts of a run; gives how far it had come.
 
-    Keys of the config in `allow_changed` may differ; `warn` is told what does.
+    Keys of the config in `allow_changed` may differ; `warn` is told what does, and which versions.
 
     Raises:
         ConfigError: it is of another experiment.
@@ -228,6 +228,8 @@ def restore(
         now = as_plain(learner.config)
         for text in refuse_changed_config(path, content["config"], now, allow_changed):
             warn(f"resuming with another config: {text}")
+        if text := _changed_versions(content["versions"]):
+            warn(f"resuming with other versions: {text}; results may differ from here on")
         if content["data"] != _data_facts(batches):
             before, after = (_listed(facts) for facts in (content["data"], _data_facts(batches)))
             raise ConfigError(
@@ -248,6 +250,18 @@ def restore(
         raise CheckpointError(
             f"{path}: does not hold the state of this run's model and optimiser: {reason[:300]}"
         ) from None
+
+
+def _versions() -> dict[str, str]:
+    # torch's own version names its build, as cpu or cu128, which the package's may lack
+    return {**provenance.versions(), "torch": str(torch.__version__)}
+
+
+def _changed_versions(saved: dict[str, str]) -> str:
+    """The packages whose versions differ; older checkpoints list fewer, and tell of those alone."""
+    now = _versions()
+    texts = {name: (before, now.get(name, "not installed")) for name, before in saved.items()}
+    return ", ".join(f"{name} {b} there, {n} now" for name, (b, n) in texts.items() if b != n)
 
 
 def _restore_optimizer(

@@ -335,11 +335,7 @@ class Run:
     def _start_from(self, path: str) -> None:
         loaded = load_weights(self.learner.model, path, self.config.model.new_head)
         line = f"{self.folder.path}: starts from {path} ({loaded.kind})"
-        if loaded.left_out:
-            line += f"; as initialised: {', '.join(loaded.left_out)}"
-        if loaded.resized:
-            line += "; position embedding resized"
-        self._say(line)
+        self._say("; ".join([line, *loaded.notes]))
 
     def _say_headline(self) -> None:
         schedule, step = self.config.schedule, self.progress.step

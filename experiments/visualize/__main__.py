@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
     if not world.is_main:
         return
     print(scene.about)
-    if scene.left_out:
-        print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
+    for note in scene.weight_notes:
+        print(note)
     with _written_to(out):
         written = write_scene(scene, out)
     print("figures:", *written, sep="\n  ")  # before the animation, which may fail

@@ -77,6 +77,20 @@ def test_the_command_line_goes_before_the_environment(tmp_path, script):
     assert not set(options) & set(words_of(tmp_path, script, DATA="", WEIGHTS=""))
 
 
+def test_a_missing_checkpoint_is_named_with_the_command_that_fetches_it(tmp_path):
+    done = subprocess.run(
+        ["sh", "run/eval_cct_7-3x1_cifar10_HTM.sh", "--device", "cpu"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    command = f"python -m experiments.zoo download cct_cifar10_htm --weights {tmp_path}"
+    assert done.stderr.endswith(f"No such file or directory; fetch it: {command}\n")
+
+
 @pytest.mark.slow
 def test_two_processes_on_one_machine(tmp_path):
     text = finish(start(tmp_path / "run", NPROC="2"))

@@ -68,6 +68,52 @@ def test_a_folder_of_images(tmp_path, folder_of_images):
         stated_num_classes(wrong, images)
 
 
+def test_a_split_is_never_taken_from_another(tmp_path, folder_of_images):
+    config = DataConfig(dataset="", root=str(folder_of_images))
+    shutil.rmtree(folder_of_images / "validation")
+    with pytest.raises(DataError, match=r"split validation: .* there is train, but not this"):
+        open_images(config, "validation")
+    # a folder without splits is itself the place of each
+    inner = DataConfig(dataset="", root=str(folder_of_images / "train"))
+    assert len(open_images(inner, "validation")) == 6
+    (folder_of_images / "train" / "dog").rename(folder_of_images / "train" / "train")
+    images = open_images(config, "train")
+    assert len(images) == 6 and images.class_names == ("cat", "train")
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_a_local_hugging_face_data_set(tmp_path, folder_of_images, form):
+    """Images in files, and images inside the table, which have no file's name."""
+    import datasets
+    from pyarrow import Table, parquet
+
+    place = folder_of_images
+    if form == "parquet":
+        place = tmp_path / "tables"
+        place.mkdir()
+        classes = datasets.ClassLabel(names=["cat", "dog"])
+        schema = datasets.Features(image=datasets.Image(), label=classes).arrow_schema
+        for split in ("train", "validation"):
+            files = sorted((folder_of_images / split).rglob("*.png"))
+            images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+            labels = [classes.str2int(file.parent.name) for file in files]
+            table = Table.from_pydict({"image": images, "label": labels}, schema=schema)
+            parquet.write_table(table, place / f"{split}.parquet")
+    config = DataConfig(dataset=f"hfds/{place}", root=str(tmp_path / "cache"))
+    images = open_images(config, "train")
+    reference = open_images(DataConfig(dataset="", root=str(folder_of_images)), "train")
+    assert len(images) == len(reference) == 6 and images.class_names == ("cat", "dog")
+    for index in range(6):
+        (image, label), (same, its_label) = images[index], reference[index]
+        assert image.tobytes() == same.tobytes() and label == its_label
+    named = {"folder": reference.describe(5), "parquet": "image 5"}
+    assert images.describe(5) == named[form]
+    part = open_images(config, "validation[1:3]")
+    assert [part[index][1] for index in range(len(part))] == [0, 1]
+    with pytest.raises(DataError, match=r'Unknown split "test".*; name a data set of the Hugging'):
+        open_images(config, "test")
+
+
 def test_fashion_mnist_through_timm_is_rgb(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
