@@ -75,8 +75,38 @@ IN_THE_FILE = {
     ),
     "model: {name: resnet18}": "model.name: got 'resnet18'",
     "model: {name: cct_2_3x2_32, kwargs: {colour: 3}}": (
-        "model: 'cct_2_3x2_32' cannot be built with image_size 32, colour 3"
+        "model: 'cct_2_3x2_32' cannot be built with image_size 32, kwargs.colour 3: TypeError: "
     ),
+    **{
+        f"model: {{name: vit_tiny_patch16_224, kwargs: {{depth: 1, {key}: {value}}}}}": (
+            "model: 'vit_tiny_patch16_224' cannot be built with image_size 32, kwargs.depth 1, "
+            f"kwargs.{key} {value}: {reason}"
+        )
+        for key, value, reason in (
+            ("patch_size", 0, "ZeroDivisionError: "),
+            ("num_heads", 0, "ZeroDivisionError: "),
+            ("embed_dim", 0, ""),  # torch warns first, which is an error in tests,
+            ("norm_layer", "'evil'", "KeyError: 'evil'"),
+            ("patch_size", 64, "RuntimeError: Calculated padded input size"),
+            ("global_pool", "''", "for one image it gives (1, 5, 10), not logits of 10 classes"),
+        )
+    },
+    **{
+        f"model: {{name: vit_tiny_patch16_224, kwargs: {{{key}: {value}}}}}": (
+            f"model.kwargs: got '{key}'; allowed: arguments of the model's constructor"
+        )
+        for key, value in (
+            ("checkpoint_path", "/nonexistent"),
+            ("pretrained", "true"),
+            ("pretrained_cfg", "{file: a}"),
+            ("pretrained_cfg_overlay", "{file: a}"),
+            ("cache_dir", "a"),
+            ("scriptable", "true"),
+            ("features_only", "true"),
+            ("in_chans", 1),
+        )
+    },
+    "model: {name: vit_tny}": "which timm does not know; the nearest is vit_tiny_patch16_",
     "horizontal: {layers: [1], tau: 0.05, rho: 0}\nmixup: {label_smoothing: 0.1}": (
         "horizontal.tau: got 0.05; allowed: above 0.0500, the least difficulty"
     ),
