@@ -139,9 +139,11 @@ IN_THE_FILE = {
 def test_mistakes_in_the_file(content, message, tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     path.write_text(content)
-    error = fails(capsys, train, "--config", path, "--output", tmp_path / "run")
+    words = ("--config", path, "--output", tmp_path / "run")
+    error = fails(capsys, train, *words)
     assert str(path) in error
     assert message in error
+    assert fails(capsys, train, *words, "--check") == error
     assert not (tmp_path / "run").exists()
 
 
@@ -186,15 +188,17 @@ def test_a_config_that_is_no_text(tmp_path, capsys):
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     path = write_config(tmp_path)
-    error = fails(capsys, train, "--config", path, "--output", tmp_path / "file" / "run")
-    assert "output: cannot write the run folder" in error
+    for more in ((), ("--check",)):
+        error = fails(capsys, train, "--config", path, "--output", tmp_path / "file" / "run", *more)
+        assert "output: cannot write the run folder" in error and "Not a directory" in error
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = write_config(tmp_path)
-    error = fails(capsys, train, "--config", path, "--device", "cuda")
-    assert "torch finds no CUDA device" in error
+    for more in ((), ("--check",)):
+        error = fails(capsys, train, "--config", path, "--device", "cuda", *more)
+        assert "torch finds no CUDA device" in error
 
 
 @pytest.mark.parametrize(
@@ -209,4 +213,6 @@ def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
 def test_mistakes_in_evaluation(words, message, tmp_path, capsys):
     path = write_config(tmp_path, horizontal=HTM)
     words = [path if word == "FILE" else word for word in words]
-    assert message in fails(capsys, evaluate, "--config", path, *words)
+    error = fails(capsys, evaluate, "--config", path, *words)
+    assert message in error
+    assert message in fails(capsys, evaluate, "--config", path, *words, "--check")
