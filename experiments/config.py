@@ -230,7 +230,7 @@ class DataConfig:
     """Training split; train[:10000] is its first 10,000 images in the data set's order,
     train[50000:60000] a later part."""
     val_split: Text = "validation"
-    """Validation split; parts are written as for train_split."""
+    """Validation split, of the same classes; parts are written as for train_split."""
     download: bool = True
     """Download a missing data set where torchvision can."""
     batch_size: Count = 128

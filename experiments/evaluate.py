@@ -21,6 +21,13 @@ def main(argv: Sequence[str]) -> None:
         return
     config, checkpoint = command.config, command.options["checkpoint"]
 
+    if command.only_check:
+        from experiments.training.check import check_evaluation
+
+        with cli.mistakes_in(command.config_file):
+            check_evaluation(config, checkpoint)
+        return
+
     # imported only after the config was checked: torch and timm take seconds
     from experiments.training.distributed import joined_world
     from experiments.training.evaluation import Assessment

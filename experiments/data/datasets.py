@@ -21,6 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's
+_BY_HAND = ("torch/imagenet", "torch/image_folder", "torch/folder")  # never fetched
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -202,7 +203,7 @@ def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:
         DataError: as `open_images`.
     """
     prefix = _prefix(config)
-    if prefix != "torch" or not config.download:
+    if prefix != "torch" or not config.download or config.dataset.lower() in _BY_HAND:
         return prefix == "hfds"
     there = dataclasses.replace(config, download=False)
     try:
@@ -274,7 +275,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
     if not prefix and root.is_dir():
         root = _place_of_split(config, split)
     download = config.download and prefix == "torch"
-    if not root.exists() and not download and prefix != "hfds":
+    if not root.exists() and prefix not in ("hfds", "torch"):
         raise MissingData(_missing(config, split, "the folder does not exist"))
     if prefix == "wds":
         from experiments.data.shards import ShardImages

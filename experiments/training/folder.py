@@ -1,5 +1,6 @@
 """The folder of a run: its lock, its checkpoints and how a run resumes from them, its heartbeat."""
 
+import errno
 import json
 import os
 import re
@@ -83,6 +84,20 @@ class RunFolder:
                 f"output: cannot write the run folder {self.path}: {error.strerror}"
             ) from None
 
+    def refuse_unwritable_place(self) -> None:
+        """Refuse a folder that could not be made or written, without making it.
+
+        Raises:
+            ConfigError: a file is in its way, or the rights do not suffice.
+        """
+        folders = (self.checkpoints, self.path, *self.path.absolute().parents)
+        nearest = next(folder for folder in folders if os.path.lexists(folder))
+        with self.refuse_unwritable():
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def begin(self, config: RunConfig) -> None:
         """Write the config, and remove the final weights of fewer epochs: they say "done".
 
@@ -107,24 +122,27 @@ class RunFolder:
         return f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
 
     def newest(
-        self, world: World, warn: Callable[[str], object]
+        self, world: World, warn: Callable[[str], object], set_aside: bool = True
     ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint, the same in all processes; None without any.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        found = self.newest_valid(warn) if world.is_main else None
+        found = self.newest_valid(warn, set_aside) if world.is_main else None
         step = world.from_main(-1 if found is None else _step_of(found[0]))
         if found is not None or step < 0:
             return found
         path = self._numbered(step)
         return path, load_checkpoint(path)
 
-    def newest_valid(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    def newest_valid(
+        self, warn: Callable[[str], object], set_aside: bool = True
+    ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint; None without any.
 
-        Damaged ones are named in warnings and set aside under another name; nothing is deleted.
+        Damaged ones are named in warnings and set aside under another name, unless `set_aside` is
+        False; nothing is deleted.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
@@ -137,6 +155,9 @@ class RunFolder:
                 damaged.append((path, str(error)))
                 continue
             for newer, reason in damaged:
+                if not set_aside:
+                    warn(reason)
+                    continue
                 warn(f"{reason}; it is set aside as *.damaged")
                 newer.rename(newer.with_name(newer.name + ".damaged"))
             if damaged:

@@ -175,9 +175,17 @@ class Run:
             self._beat("finished", at_once=True)
             self._say_summary()
 
-    def _resume(self, allow_changed: Collection[str]) -> int:
+    def check(self, allow_changed: Collection[str] = ()) -> None:
+        """Read what `fit` would begin with, and write nothing.
+
+        Raises:
+            UserError: as `fit` before its first step.
+        """
+        self._resume(allow_changed, set_aside=False)
+
+    def _resume(self, allow_changed: Collection[str], set_aside: bool = True) -> int:
         """Restore the newest checkpoint or begin; gives the rows of metrics so far."""
-        saved = self.folder.newest(self.world, self._warn)
+        saved = self.folder.newest(self.world, self._warn, set_aside)
         if saved is not None:
             parts = (self.learner, self.batches, self.statistics)
             self.progress = restore(saved, *parts, allow_changed, self._warn)

@@ -50,6 +50,12 @@ def main(argv: Sequence[str]) -> None:
             f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
             "vertical; take a config with one of them, or --compare RUN... for training curves"
         )
+    if command.only_check:
+        from experiments.training.check import check_evaluation
+
+        with cli.mistakes_in(command.config_file):
+            check_evaluation(config, checkpoint, needs_data="images" not in command.options)
+        return
     # slow to import, so only after the config is checked
     from experiments.training.distributed import joined_world
     from experiments.visualize.animation import write_animation

@@ -38,12 +38,20 @@ def finish(*processes):
     return "".join(text for text, _ in texts)
 
 
-def test_a_mistake_is_reported_once_and_not_retried(tmp_path):
-    process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
+@pytest.mark.parametrize(
+    ("words", "processes", "message"),
+    [
+        (("--schedule.epoch", "3"), "2", "command line: --schedule.epoch: unknown option"),
+        (("--model.name", "vit_tny"), "2", "model.name: got 'vit_tny'"),
+        ((), "3", "data.batch_size: got 700; allowed with 3 processes: a multiple of 3"),
+    ],
+)
+def test_a_mistake_is_reported_once_and_not_retried(tmp_path, words, processes, message):
+    process = start(tmp_path / "run", *words, NPROC=processes, MAX_RESTARTS="3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     (line,) = errors.splitlines()
-    assert line.startswith("error: command line: --schedule.epoch: unknown option")
+    assert line.startswith("error: ") and message in line
 
 
 def words_of(tmp_path, script, *words, **environment):

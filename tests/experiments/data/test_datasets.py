@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import cli, train
+from experiments import cli, evaluate, train
+from experiments.checkpoint import save_final_weights
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import normalisation
 from experiments.data.datasets import (
@@ -20,6 +21,7 @@ from experiments.data.datasets import (
     stated_num_classes,
 )
 from experiments.errors import ConfigError, DataError
+from experiments.models.build import build_model
 from tests.helpers.runs_helper import small_config, write_config
 
 
@@ -191,3 +193,13 @@ def test_a_class_that_validation_lacks_stops_the_training(kind, tmp_path, folder
     assert cli.run(train.main, words) == 2
     assert "'validation' lacks 'cat'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_number_of_classes_are_refused(tmp_path, folder_of_images, capsys):
+    """Evaluation sees one split alone, and the weights know how many classes they tell apart."""
+    path, weights = write_config(tmp_path), tmp_path / "weights.safetensors"
+    save_final_weights(weights, build_model(small_config(tmp_path), 3))
+    words = ["--config", str(path), "--checkpoint", str(weights), "--data.dataset", ""]
+    assert cli.run(evaluate.main, [*words, "--data.root", str(folder_of_images)]) == 2
+    error = capsys.readouterr().err
+    assert str(weights) in error and "(3, 32) in the file and (2, 32) in the model" in error
