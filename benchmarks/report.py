@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, startup, steps
+from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, solver, startup, steps
 from benchmarks.row import RESULTS, Measurement, Row, Target, latest
+from benchmarks.timing import times
 from experiments import cli
 from experiments.documents import figures
 from experiments.documents.markdown import aligned_table, update_documents
@@ -22,7 +23,7 @@ from experiments.provenance import ROOT
 
 GPU_ROW = gpu.ROW
 ROWS = (
-    *(pairing.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
+    *(pairing.ROW, solver.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
     *(GPU_ROW, scaling.ROW),
 )
 """All rows, in the order of `docs/performance.md`."""
@@ -74,6 +75,46 @@ def sources(records: Iterable[Measurement]) -> str:
     return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n"
 
 
+def in_short(found: Latest, reliability: Latest) -> str:
+    """What README says of cost and reliability: a table of steps, and a line per other figure."""
+    text, lines = "", []
+    if "steps" in found:
+        models = found["steps"].values["models"]
+        names = {"HTM": "HTM", "VTM": "VTM", "HVTM": "both"}
+        rows = [
+            [
+                f"{model['model']}, batch {model['batch']}",
+                *(times(model["over_plain"][name], 3) for name in names),
+            ]
+            for model in models
+        ]
+        head = ("training step, time over plain (95%)", *names.values())
+        text = f"{aligned_table(head, rows, (1, 2, 3))}\n"
+        lines.append(f"Steps: on a CPU, {found['steps'].cores} cores; GPUs have not been measured.")
+    if GPU_ROW.name in found:
+        lines[-1] = lines[-1].replace("; GPUs have not been measured", "")
+    if "solver" in found:
+        ratios = [case["speed_up"]["ratio"] for case in found["solver"].values["cases"]]
+        low, high = min(ratios), max(ratios)
+        lines.append(
+            f"The exact solver of partners: {low:.1f} to {high:.1f} times as fast as lapx."
+        )
+    if "saliency" in found:
+        for model in found["saliency"].values["models"]:
+            alone, whole = (model[name]["ratio"] for name in ("speed_up", "step_ratio"))
+            lines.append(
+                f"Saliency from attention, {model['model']}, batch {model['batch']}: {alone:.0f} times "
+                f"as fast as from gradients, and the whole HTM step {whole:.2f} times."
+            )
+    kills = [one.values for name, one in reliability.items() if name.startswith("kills-")]
+    if kills:
+        survived, total = (sum(one[name] for one in kills) for name in ("survived", "total"))
+        lines.append(
+            f"`kill -9` at any moment, then resumed to the same bytes: {survived} of {total}."
+        )
+    return text + "".join(f"- {line}\n" for line in lines)
+
+
 def block(name: str, found: Latest, reliability: Latest) -> str:
     """The text of a generated block.
 
@@ -83,6 +124,7 @@ def block(name: str, found: Latest, reliability: Latest) -> str:
     makers: dict[str, Callable[[], str]] = {
         "summary": lambda: summary(found),
         "sources": lambda: sources(found[row.name] for row in ROWS if row.name in found),
+        "in-short": lambda: in_short(found, reliability),
         "reliability": lambda: faults.page(reliability),
         "reliability-sources": lambda: sources(reliability.values()),
         **{row.name: functools.partial(_details, row, found) for row in ROWS},

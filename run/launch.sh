@@ -10,6 +10,16 @@
 #
 # The interpreter is TOKENMIXUP_PYTHON, else that of the checkout's .venv, else python3 (conda).
 
+# Whether an option is among arguments, where it goes before the environment: given --OPTION [ARGUMENT ...]
+given() {
+  option=$1
+  shift
+  for argument in "$@"; do
+    case $argument in "$option" | "$option"=*) return 0 ;; esac
+  done
+  return 1
+}
+
 # Runs a module of the project: launch MODULE [ARGUMENT ...]
 launch() {
   python=${TOKENMIXUP_PYTHON:-}

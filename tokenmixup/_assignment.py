@@ -90,8 +90,9 @@ def _tilt(rows: int, columns: int) -> np.ndarray:
 
 def _refuse(row: int, column: int, value: float) -> NoReturn:
     raise ValueError(
-        f"gain[{row}, {column}] is {value}: the saliency or the targets that it "
-        "was computed from are not finite (diverged training, or bad targets)"
+        f"gain[{row}, {column}] is {value}: the saliency that it was computed from is not finite "
+        "(diverged training), or the sample's targets are no distribution (not finite, negative, "
+        "or not of sum 1)"
     )
 
 

@@ -6,12 +6,22 @@ Dimensions: B batch, C classes.
 import torch
 from torch import Tensor
 
+SUM_TOLERANCE = 0.01
+"""How far from 1 the sum of a row may be: above what rounding to bfloat16 (2^-9) adds up to."""
+
+
+def are_distributions(targets: Tensor) -> Tensor:
+    """Which rows of targets (B, C) are finite, nowhere negative and sum to 1, (B,) bool."""
+    total = targets.sum(1, dtype=torch.promote_types(targets.dtype, torch.float32))
+    return ((total - 1).abs() <= SUM_TOLERANCE) & (targets.amin(1) >= 0)
+
 
 def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> None:
-    """Raise ValueError unless targets are finite, floating point and (B, C).
+    """Raise ValueError unless targets are floating point, (B, C), and rows are distributions.
 
-    Values are read only on the CPU, where that needs no device synchronisation; on an accelerator
-    the assignment solver finds values that are not finite.
+    Values are read only on the CPU, where that needs no device synchronisation. On an accelerator,
+    and in compiled code, the assignment solver of HTM finds bad rows in the gains that it reads
+    anyway (``functional.decide_mixing``). Without HTM nothing looks at the values there.
     """
     classes = "C" if num_classes is None else num_classes
     if not isinstance(targets, Tensor):
@@ -30,11 +40,15 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
     if not targets.is_floating_point():
         raise ValueError(f"targets (B, C) must be floating point, got {targets.dtype}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        finite = targets.isfinite()
-        if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
-            value = targets[row, column].item()
-            raise ValueError(f"targets must be finite, but targets[{row}, {column}] is {value}")
+        bad = (~are_distributions(targets)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            least, total = targets[row].min().item(), targets[row].double().sum().item()
+            raise ValueError(
+                "each row of targets must be a distribution over the classes (finite, not "
+                f"negative, of sum 1), but targets[{row}] has sum {total:.4g} and minimum "
+                f"{least:.4g}"
+            )
 
 
 def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:

@@ -94,7 +94,9 @@ class TokenMixupModel(nn.Module):
             targets: in training, soft targets (B, C) or class indices (B,); needed for HTM.
 
         Raises:
-            ValueError: targets in evaluation, none in training with HTM, or of a wrong shape.
+            ValueError: targets in evaluation, none in training with HTM, of a wrong shape, or a row
+                that is negative or does not sum to 1. On an accelerator and in compiled code HTM
+                finds such rows, and nothing does where VTM is alone.
         """
         if not self.training:
             if targets is not None:

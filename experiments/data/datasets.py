@@ -1,9 +1,10 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
+import dataclasses
 import re
 import socket
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.config import DataConfig, RunConfig
-from experiments.errors import ConfigError, DataError
+from experiments.errors import ConfigError, DataError, MissingData
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
@@ -192,10 +193,75 @@ def open_images(config: DataConfig, split: str) -> Images:
     return PartOfImages(whole, start, stop)
 
 
+def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:
+    """Whether opening these splits may fetch the data set, or write a cache as `datasets` does.
+
+    Raises:
+        DataError: as `open_images`.
+    """
+    prefix = _prefix(config)
+    if prefix != "torch" or not config.download:
+        return prefix == "hfds"
+    there = dataclasses.replace(config, download=False)
+    try:
+        for split in splits:
+            open_images(there, split)
+    except MissingData:
+        return True
+    return False
+
+
+def refuse_other_classes(
+    config: DataConfig, splits: Sequence[str], opened: Sequence[Images]
+) -> None:
+    """Refuse splits in which a label means another class than in the first of them.
+
+    Splits that do not name their classes cannot be compared.
+
+    Raises:
+        DataError: it names the classes that a split lacks.
+    """
+    first = opened[0].class_names
+    for split, images in zip(splits[1:], opened[1:], strict=True):
+        names = images.class_names
+        if first is None or names is None or names == first:
+            continue
+        lacks = [
+            f"{where!r} lacks {_some(missing)}"
+            for where, missing in (
+                (split, [name for name in first if name not in set(names)]),
+                (splits[0], [name for name in names if name not in set(first)]),
+            )
+            if missing
+        ]
+        if not lacks:
+            pairs = enumerate(zip(first, names, strict=True))
+            number = next(number for number, (one, other) in pairs if one != other)
+            lacks = [
+                f"class {number} is {first[number]!r} in {splits[0]!r} and {names[number]!r} in "
+                f"{split!r}"
+            ]
+        raise DataError(
+            f"data set {config.dataset or 'folder of images'}: the classes of {splits[0]!r} and "
+            f"{split!r} differ: {'; '.join(lacks)}; allowed: the same classes in the same order, "
+            "since a label is a class's number among them"
+        )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _prefix(config: DataConfig) -> str:
+    """What tells timm's kinds of data sets apart, "" for folders and tar files."""
+    return config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
+
+
 def _open_split(config: DataConfig, split: str) -> Images:
     if config.dataset == "digits":
         return DigitImages(split)
-    prefix = config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
+    prefix = _prefix(config)
     if prefix in STREAMED:
         raise DataError(
             f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
@@ -207,13 +273,13 @@ def _open_split(config: DataConfig, split: str) -> Images:
         root = root / f"{split}.tar"  # timm reads a tar file, but knows no splits of one
     download = config.download and prefix == "torch"
     if not root.exists() and not download and prefix != "hfds":
-        raise DataError(_missing(config, split, "the folder does not exist"))
+        raise MissingData(_missing(config, split, "the folder does not exist"))
     if prefix == "wds":
         from experiments.data.shards import ShardImages
 
         images = ShardImages(root, split)
         if not len(images):
-            raise DataError(_missing(config, split, "the shards hold no images"))
+            raise MissingData(_missing(config, split, "the shards hold no images"))
         return images
     if root.suffix == ".tar" and root.is_file():
         return _tar_images(root)
@@ -233,9 +299,9 @@ def _open_split(config: DataConfig, split: str) -> Images:
         raise DataError(f"data.dataset: {config.dataset!r} needs a package: {error}") from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = f"not there, and the download failed: {error}" if download else str(error)
-        raise DataError(_missing(config, split, reason)) from None
+        raise MissingData(_missing(config, split, reason)) from None
     if len(dataset) == 0:
-        raise DataError(_missing(config, split, "it holds no images"))
+        raise MissingData(_missing(config, split, "it holds no images"))
     return TimmImages(dataset)
 
 

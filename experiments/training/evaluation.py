@@ -16,7 +16,13 @@ from torch import nn
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
-from experiments.data.datasets import Images, known_num_classes, open_images, stated_num_classes
+from experiments.data.datasets import (
+    Images,
+    known_num_classes,
+    open_images,
+    refuse_other_classes,
+    stated_num_classes,
+)
 from experiments.data.loading import Batch, EvalBatches
 from experiments.models.build import build_model
 from experiments.training.distributed import World
@@ -123,6 +129,7 @@ def model_and_images(
     model = None if num_classes is None else make(num_classes)
     with world.main_first():  # downloads
         images = [open_images(config.data, split) for split in splits]
+    refuse_other_classes(config.data, splits, images)
     if num_classes is None or model is None:
         num_classes = stated_num_classes(config, images[0])
         model = make(num_classes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config import RunConfig, as_plain
-from experiments.data.augment import BatchMixer
+from experiments.data.augment import BatchMixer, refuse_unreachable_tau
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
@@ -41,7 +41,7 @@ from experiments.training.metrics import (
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
 from experiments.training.step import Learner
 from experiments.training.stopping import StopRequests, explain_fault
-from tokenmixup import TokenMixupOutput
+from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
 from tokenmixup.rules import Rules
 
@@ -81,6 +81,14 @@ def train_step(
         statistics.add_skipped_step()
 
 
+def model_to_train(
+    config: RunConfig, num_classes: int, rules: Rules | None = None
+) -> TokenMixupModel:
+    """The model of `build_model`, after a look at whether its HTM can ever mix anything."""
+    refuse_unreachable_tau(config, num_classes)
+    return build_model(config, num_classes, rules)
+
+
 class Run:
     """One training, in its run folder.
 
@@ -101,7 +109,7 @@ class Run:
         check_optimizer(config.optimizer)
         splits = (config.data.train_split, config.data.val_split)
         model, num_classes, (images, val_images) = model_and_images(
-            config, world, splits, lambda num_classes: build_model(config, num_classes, rules)
+            config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
         )
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)

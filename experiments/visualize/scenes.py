@@ -27,6 +27,7 @@ from experiments.visualize.recording import Recording, record
 from tokenmixup import TokenMixupModel
 
 _SHOWN_PIXELS = 168  # side of a large image, as many as a cell of a PNG has
+_MOST_NAMES = 3  # of mixed images below one
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ class Scene:
         """Label of an image and, where it is not the data set's, where it comes from."""
         note = self.label_notes[index]
         return self.class_text(int(self.labels[index])) + (f" ({note})" if note else "")
+
+    def givers(self, index: int, layer: int) -> list[str]:
+        """Classes of the images whose tokens an image has after HTM up to a layer, most first."""
+        origin = self.recording.origin(layer)
+        count = np.bincount(origin[index], minlength=len(self.labels))
+        count[index] = 0
+        givers = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
+        names = list(dict.fromkeys(self.class_text(int(self.labels[giver])) for giver in givers))
+        if len(names) > _MOST_NAMES:
+            names = [*names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1} more"]
+        return names
+
+    def mixed_text(self, index: int, layer: int) -> str:
+        """Label of an image and, a line each, with what it was mixed up to a layer."""
+        lines = [f"with {name}" for name in self.givers(index, layer)]
+        return "\n".join([self.label_text(index), *lines])
 
 
 def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, count: int) -> Scene:
@@ -192,10 +209,14 @@ def _image_paths(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image, upright and in RGB."""
+    """An image, upright, in RGB, on white where it is transparent."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            white = Image.new("RGBA", upright.size, "white")
+            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
     except Exception as error:  # whatever a decoder raises: name the file
         raise DataError(f"--images: cannot read {path}: {error!r}") from None
 

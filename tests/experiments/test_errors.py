@@ -34,6 +34,7 @@ IN_THE_FILE = {
     "data: " + "[" * 3000: "nested too deeply",
     "schedule: {epochs: many}": "schedule.epochs: got 'many'; allowed: a whole number",
     "seed: 010": "seed: got '010'; allowed: a whole number from 0",
+    "schedule: {epochs: 1:30}": "schedule.epochs: got '1:30'; allowed: a whole number from 1",
     "schedule: {lr: 1:30.5}": "schedule.lr: got '1:30.5'; allowed: a finite number above 0",
     "compile: yes": "compile: got 'yes'; allowed: true or false",
     "data: {root: }": "data.root: got None; allowed: text of 1 to",
@@ -75,6 +76,9 @@ IN_THE_FILE = {
     "model: {name: resnet18}": "model.name: got 'resnet18'",
     "model: {name: cct_2_3x2_32, kwargs: {colour: 3}}": (
         "model: 'cct_2_3x2_32' cannot be built with image_size 32, colour 3"
+    ),
+    "horizontal: {layers: [1], tau: 0.05, rho: 0}\nmixup: {label_smoothing: 0.1}": (
+        "horizontal.tau: got 0.05; allowed: above 0.0500, the least difficulty"
     ),
     "model: {num_classes: 7}": "model.num_classes: got 7; allowed: 10",
     "optimizer: {name: adamx}": "optimizer.name: got 'adamx', which timm does not know",
@@ -126,6 +130,8 @@ ON_THE_COMMAND_LINE = {
     "--config FILE --seed --device cpu": "--seed: a value must follow",
     "--config FILE --seed 1 --seed=2": "--seed: given twice",
     "--config FILE --seed 010": "command line: seed: got '010'; allowed: a whole number",
+    "--config FILE --schedule.epochs 1:30": "command line: schedule.epochs: got '1:30'; allowed:",
+    "--config FILE --schedule.lr 1:30.5": "command line: schedule.lr: got '1:30.5'; allowed:",
     "--config FILE --seed x": "command line: seed: got 'x'; allowed: a whole number",
     "--config FILE --schedule.epochs -3": "command line: schedule.epochs: got -3",
     "--config FILE --schedule 3": "--schedule: unknown option",

@@ -46,6 +46,37 @@ def test_a_mistake_is_reported_once_and_not_retried(tmp_path):
     assert line.startswith("error: command line: --schedule.epoch: unknown option")
 
 
+def words_of(tmp_path, script, *words, **environment):
+    """The arguments that a script gives to Python."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "TOKENMIXUP_PYTHON": str(python), **environment}
+    command = ["sh", f"run/{script}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", ["train_vit_imagenet_HTM.sh", "eval_vit_imagenet_HTM.sh"])
+def test_the_command_line_goes_before_the_environment(tmp_path, script):
+    """Each option reaches Python once; twice on the command line stays twice, an error there."""
+    there = {"DATA": "/the data", "WEIGHTS": "/weights"}
+    options = {"--data.root": "/the data"}
+    if script.startswith("train"):
+        options["--model.weights"] = "/weights/ViT-B_16-224.npz"
+    words = words_of(tmp_path, script, **there)
+    for option, value in options.items():
+        assert words.count(option) == 1 and words[words.index(option) + 1] == value
+        for given in ([option, "/my own"], [f"{option}=/my own"]):
+            found = words_of(tmp_path, script, *given, **there)
+            assert found[-len(given) :] == given
+            assert [w for w in found if w.startswith(option)] == given[:1]
+            assert value not in found
+        assert words_of(tmp_path, script, option, "a", option, "b", **there).count(option) == 2
+    assert not set(options) & set(words_of(tmp_path, script, DATA="", WEIGHTS=""))
+
+
 @pytest.mark.slow
 def test_two_processes_on_one_machine(tmp_path):
     text = finish(start(tmp_path / "run", NPROC="2"))

@@ -84,9 +84,10 @@ def test_impossible_arguments(arguments, named):
         (torch.zeros(4, dtype=torch.long), "4,"),  # class indices
         (torch.eye(CLASSES, dtype=torch.long)[:4], "int64"),  # mixing would round them to zero
         (torch.full((4, CLASSES), torch.nan), "finite"),
+        (torch.ones(4, CLASSES), f"sum {CLASSES}"),
         (None, "targets"),
     ],
-    ids=["classes", "batch", "indices", "integers", "not finite", "none"],
+    ids=["classes", "batch", "indices", "integers", "not finite", "no distribution", "none"],
 )
 def test_impossible_targets(targets, named, use_scorenet):
     wrapper = wrap(StubLayer(random_map(4, 5)), tau=10.0, use_scorenet=use_scorenet)

@@ -153,7 +153,10 @@ def test_impossible_settings(kind, arguments, message):
         (None, "call model\\(images, targets\\)"),
         (torch.rand(6, 4), r"\(6, 5\), got shape \(6, 4\)"),
         (torch.rand(5, 5), r"\(6, 5\), got shape \(5, 5\)"),
-        (torch.full((6, 5), float("nan")), r"targets\[0, 0\] is nan"),
+        (torch.full((6, 5), float("nan")), r"targets\[0\] has sum nan"),
+        (torch.eye(6)[:, :5], r"targets\[5\] has sum 0 and minimum 0"),  # one row is bad
+        (torch.full((6, 5), 0.22), r"targets\[0\] has sum 1.1 "),
+        (torch.tensor([[1.1, 0, 0, -0.1, 0]] * 6), r"targets\[0\] has sum 1 and minimum -0.1"),
         (torch.tensor([0, 1, 2, 3, 4, 5]), r"targets\[5\] is 5"),
         (torch.tensor([0, 1, 2, -1, 4, 0]), r"targets\[3\] is -1"),
         (torch.ones(6, 5, dtype=torch.bool), "torch.bool"),

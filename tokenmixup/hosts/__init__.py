@@ -71,7 +71,7 @@ def find_adapter(host: nn.Module) -> HostAdapter:
         f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs one "
         "sequence of tokens, of one length, through all its layers, with one attention map per "
         "layer. "
-        f"Supported: {', '.join(known.family for known in _adapters)}"
+        f"Supported: {_families()}"
     )
 
 
@@ -83,6 +83,17 @@ def _check(adapter: HostAdapter, host: nn.Module) -> None:
             f"TokenMixup knows {adapter.family}, but not the installed version of its library, or "
             f"this variant of it: {error}"
         ) from error
+
+
+def _families() -> str:
+    """The families of hosts, each library's name once."""
+    libraries: dict[str, list[str]] = {}
+    for adapter in _adapters:
+        library, _, kind = adapter.family.partition(" ")
+        libraries.setdefault(library, []).append(kind)
+    return "; ".join(
+        f"{library} {', '.join(kinds)}".strip() for library, kinds in libraries.items()
+    )
 
 
 def _advice(host: nn.Module) -> str:

@@ -3,12 +3,22 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data.mixup import Mixup
 
-from experiments.config import DataConfig, MixupConfig
-from experiments.data.augment import BatchMixer, eval_transform, train_transform
+from experiments.config import DataConfig, MixupConfig, load_config
+from experiments.data.augment import (
+    BatchMixer,
+    eval_transform,
+    least_difficulty,
+    refuse_unreachable_tau,
+    train_transform,
+)
+from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
+from tests.helpers.runs_helper import HTM, ROOT, small_config
+from tokenmixup.functional import sample_difficulty
 
 
 def test_evaluation_transform_normalises_the_image():
@@ -78,3 +88,47 @@ def test_label_smoothing_without_mixup():
     expected = torch.full((2, 4), 0.05)
     expected[0, 1] = expected[1, 3] = 0.85
     torch.testing.assert_close(targets, expected)
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_no_logits_are_easier_than_the_least_difficulty(classes, mixup_alpha):
+    """The best logits are the target's logarithm; any others are more difficult."""
+    config = MixupConfig(label_smoothing=0.1, mixup_alpha=mixup_alpha)
+    least = least_difficulty(config, classes)
+    labels = torch.arange(64) % classes
+    _, targets = BatchMixer(config, classes, 0)(torch.zeros(64, 3, 4, 4), labels, 0, 0, 0)
+    best = sample_difficulty(targets.log(), targets)
+    if mixup_alpha:
+        assert (best >= least - 1e-6).all() and best.max() > least
+    else:
+        torch.testing.assert_close(best, torch.full((64,), least), rtol=1e-5, atol=0)
+        one_hot = F.one_hot(labels, classes)
+        sharpness = torch.linspace(1, 20, 64)  # of confident logits: none gets below
+        assert (sample_difficulty(one_hot * sharpness.unsqueeze(1), targets) > least - 1e-6).all()
+    assert least_difficulty(MixupConfig(mixup_alpha=mixup_alpha), classes) == 0
+
+
+def test_a_tau_below_the_least_difficulty_is_refused(tmp_path):
+    def check(tau, classes=10, **horizontal):
+        config = small_config(
+            tmp_path, horizontal={**HTM, "tau": tau, **horizontal}, mixup={"label_smoothing": 0.1}
+        )
+        refuse_unreachable_tau(config, classes)
+
+    check(0.0501)
+    check(0.078, classes=100)
+    check(0.0, scorenet=None)  # every sample is mixed
+    for tau, classes, least in ((0.05, 10, "0.0500"), (0.07, 100, "0.0778")):
+        with pytest.raises(ConfigError, match=rf"horizontal\.tau: got {tau}; .*above {least}, "):
+            check(tau, classes)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_tau_of_each_shipped_config_can_be_reached(path):
+    config = load_config(path)
+    if "imagenet" in path.stem:
+        classes = 1000
+    else:
+        classes = 100 if config.data.dataset == "torch/cifar100" else 10
+    refuse_unreachable_tau(config, classes)

@@ -1,16 +1,26 @@
 """Data sets: their splits, images and classes; what is missing is named."""
 
+import shutil
 import struct
+import tarfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from experiments import cli, train
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import normalisation
-from experiments.data.datasets import DigitImages, digits_split, open_images, stated_num_classes
+from experiments.data.datasets import (
+    DigitImages,
+    digits_split,
+    open_images,
+    refuse_other_classes,
+    stated_num_classes,
+)
 from experiments.errors import ConfigError, DataError
-from tests.helpers.runs_helper import small_config
+from tests.helpers.runs_helper import small_config, write_config
 
 
 def write_idx(path, values):
@@ -92,3 +102,46 @@ def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
 def test_a_part_that_is_not_there(tmp_path, split):
     with pytest.raises(DataError, match="of the 1442 of 'train'"):
         open_images(small_config(tmp_path).data, split)
+
+
+def images_named(*names):
+    return SimpleNamespace(class_names=names or None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("abc", "ac", "'val' lacks 'b'"),
+        ("ac", "abc", "'train' lacks 'b'"),
+        ("abc", "abd", "'val' lacks 'c'; 'train' lacks 'd'"),
+        ("abc", "acb", "class 1 is 'b' in 'train' and 'c' in 'val'"),
+        ("abcdefgh", "h", "'val' lacks 'a', 'b', 'c', 'd', 'e' and 2 more"),
+        ("abc", "abc", ""),
+        ("abc", "", ""),  # not named, as in WebDataset shards
+        ("", "abc", ""),
+    ],
+)
+def test_splits_must_have_the_same_classes_in_the_same_order(first, second, told):
+    opened = [images_named(*first), images_named(*second)]
+    if not told:
+        refuse_other_classes(DataConfig(), ("train", "val"), opened)
+        return
+    with pytest.raises(DataError, match=f"differ: {told}; allowed: the same classes"):
+        refuse_other_classes(DataConfig(), ("train", "val"), opened)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar per split", "torch/image_folder"])
+def test_a_class_that_validation_lacks_stops_the_training(kind, tmp_path, folder_of_images, capsys):
+    """timm numbers the folders of each split: a third class would become the second."""
+    shutil.rmtree(folder_of_images / "validation" / "cat")
+    if kind == "tar per split":
+        for split in ("train", "validation"):
+            with tarfile.open(folder_of_images / f"{split}.tar", "w") as archive:
+                archive.add(folder_of_images / split, ".")
+            shutil.rmtree(folder_of_images / split)
+    dataset = kind if kind.startswith("torch") else ""
+    data = {"dataset": dataset, "root": str(folder_of_images), "batch_size": 2}
+    words = ["--config", str(write_config(tmp_path, data=data)), "--output", str(tmp_path / "run")]
+    assert cli.run(train.main, words) == 2
+    assert "'validation' lacks 'cat'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

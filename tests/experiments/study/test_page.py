@@ -96,3 +96,31 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
     document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert fill_blocks(document, makers(ROOT / "results")) == document, "--report makes it anew"
+
+
+def test_readings_quote_the_records(monkeypatch):
+    """What docs/results.md says in words about fewer tokens, differences in images and doses."""
+    monkeypatch.chdir(ROOT)
+    words = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+
+    def standings(name):
+        records = study_records(ROOT / "results", name).read()
+        compared = compare(read_study(f"configs/studies/{name}.yaml"), records)
+        return {one.variant.name: one for one in compared.standings}
+
+    vit, cct = standings("released"), standings("released_cct")
+    fewer = [
+        1 - found[mask].tokens_mixed / found[right].tokens_mixed
+        for found, mask, right in (
+            (vit, "released mask", "HTM + VTM"),
+            (cct, "HTM, released mask", "HTM"),
+            (cct, "both, released mask", "HTM + VTM"),
+        )
+    ]
+    assert f"{100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer tokens" in words
+    own, released = cct["HTM"].by_seed, cct["HTM, released mask"].by_seed
+    images = [round((released[seed] - own[seed]) * 3.55) for seed in sorted(own)]
+    assert images == [0, -1, 0, 0, 0] and "0, −1, 0, 0 and 0 of 355 images" in words
+    found = standings("ablations")
+    doses = [100 * found[name].mixed_share for name in ("HTM, layer 0", "HTM")]
+    assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words

@@ -139,7 +139,8 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     images = []
     for name in names:
         with Image.open(photos / name) as image:
-            images.append(transform(image.convert("RGB")))
+            seen = Image.new("RGB", image.size, "white") if name == "clear.png" else image
+            images.append(transform(seen.convert("RGB")))
     with torch.no_grad():
         predicted = model.eval()(torch.stack(images)).argmax(1)
     assert scene.labels[1:].tolist() == predicted[1:].tolist()
@@ -177,6 +178,26 @@ def test_photographs_stand_upright(tmp_path):
     image.save(tmp_path / "a.png", exif=exif)
     upright = read_image(tmp_path / "a.png")
     assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "transparency"),
+    [
+        ("RGBA", (200, 0, 0, 51), None),
+        ("LA", (0, 51), None),
+        ("P", 0, 0),
+        ("RGB", (9, 9, 9), (9, 9, 9)),
+    ],
+)
+def test_transparent_images_are_put_on_white(tmp_path, mode, colour, transparency):
+    image = Image.new(mode, (2, 1), colour)
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "a.png", **options)
+    found = read_image(tmp_path / "a.png")
+    shares = {"RGBA": (200, 0, 0), "LA": (0, 0, 0)}  # a fifth of it, the rest white
+    solid = shares.get(mode, (255, 255, 255))
+    expected = tuple(round(0.2 * value + 0.8 * 255) for value in solid)
+    assert found.mode == "RGB" and found.getpixel((1, 0)) == expected
 
 
 def test_names_of_wordnet_become_words():
