@@ -8,7 +8,13 @@ import pytest
 
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import normalisation
-from experiments.data.datasets import DigitImages, digits_split, open_images, stated_num_classes
+from experiments.data.datasets import (
+    DigitImages,
+    digits_split,
+    draw_per_class,
+    open_images,
+    stated_num_classes,
+)
 from experiments.errors import ConfigError, DataError
 from tests.helpers.runs_helper import small_config
 
@@ -92,3 +98,19 @@ def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
 def test_a_part_that_is_not_there(tmp_path, split):
     with pytest.raises(DataError, match="of the 1442 of 'train'"):
         open_images(small_config(tmp_path).data, split)
+
+
+def test_images_of_each_class_are_drawn_by_the_seed(tmp_path):
+    data = small_config(tmp_path).data
+    whole = open_images(data, "train[100:900]")
+    drawn = draw_per_class(whole, 20, 10, seed=3)
+    assert Counter(drawn[index][1] for index in range(200)) == dict.fromkeys(range(10), 20)
+    assert sorted(set(drawn.indices)) == list(drawn.indices)
+    assert drawn.describe(0) == whole.describe(drawn.indices[0])
+    assert draw_per_class(whole, 20, 10, seed=3).indices == drawn.indices
+    # fewer images are among the more, and each image is as likely: 20 of about 80 in 40 draws
+    assert set(draw_per_class(whole, 5, 10, seed=3).indices) < set(drawn.indices)
+    times = Counter(i for seed in range(40) for i in draw_per_class(whole, 20, 10, seed).indices)
+    assert len(times) > 790 and max(times.values()) < 25
+    with pytest.raises(DataError, match=r"data.per_class: got 100; allowed: up to \d\d, as many"):
+        draw_per_class(whole, 100, 10, seed=3)
