@@ -19,6 +19,7 @@ from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
     MixingDecision,
     attention_saliency,
+    label_share,
     sample_difficulty,
     soft_cross_entropy,
 )
@@ -106,10 +107,15 @@ def _statistics(
     at_least_one = num_easy.clamp_min(1)
     difference = (saliency[partner] - saliency) * easy.unsqueeze(1)
     possible = (saliency.amax(0) - saliency) * easy.unsqueeze(1)
+    tiny = torch.finfo(saliency.dtype).tiny
+    place = torch.arange(saliency.shape[1], device=saliency.device)
     stats = {
         "easy_share": easy.float().mean(),
         "mixed_share": mask.any(1).float().mean(),
         "tokens_mixed": mask.sum() / at_least_one,
+        "label_share": label_share(saliency, decision).sum() / at_least_one,
+        "largest_saliency_share": (saliency.amax(1) / saliency.sum(1).clamp_min(tiny)).mean(),
+        "same_place_share": (saliency.argmax(1) == place.unsqueeze(1)).float().mean(1).max(),
         "saliency_difference_max": possible.max(),
         "saliency_difference_mean": difference.abs().sum() / (at_least_one * saliency.shape[1]),
     }

@@ -1,6 +1,7 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
 import dataclasses
+import itertools
 import re
 import socket
 import tarfile
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from experiments.config import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError, MissingData
+from experiments.seeding import derive_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
@@ -152,25 +155,76 @@ class TimmImages:
         return None
 
 
-class PartOfImages:
-    """The images from `start` to before `stop` of a data set, in its own order."""
+class UnreadableImage(DataError):
+    """An image that cannot be read; says which, and why."""
 
-    def __init__(self, whole: Images, start: int, stop: int) -> None:
+
+def read_image(images: Images, index: int, num_classes: int) -> tuple[Image.Image, int]:
+    """An image and its class.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+        DataError: there is no such class.
+    """
+    try:
+        image, label = images[index]
+    except Exception as error:  # whatever a reader or a decoder raises: name the image
+        raise UnreadableImage(
+            f"cannot read {images.describe(index)}: {type(error).__name__}: {error}"
+        ) from error
+    if not 0 <= label < num_classes:
+        raise DataError(
+            f"{images.describe(index)} has class {label}; allowed with {num_classes} classes: 0 to "
+            f"{num_classes - 1}"
+        )
+    return image, label
+
+
+class SomeImages:
+    """Some images of a data set, by their indices there."""
+
+    def __init__(self, whole: Images, indices: Sequence[int]) -> None:
         self._whole = whole
-        self._start, self._length = start, stop - start
+        self.indices = indices
         self.class_names = whole.class_names
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._whole[self._start + index]
+        return self._whole[self.indices[index]]
 
     def describe(self, index: int) -> str:
         """The image's name within the whole data set."""
-        return self._whole.describe(self._start + index)
+        return self._whole.describe(self.indices[index])
+
+
+def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) -> SomeImages:
+    """`per_class` images of each class, in the data set's own order.
+
+    They are the first of each class in an order of all images that depends on the seed alone: a
+    function of (seed, labels) for which most images need not be read.
+
+    Raises:
+        DataError: a class has fewer images, or one cannot be read.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "per class"))
+    chosen: dict[int, list[int]] = {label: [] for label in range(num_classes)}
+    missing = per_class * num_classes
+    for index in torch.randperm(len(images), generator=generator).tolist():
+        own = chosen[read_image(images, index, num_classes)[1]]
+        if len(own) < per_class:
+            own.append(index)
+            missing -= 1
+            if not missing:
+                return SomeImages(images, sorted(itertools.chain(*chosen.values())))
+    label, fewest = min(chosen.items(), key=lambda item: len(item[1]))
+    raise DataError(
+        f"data.per_class: got {per_class}; allowed: up to {len(fewest)}, as many images as class "
+        f"{label} has among the {len(images)} of the training split"
+    )
 
 
 def open_images(config: DataConfig, split: str) -> Images:
@@ -193,7 +247,7 @@ def open_images(config: DataConfig, split: str) -> Images:
             f"{start} to {stop}; allowed: at least one image, of the {len(whole)} of "
             f"{part['split']!r}"
         )
-    return PartOfImages(whole, start, stop)
+    return SomeImages(whole, range(start, stop))
 
 
 def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:

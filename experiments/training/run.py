@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config import RunConfig, as_plain
 from experiments.data.augment import BatchMixer, refuse_unreachable_tau
+from experiments.data.datasets import draw_per_class
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
@@ -111,6 +112,10 @@ class Run:
         model, num_classes, (images, val_images) = model_and_images(
             config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
         )
+        per_class = config.data.per_class
+        if per_class is not None:
+            images = draw_per_class(images, per_class, num_classes, config.seed)
+        self.num_classes = num_classes
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)

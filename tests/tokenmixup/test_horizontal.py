@@ -29,7 +29,10 @@ from tests.helpers.toy_encoder import (
     random_batch,
     scorenet_of,
 )
-from tokenmixup import HorizontalTokenMixupLayer
+from tokenmixup import HorizontalConfig, HorizontalTokenMixupLayer
+from tokenmixup.functional import MixingDecision
+from tokenmixup.horizontal import horizontal_step
+from tokenmixup.rules import Rules
 
 POOLS = {
     "average_pooling": "average",
@@ -338,3 +341,26 @@ def test_under_autocast(scorenet_type):
     assert not torch.equal(targets, y)
     (out.sum() + loss.sum()).backward()
     assert all(p.grad is not None for p in own_parameters(wrapper))
+
+
+# Statistics
+
+
+def test_label_and_sink_statistics_by_hand():
+    saliency = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.6, 0.1, 0.1, 0.2], [0.1, 0.2, 0.1, 0.6]])
+    # 0 takes the last token of 2: a = 0.9, b = 0.6; 1 two tokens of 0: a = 0.8, b = 0.4; 2 nothing
+    partner = torch.tensor([2, 0, 2])
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+
+    class Given(Rules):
+        def decide(self, layer, saliency, targets, easy, rho):
+            return MixingDecision(partner, mask)
+
+    config = HorizontalConfig(layers=(1,), rho=0.1, scorenet=None)
+    step = horizontal_step(Given(), 1, torch.eye(3), saliency, None, config)
+    shares = [0.6 / (0.9 + 0.6), 0.4 / (0.8 + 0.4), 0]
+    taken = torch.stack([step.targets[0, 2], step.targets[1, 0]])
+    assert taken.tolist() == pytest.approx(shares[:2])
+    assert step.stats["label_share"].item() == pytest.approx(sum(shares) / 3)
+    assert step.stats["largest_saliency_share"].item() == pytest.approx((0.5 + 0.6 + 0.6) / 3)
+    assert step.stats["same_place_share"].item() == pytest.approx(2 / 3)

@@ -16,6 +16,7 @@ from experiments.data.augment import normalisation
 from experiments.data.datasets import (
     DigitImages,
     digits_split,
+    draw_per_class,
     open_images,
     refuse_other_classes,
     stated_num_classes,
@@ -203,3 +204,19 @@ def test_weights_of_another_number_of_classes_are_refused(tmp_path, folder_of_im
     assert cli.run(evaluate.main, [*words, "--data.root", str(folder_of_images)]) == 2
     error = capsys.readouterr().err
     assert str(weights) in error and "(3, 32) in the file and (2, 32) in the model" in error
+
+
+def test_images_of_each_class_are_drawn_by_the_seed(tmp_path):
+    data = small_config(tmp_path).data
+    whole = open_images(data, "train[100:900]")
+    drawn = draw_per_class(whole, 20, 10, seed=3)
+    assert Counter(drawn[index][1] for index in range(200)) == dict.fromkeys(range(10), 20)
+    assert sorted(set(drawn.indices)) == list(drawn.indices)
+    assert drawn.describe(0) == whole.describe(drawn.indices[0])
+    assert draw_per_class(whole, 20, 10, seed=3).indices == drawn.indices
+    # fewer images are among the more, and each image is as likely: 20 of about 80 in 40 draws
+    assert set(draw_per_class(whole, 5, 10, seed=3).indices) < set(drawn.indices)
+    times = Counter(i for seed in range(40) for i in draw_per_class(whole, 20, 10, seed).indices)
+    assert len(times) > 790 and max(times.values()) < 25
+    with pytest.raises(DataError, match=r"data.per_class: got 100; allowed: up to \d\d, as many"):
+        draw_per_class(whole, 100, 10, seed=3)
