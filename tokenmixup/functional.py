@@ -252,9 +252,11 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
 def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
-    The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
-    assignments with equal totals the same is taken whatever the other gains are, up to partners
-    from whom nothing is gained: no token is taken from those.
+    The solver is exact, not a heuristic (an auction and shortest augmenting paths, in float64 on
+    the host). Totals that differ by less than 2^-40 of their gains count as equal, also in float64,
+    and the rows' and columns' positions decide among those, whatever the other gains are. Only
+    where so many assignments are equal that float64 cannot tell their positions apart (hundreds of
+    samples, each with its saliency on one token) the choice depends on the solver, C or lapx.
 
     Args:
         gain: (E, B) with E <= B.
