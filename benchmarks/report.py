@@ -56,7 +56,7 @@ def summary(found: Latest) -> str:
 def sources(records: Iterable[Measurement]) -> str:
     """Command, time, commit, hardware and load of each record, and the versions of all."""
     versions: dict[str, str] = {}
-    lines = []
+    lines, busy = [], []
     for record in records:
         cores = "" if record.cores is None else f", {record.cores} cores"
         lines.append(
@@ -70,49 +70,50 @@ def sources(records: Iterable[Measurement]) -> str:
             ]
         )
         versions |= record.versions
+        if record.load_before > 1.5 * record.threads:
+            busy.append(record.row)
     head = ("row", "command", "time", "commit", "hardware", "load")
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n"
+    beside = f"Measured while other programs ran: {', '.join(busy)}.\n" * bool(busy)
+    return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n{beside}"
 
 
 def in_short(found: Latest, reliability: Latest) -> str:
     """What README says of cost and reliability: a table of steps, and a line per other figure."""
-    text, lines = "", []
+    table, lines = "", []
     if "steps" in found:
-        models = found["steps"].values["models"]
         names = {"HTM": "HTM", "VTM": "VTM", "HVTM": "both"}
         rows = [
             [
                 f"{model['model']}, batch {model['batch']}",
                 *(times(model["over_plain"][name], 3) for name in names),
             ]
-            for model in models
+            for model in found["steps"].values["models"]
         ]
-        head = ("training step, time over plain (95%)", *names.values())
-        text = f"{aligned_table(head, rows, (1, 2, 3))}\n"
-        lines.append(f"Steps: on a CPU, {found['steps'].cores} cores; GPUs have not been measured.")
-    if GPU_ROW.name in found:
-        lines[-1] = lines[-1].replace("; GPUs have not been measured", "")
+        where = f"on {found['steps'].cores} CPU cores"
+        head = (f"training step over plain, {where} (95% interval)", *names.values())
+        table = f"{aligned_table(head, rows, (1, 2, 3))}\n"
     if "solver" in found:
         ratios = [case["speed_up"]["ratio"] for case in found["solver"].values["cases"]]
-        low, high = min(ratios), max(ratios)
         lines.append(
-            f"The exact solver of partners: {low:.1f} to {high:.1f} times as fast as lapx."
+            f"The exact solver finds partners {min(ratios):.1f} to {max(ratios):.1f} times as fast "
+            "as lapx, which depends on the gains."
         )
     if "saliency" in found:
         for model in found["saliency"].values["models"]:
             alone, whole = (model[name]["ratio"] for name in ("speed_up", "step_ratio"))
             lines.append(
-                f"Saliency from attention, {model['model']}, batch {model['batch']}: {alone:.0f} times "
-                f"as fast as from gradients, and the whole HTM step {whole:.2f} times."
+                f"Saliency from attention is {alone:.0f} times as fast as from gradients, the HTM "
+                f"step {whole:.2f} times ({model['model']}, batch {model['batch']})."
             )
     kills = [one.values for name, one in reliability.items() if name.startswith("kills-")]
     if kills:
         survived, total = (sum(one[name] for one in kills) for name in ("survived", "total"))
         lines.append(
-            f"`kill -9` at any moment, then resumed to the same bytes: {survived} of {total}."
+            "A run that `kill -9` stopped at any moment resumes and ends with the same bytes: "
+            f"{survived} of {total}."
         )
-    return text + "".join(f"- {line}\n" for line in lines)
+    return table + "".join(f"- {line}\n" for line in lines)
 
 
 def block(name: str, found: Latest, reliability: Latest) -> str:

@@ -32,8 +32,11 @@ launch() {
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
     exec "$python" -m "$@"
   fi
-  # torchrun would retry a mistake MAX_RESTARTS times.
-  "$python" -m "$@" --check || exit $?
+  # torchrun would retry a mistake MAX_RESTARTS times. How many processes NPROC=gpu means, it alone knows.
+  case $nproc$nnodes in
+    *[!0-9]*) "$python" -m "$@" --check || exit $? ;;
+    *) WORLD_SIZE=$((nproc * nnodes)) LOCAL_WORLD_SIZE=$nproc "$python" -m "$@" --check || exit $? ;;
+  esac
   # torchrun (since torch 2.9) forwards these signals to its processes, which save and stop; all but Slurm's
   # SIGUSR1 are its defaults.
   export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenmixup._session import Session, StepRecord
+from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.horizontal import horizontal_step, scorenet_loss
 from tokenmixup.hosts.base import (
@@ -87,12 +88,12 @@ class _LayerHook(_Hook):
         shared: Attachment,
         index: int,
         layer: nn.Module,
-        mixes: bool,
         scorenet: ScoreNet | None,
         projected: bool,
+        watch: Watch | None,
     ) -> None:
         super().__init__(shared, index, layer)
-        self.mixes = mixes
+        self.watch = watch
         self.scorenet = scorenet
         self.remembers = _remembers(shared, index)
         self.projected = projected
@@ -104,7 +105,7 @@ class _LayerHook(_Hook):
         _refuse_without_gradients(record, self.index)
         tokens = self.shared.adapter.tokens(args, kwargs)
         self._check(record, tokens)
-        if self.mixes:
+        if self.watch is not None:
             tokens = self._mix(record, again, tokens, args, kwargs)
         if self.projected:
             record.entering[self.index] = (tokens, args, kwargs)
@@ -112,7 +113,7 @@ class _LayerHook(_Hook):
             if not again:
                 self._choose(record, self._input_saliency(tokens, args, kwargs))
             self._remember(record, again, tokens)
-        if not self.mixes:
+        if self.watch is None:
             return None
         return self.shared.adapter.with_tokens(tokens, args, kwargs)
 
@@ -137,8 +138,8 @@ class _LayerHook(_Hook):
     def _mix(
         self, record: StepRecord, again: bool, tokens: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
-        config = self.shared.horizontal
-        assert config is not None
+        assert self.watch is not None, "only layers that mix are called here"
+        config = self.watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
         logits = None
@@ -151,7 +152,9 @@ class _LayerHook(_Hook):
             saliency = self._input_saliency(tokens, args, kwargs)
             step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
-            record.targets = step.targets
+            record.targets = self.watch.observe(
+                f"layer {self.index}", self.scorenet, targets, step.targets, step.stats
+            )
             for name, value in step.stats.items():
                 record.stats[f"htm/layer{self.index}/{name}"] = value
         decision = record.decisions[self.index][1]
@@ -232,6 +235,7 @@ def install_hooks(
     """Put the hooks on the layers, and return the handles that remove them."""
     mixing = shared.horizontal.layers if shared.horizontal is not None else ()
     attending = shared.vertical.layers if shared.vertical is not None else ()
+    watch = Watch(shared.horizontal) if shared.horizontal is not None else None
     handles = []
     for index, layer in enumerate(layers):
         remembers = _remembers(shared, index)
@@ -239,7 +243,8 @@ def install_hooks(
         if index in mixing or remembers:
             name, projected = str(index), projection is not None
             scorenet = cast(ScoreNet, scorenets[name]) if name in scorenets else None
-            hook = _LayerHook(shared, index, layer, index in mixing, scorenet, projected)
+            watching = watch if index in mixing else None
+            hook = _LayerHook(shared, index, layer, scorenet, projected, watching)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:
             reading = _ProjectionHook(shared, index, layer)

@@ -16,6 +16,18 @@ def are_distributions(targets: Tensor) -> Tensor:
     return ((total - 1).abs() <= SUM_TOLERANCE) & (targets.amin(1) >= 0)
 
 
+def soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:
+    """Soft targets (B, C) of what a user gave: those themselves, or class indices made one-hot.
+
+    Raises:
+        ValueError: neither of the two, as the functions below say.
+    """
+    if isinstance(targets, Tensor) and not targets.is_floating_point():
+        return one_hot_targets(targets, batch, num_classes)
+    check_soft_targets(targets, batch, num_classes)
+    return targets
+
+
 def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> None:
     """Raise ValueError unless targets are floating point, (B, C), and rows are distributions.
 
@@ -70,8 +82,8 @@ def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Ten
         if len(outside):
             index = int(outside[0])
             raise ValueError(
-                f"targets must be class indices 0 to {num_classes - 1} (the classifier's, as "
-                f"attach found it), but targets[{index}] is {targets[index].item()}"
+                f"targets must be class indices 0 to {num_classes - 1} (num_classes is "
+                f"{num_classes}), but targets[{index}] is {targets[index].item()}"
             )
     one_hot = torch.zeros(batch, num_classes, device=targets.device)
     return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)

@@ -330,10 +330,10 @@ def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int 
 
 
 @torch.no_grad()
-def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
-    """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
+def label_share(saliency: Tensor, decision: MixingDecision) -> Tensor:
+    """Share of each label that comes from the partner, ``b / (a + b)``; (B,), float32 or wider.
 
-    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
+    It is 0 for a sample without replaced tokens, or with a + b = 0.
     """
     saliency = saliency.to(_wide(saliency))
     partner, mask = decision.partner, decision.mask
@@ -341,10 +341,18 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     taken = torch.where(mask, saliency[partner], 0).sum(1)
     total = kept + taken
     mixed = mask.any(1) & (total > 0)
-    share = torch.where(mixed, taken / torch.where(mixed, total, 1), 0).unsqueeze(1)
+    return torch.where(mixed, taken / torch.where(mixed, total, 1), 0)
+
+
+def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
+    """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
+
+    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
+    """
+    share = label_share(saliency, decision).unsqueeze(1)
     dtype = torch.promote_types(targets.dtype, share.dtype)
-    blend = (1 - share) * targets.to(dtype) + share * targets[partner].to(dtype)
-    return torch.where(mixed.unsqueeze(1), blend.to(targets.dtype), targets)
+    blend = (1 - share) * targets.to(dtype) + share * targets[decision.partner].to(dtype)
+    return torch.where(share > 0, blend.to(targets.dtype), targets)
 
 
 def horizontal_mixup(

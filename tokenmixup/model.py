@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenmixup._hooks import Attachment, has_hooks, install_hooks
 from tokenmixup._session import Session, StepRecord
-from tokenmixup._targets import check_soft_targets, one_hot_targets
+from tokenmixup._targets import soft_targets
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.hosts import HostAdapter, TokenLayout, UnsupportedHostError, find_adapter
 from tokenmixup.rules import Rules
@@ -85,13 +85,17 @@ class TokenMixupModel(nn.Module):
         layers = adapter.layers(backbone)
         self._handles = install_hooks(layers, shared, self.scorenets)
         self._is_attached = bool(self._handles)  # torch.compile cannot look at the handles
+        # the host's mode, without a change of parts of it that are in another
+        self.training = backbone.training
+        self.scorenets.train(backbone.training)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
 
         Args:
             images: what the host takes.
-            targets: in training, soft targets (B, C) or class indices (B,); needed for HTM.
+            targets: in training, soft targets (B, C) or class indices (B,); needed for HTM, and for
+                a loss by what is returned: without them VTM alone returns None as targets.
 
         Raises:
             ValueError: targets in evaluation, none in training with HTM, of a wrong shape, or a row
@@ -167,10 +171,7 @@ class TokenMixupModel(nn.Module):
                     "model(images, targets), or model.eval() first to evaluate"
                 )
             return None
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
-            return one_hot_targets(targets, images.shape[0], self.num_classes)
-        check_soft_targets(targets, images.shape[0], self.num_classes)
-        return targets
+        return soft_targets(targets, images.shape[0], self.num_classes)
 
     def detach(self) -> nn.Module:
         """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
@@ -210,7 +211,7 @@ def attach(
 
     The host keeps its class, its forward pass, its state-dict keys and its fused attention. With
     neither ``horizontal`` nor ``vertical`` the result is the plain host behind the same interface,
-    for training loops that serve all variants.
+    for training loops that serve all variants. It is in training or evaluation mode as the host is.
 
     Args:
         model: the host, of one of the supported families.
@@ -223,6 +224,12 @@ def attach(
         UnsupportedHostError: (a ValueError) the host is of no supported family.
         ValueError: the settings do not fit the host, or TokenMixup is attached to it already.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "model must be a model (torch.nn.Module), such as "
+            f"timm.create_model({model if isinstance(model, str) else 'vit_base_patch16_224'!r}); "
+            f"got {model!r}"
+        )
     if isinstance(model, TokenMixupModel) or has_hooks(model):
         raise ValueError(
             "TokenMixup is attached to this model already: give all layers in one call of attach, "

@@ -13,7 +13,7 @@ from experiments.config import DataConfig, MixupConfig, RunConfig
 from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, seeded
-from tokenmixup.functional import DIFFICULTY_SCALE
+from tokenmixup import functional
 
 
 def normalisation(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -84,7 +84,7 @@ def least_difficulty(config: MixupConfig, num_classes: int) -> float:
 
     label = torch.zeros(1, dtype=torch.int64)
     target = mixup_target(label, num_classes, smoothing=config.label_smoothing)
-    return float(torch.special.entr(target.double()).sum()) / DIFFICULTY_SCALE
+    return functional.least_difficulty(target.double()).item()
 
 
 def refuse_unreachable_tau(config: RunConfig, num_classes: int) -> None:

@@ -16,6 +16,7 @@ from experiments.study.plan import Study, read_study
 from experiments.study.records import StudyRecord, study_records
 from experiments.study.statistics import Comparison, Difference, Standing, compare
 
+_ARMS = ("HTM", "VTM", "HTM + VTM")
 PAGE, PICTURE = "README.md", "study"
 
 _METHOD = (
@@ -55,14 +56,33 @@ def write_report(study: Study, results: Path) -> list[Path]:
 
 
 def makers(results: Path) -> Makers:
-    """What makes the blocks `study NAME` of the documents: state, table, and the verdict."""
+    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
+
+    `study summary` is a table of all studies that compare HTM, VTM and both with the plain model.
+    """
 
     def block(name: str) -> str:
+        if name == "summary":
+            return summary(results)
         study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
         comparison = compare(study, study_records(results, name).read())
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
     return {"study": block}
+
+
+def summary(results: Path) -> str:
+    """One line per study of HTM, VTM and both: the plain model's top-1, and the differences."""
+    rows = []
+    for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
+        records = study_records(results, path.stem)
+        study = read_study(path) if records.path.exists() else None
+        if study is None or tuple(study.variants) != (study.plain, *_ARMS):
+            continue
+        plain, *others = compare(study, records.read()).standings
+        cells = [plain.top1.text(2), str(plain.top1.count)] if plain.top1 else ["–", "0"]
+        rows.append([study.title, *cells, *(_difference(one.to_plain) for one in others)])
+    return aligned_table(("study", "plain, top-1", "seeds", *_ARMS), rows, range(1, 6))
 
 
 def markdown(comparison: Comparison) -> str:

@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
-from experiments.study.plan import Study, Variant
+from experiments.study.plan import Claims, Study, Variant
 from experiments.study.records import StudyRecord
 
 
@@ -33,6 +33,8 @@ class Difference:
     mean: float
     half_width: float | None
     """Half of the two-sided 95% interval by Student's t; None for one seed."""
+    p_value: float | None
+    """Of the two-sided paired t-test; None for one seed."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -70,9 +72,108 @@ def paired_difference(
     differences = [values[seed] - reference[seed] for seed in seeds]
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
-        return Difference(mean, None)
-    quantile = float(stdtrit(count - 1, 0.975))
-    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count))
+        return Difference(mean, None, None)
+    error = statistics.stdev(differences) / math.sqrt(count)
+    if error == 0:
+        p_value = 0.0 if mean else 1.0
+    else:
+        p_value = 2 * float(stdtr(count - 1, -abs(mean) / error))
+    return Difference(mean, float(stdtrit(count - 1, 0.975)) * error, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: below alpha, the chance of any error is at most alpha.
+
+    The k-th smallest of m, k from 0, becomes the largest of (m - j) p_j over j <= k, at most 1.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One pair of a study's claims, and what the records say of it.
+
+    Attributes:
+        variant: the first of the pair.
+        other: the variant that is subtracted.
+        difference: in top-1, points.
+        p_value: Holm's for a primary claim, that of the difference alone for any other.
+        verdict: of `VERDICTS`.
+    """
+
+    variant: str
+    other: str
+    difference: Difference | None
+    p_value: float | None
+    verdict: str
+
+
+ALPHA = 0.05
+VERDICTS = ("equal", "better", "worse", "undecided")
+
+
+def judge(difference: Difference | None, p_value: float | None, margin: float) -> str:
+    """One of `VERDICTS`, by the rule that a study states before its first training.
+
+    `equal` if the whole 95% interval lies within the margin, whatever the p-value; else `better` or
+    `worse` if p < 0.05; else `undecided`.
+    """
+    if difference is None or difference.interval is None or p_value is None:
+        return "undecided"
+    low, high = difference.interval
+    if -margin <= low and high <= margin:
+        return "equal"
+    if p_value >= ALPHA:
+        return "undecided"
+    return "better" if difference.mean > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a study's claims.
+
+    Attributes:
+        primary: corrected together.
+        beside: each on its own.
+        control: likewise.
+    """
+
+    primary: list[Contrast]
+    beside: list[Contrast]
+    control: Contrast
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether the study could see the effect of its positive control."""
+        return self.control.verdict == "better"
+
+
+def outcome(claims: Claims, top1: Mapping[str, Mapping[int, float]]) -> Outcome:
+    """Judge the claims of a study by variant -> seed -> top-1."""
+
+    def measured(pair: tuple[str, str]) -> Difference | None:
+        return paired_difference(top1[pair[0]], top1[pair[1]])
+
+    def contrast(pair: tuple[str, str], p_value: float | None) -> Contrast:
+        found = measured(pair)
+        return Contrast(*pair, found, p_value, judge(found, p_value, claims.margin))
+
+    def alone(pair: tuple[str, str]) -> Contrast:
+        found = measured(pair)
+        return contrast(pair, found.p_value if found else None)
+
+    found = [(pair, measured(pair)) for pair in claims.primary]
+    p_values = [1.0 if d is None or d.p_value is None else d.p_value for _, d in found]
+    return Outcome(
+        [contrast(pair, p) for pair, p in zip(claims.primary, holm(p_values), strict=True)],
+        [alone(pair) for pair in claims.beside],
+        alone(claims.control),
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +245,19 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
             )
         )
     return Comparison(study, known, standings)
+
+
+def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
+    """Of each arm the variant of the best mean top-1, the first of equal ones.
+
+    None as long as not all trainings of the arm are done.
+    """
+    study, found = comparison.study, dict[str, Standing | None]()
+    for arm in study.arms:
+        own = [s for s in comparison.standings if s.variant.name in study.arm(arm)]
+        done = all(s.top1 is not None and s.top1.count == len(study.seeds) for s in own)
+        found[arm] = max(own, key=lambda s: s.top1.mean if s.top1 else 0) if done else None
+    return found
 
 
 def _mean(records: list[StudyRecord], leaf: str) -> float | None:

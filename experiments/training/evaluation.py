@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
@@ -59,10 +59,12 @@ def evaluate(
     world: World,
     config: RunConfig,
     on_batch: Callable[[], object] = lambda: None,
+    on_logits: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
 ) -> Evaluation:
     """Evaluate on every image once, over all processes; restores the model's mode.
 
-    `batches` are this process's share of the images; `on_batch` is called before each.
+    `batches` are this process's share of the images; `on_batch` is called before each, and
+    `on_logits` after it, with its logits (B, C) and labels (B,).
     """
     was_training, device = model.training, world.device
     model.eval()
@@ -74,6 +76,7 @@ def evaluate(
             with autocast(device, config.eval_precision):
                 logits = model(images)
             logits = logits.float()  # (B, C)
+            on_logits(logits, labels)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             count = loss.new_tensor(len(labels))

@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config import RunConfig, as_plain
 from experiments.data.augment import BatchMixer, refuse_unreachable_tau
+from experiments.data.datasets import draw_per_class
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
@@ -111,6 +112,10 @@ class Run:
         model, num_classes, (images, val_images) = model_and_images(
             config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
         )
+        per_class = config.data.per_class
+        if per_class is not None:
+            images = draw_per_class(images, per_class, num_classes, config.seed)
+        self.num_classes = num_classes
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
@@ -175,9 +180,17 @@ class Run:
             self._beat("finished", at_once=True)
             self._say_summary()
 
-    def _resume(self, allow_changed: Collection[str]) -> int:
+    def check(self, allow_changed: Collection[str] = ()) -> None:
+        """Read what `fit` would begin with, and write nothing.
+
+        Raises:
+            UserError: as `fit` before its first step.
+        """
+        self._resume(allow_changed, set_aside=False)
+
+    def _resume(self, allow_changed: Collection[str], set_aside: bool = True) -> int:
         """Restore the newest checkpoint or begin; gives the rows of metrics so far."""
-        saved = self.folder.newest(self.world, self._warn)
+        saved = self.folder.newest(self.world, self._warn, set_aside)
         if saved is not None:
             parts = (self.learner, self.batches, self.statistics)
             self.progress = restore(saved, *parts, allow_changed, self._warn)
@@ -335,11 +348,7 @@ class Run:
     def _start_from(self, path: str) -> None:
         loaded = load_weights(self.learner.model, path, self.config.model.new_head)
         line = f"{self.folder.path}: starts from {path} ({loaded.kind})"
-        if loaded.left_out:
-            line += f"; as initialised: {', '.join(loaded.left_out)}"
-        if loaded.resized:
-            line += "; position embedding resized"
-        self._say(line)
+        self._say("; ".join([line, *loaded.notes]))
 
     def _say_headline(self) -> None:
         schedule, step = self.config.schedule, self.progress.step

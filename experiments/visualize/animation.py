@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -35,6 +36,7 @@ from experiments.visualize.scenes import Scene
 from experiments.visualize.vertical import remembered_share
 
 NAME = "tokenmixup.gif"
+_COLOURS = (GROUND, INK, OWN, PARTNER, EARLIER)
 _MOVES = 9  # frames in which tokens travel
 _INCHES, _DPI = (7.2, 4.3), 100
 _STRIP = 12  # images of the batch in the upper row
@@ -78,7 +80,11 @@ def write_animation(scene: Scene, folder: Path) -> Path:
     whole = Image.new("RGB", (width, height * len(frames)), GROUND)
     for number, frame in enumerate(frames):
         whole.paste(frame, (0, height * number))
-    palette = whole.quantize(256, dither=Image.Dither.NONE)
+    # lines are few pixels: without an entry of their own, their colours would be lost
+    own = [round(255 * part) for name in _COLOURS for part in to_rgb(name)]
+    common = whole.quantize(256 - len(_COLOURS), dither=Image.Dither.NONE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*common, *own])
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     path = folder / NAME
     with atomic_file(path) as file:

@@ -50,8 +50,8 @@ class Scene:
     tau: float | None = None
     """Greatest difficulty of an easy sample, None where every sample is mixed."""
     class_token: bool = False
-    left_out: tuple[str, ...] = ()
-    """Parameters that the weights file does not have."""
+    weight_notes: tuple[str, ...] = ()
+    """What became of the names in the weights file, `Loaded.notes`."""
 
     def class_text(self, label: int) -> str:
         """Name of a class, short enough for a cell."""
@@ -89,8 +89,8 @@ def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, c
     split = config.data.val_split
     about = f"{_some(len(chosen), len(images))} of the split {split!r}, as in evaluation"
     pictures, labels = [image for image, _ in samples], [label for _, label in samples]
-    model, left_out = assessment.model, assessment.loaded.left_out
-    return _scene(config, model, left_out, pictures, labels, run, about, images.class_names)
+    model, notes = assessment.model, assessment.loaded.notes
+    return _scene(config, model, notes, pictures, labels, run, about, images.class_names)
 
 
 def scene_of_folder(
@@ -122,9 +122,7 @@ def scene_of_folder(
     name = folder.resolve().name
     about = f"{_some(len(chosen), len(paths))} of {name}/, resized as in evaluation"
     pictures = [read_image(path) for path in chosen]
-    return _scene(
-        config, model, loaded.left_out, pictures, labels, run, about, names, note="folder"
-    )
+    return _scene(config, model, loaded.notes, pictures, labels, run, about, names, note="folder")
 
 
 def spread(available: int, wanted: int) -> list[int]:
@@ -140,7 +138,7 @@ def _some(shown: int, available: int) -> str:
 def _scene(
     config: RunConfig,
     model: TokenMixupModel,
-    left_out: tuple[str, ...],
+    weight_notes: list[str],
     images: Sequence[Image.Image],
     labels: Sequence[int | None],
     run: str,
@@ -184,7 +182,7 @@ def _scene(
         names=readable_names(names) if names else None,
         tau=htm.tau if htm is not None and htm.scorenet is not None else None,
         class_token=model.layout.class_token,
-        left_out=left_out,
+        weight_notes=tuple(weight_notes),
     )
 
 

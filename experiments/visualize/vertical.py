@@ -113,6 +113,7 @@ def attention_figure(scene: Scene, attention: AttentionRecord) -> Figure:
     """How much of a VTM layer's attention goes to remembered tokens, head by head."""
     _, heads, own, entries = attention.shares.shape
     remembered = attention.layer * scene.recording.vertical[0].positions.shape[1]
+    layers = scene.recording.mixed_text(attention.layer)
     mixed = np.count_nonzero(scene.recording.foreign(attention.layer).any(1))
     panels = [("all queries", shares_by_head(attention.shares))]
     if scene.class_token:
@@ -144,7 +145,7 @@ def attention_figure(scene: Scene, attention: AttentionRecord) -> Figure:
         body,
         f"{scene.about} Mean over the {len(scene.images)} images; the rest of the attention goes "
         f"to the layer's own {own} tokens."
-        + (f" HTM has mixed {mixed} of the images before." if mixed else ""),
+        + (f" HTM at {layers} has mixed {mixed} of the images before." if layers else ""),
     )
     return figure
 

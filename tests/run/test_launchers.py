@@ -38,12 +38,20 @@ def finish(*processes):
     return "".join(text for text, _ in texts)
 
 
-def test_a_mistake_is_reported_once_and_not_retried(tmp_path):
-    process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
+@pytest.mark.parametrize(
+    ("words", "processes", "message"),
+    [
+        (("--schedule.epoch", "3"), "2", "command line: --schedule.epoch: unknown option"),
+        (("--model.name", "vit_tny"), "2", "model.name: got 'vit_tny'"),
+        ((), "3", "data.batch_size: got 700; allowed with 3 processes: a multiple of 3"),
+    ],
+)
+def test_a_mistake_is_reported_once_and_not_retried(tmp_path, words, processes, message):
+    process = start(tmp_path / "run", *words, NPROC=processes, MAX_RESTARTS="3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     (line,) = errors.splitlines()
-    assert line.startswith("error: command line: --schedule.epoch: unknown option")
+    assert line.startswith("error: ") and message in line
 
 
 def words_of(tmp_path, script, *words, **environment):
@@ -75,6 +83,20 @@ def test_the_command_line_goes_before_the_environment(tmp_path, script):
             assert value not in found
         assert words_of(tmp_path, script, option, "a", option, "b", **there).count(option) == 2
     assert not set(options) & set(words_of(tmp_path, script, DATA="", WEIGHTS=""))
+
+
+def test_a_missing_checkpoint_is_named_with_the_command_that_fetches_it(tmp_path):
+    done = subprocess.run(
+        ["sh", "run/eval_cct_7-3x1_cifar10_HTM.sh", "--device", "cpu"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    command = f"python -m experiments.zoo download cct_cifar10_htm --weights {tmp_path}"
+    assert done.stderr.endswith(f"No such file or directory; fetch it: {command}\n")
 
 
 @pytest.mark.slow

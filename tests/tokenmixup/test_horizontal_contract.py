@@ -81,18 +81,37 @@ def test_impossible_arguments(arguments, named):
     [
         (torch.ones(4, CLASSES + 1), f"4, {CLASSES + 1}"),  # another number of classes
         (torch.ones(3, CLASSES), f"3, {CLASSES}"),  # of another batch
-        (torch.zeros(4, dtype=torch.long), "4,"),  # class indices
+        (torch.full((4,), CLASSES), f"0 to {CLASSES - 1}"),  # no class
+        (torch.zeros(3, dtype=torch.long), r"\(3,\)"),  # class indices of another batch
         (torch.eye(CLASSES, dtype=torch.long)[:4], "int64"),  # mixing would round them to zero
-        (torch.full((4, CLASSES), torch.nan), "finite"),
+        (torch.full((4, CLASSES), torch.nan), "sum nan"),
         (torch.ones(4, CLASSES), f"sum {CLASSES}"),
         (None, "targets"),
     ],
-    ids=["classes", "batch", "indices", "integers", "not finite", "no distribution", "none"],
+    ids=["classes", "batch", "index", "indices", "integers", "not finite", "no sum 1", "none"],
 )
 def test_impossible_targets(targets, named, use_scorenet):
     wrapper = wrap(StubLayer(random_map(4, 5)), tau=10.0, use_scorenet=use_scorenet)
     with pytest.raises(ValueError, match=named):
         wrapper(random_batch(4, 5)[0], targets)
+
+
+@pytest.mark.parametrize("use_scorenet", [True, False])
+def test_class_indices_are_made_one_hot(use_scorenet):
+    x, labels = random_batch(4, 5)[0], torch.tensor([4, 0, 2, 0])
+    wrapper = wrap(StubLayer(random_map(4, 5)), tau=10.0, use_scorenet=use_scorenet)
+    found, expected = (wrapper(x, y)[1] for y in (labels, torch.eye(CLASSES)[labels]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match="the batch has no samples"):
+        wrap(StubLayer(random_map(0, 5)))(*random_batch(0, 5))
+
+
+def test_a_layer_without_an_attention_map():
+    with pytest.raises(ValueError, match=r"get_attention_map\(x, y.*; Linear has none"):
+        wrap(torch.nn.Linear(WIDTH, WIDTH))
 
 
 def test_tokens_of_another_width():

@@ -99,6 +99,8 @@ def test_attaching_twice_is_an_error_and_detach_undoes_it():
         (vit, {"horizontal": {"layers": (1,)}}, "must be a HorizontalConfig"),
         (vit, {"vertical": HTM}, "must be a VerticalConfig"),
         (vit, {"num_classes": 7}, "num_classes is 7, but the model's classifier has 5"),
+        (lambda: "vit_tiny_patch16_224", {}, r"timm.create_model\('vit_tiny_patch16_224'\)"),
+        (lambda: vit, {}, r"must be a model \(torch.nn.Module\).*got <function vit"),
     ],
 )
 def test_what_cannot_be_attached(host, arguments, message):
@@ -168,6 +170,26 @@ def test_impossible_targets(targets, message):
     model = attach(vit(), horizontal=HTM).train()
     with pytest.raises(ValueError, match=message):
         model(batch()[0], targets)
+
+
+@pytest.mark.parametrize("targets", [torch.empty(0, 5), torch.empty(0, dtype=torch.long)])
+def test_an_empty_batch(targets):
+    """HTM has nothing to mix and no mean loss; what VTM alone does is what the host does."""
+    images = torch.empty(0, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"has no samples.*Leave empty batches out"):
+        attach(vit(), horizontal=HTM).train()(images, targets)
+    assert attach(vit(), vertical=VTM).train()(images, targets).logits.shape == (0, 5)
+
+
+def test_mode_is_the_hosts():
+    """Also where parts of the host are in another mode, as frozen ones often are."""
+    for training in (True, False):
+        host = vit().train(training)
+        host.norm.train(not training)
+        model = attach(host, horizontal=HTM)
+        modes = {model.training, *(module.training for module in model.scorenets.modules())}
+        assert modes == {training} and host.training is training
+        assert host.norm.training is not training
 
 
 def test_targets_in_evaluation_are_an_error():

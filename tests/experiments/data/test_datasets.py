@@ -9,17 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import cli, train
+from experiments import cli, evaluate, train
+from experiments.checkpoint import save_final_weights
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import normalisation
 from experiments.data.datasets import (
     DigitImages,
     digits_split,
+    draw_per_class,
     open_images,
     refuse_other_classes,
     stated_num_classes,
 )
 from experiments.errors import ConfigError, DataError
+from experiments.models.build import build_model
 from tests.helpers.runs_helper import small_config, write_config
 
 
@@ -66,6 +69,52 @@ def test_a_folder_of_images(tmp_path, folder_of_images):
     wrong = small_config(tmp_path, model={"num_classes": 7}, data=data)
     with pytest.raises(ConfigError, match=r"model\.num_classes: got 7; allowed: 2"):
         stated_num_classes(wrong, images)
+
+
+def test_a_split_is_never_taken_from_another(tmp_path, folder_of_images):
+    config = DataConfig(dataset="", root=str(folder_of_images))
+    shutil.rmtree(folder_of_images / "validation")
+    with pytest.raises(DataError, match=r"split validation: .* there is train, but not this"):
+        open_images(config, "validation")
+    # a folder without splits is itself the place of each
+    inner = DataConfig(dataset="", root=str(folder_of_images / "train"))
+    assert len(open_images(inner, "validation")) == 6
+    (folder_of_images / "train" / "dog").rename(folder_of_images / "train" / "train")
+    images = open_images(config, "train")
+    assert len(images) == 6 and images.class_names == ("cat", "train")
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_a_local_hugging_face_data_set(tmp_path, folder_of_images, form):
+    """Images in files, and images inside the table, which have no file's name."""
+    import datasets
+    from pyarrow import Table, parquet
+
+    place = folder_of_images
+    if form == "parquet":
+        place = tmp_path / "tables"
+        place.mkdir()
+        classes = datasets.ClassLabel(names=["cat", "dog"])
+        schema = datasets.Features(image=datasets.Image(), label=classes).arrow_schema
+        for split in ("train", "validation"):
+            files = sorted((folder_of_images / split).rglob("*.png"))
+            images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+            labels = [classes.str2int(file.parent.name) for file in files]
+            table = Table.from_pydict({"image": images, "label": labels}, schema=schema)
+            parquet.write_table(table, place / f"{split}.parquet")
+    config = DataConfig(dataset=f"hfds/{place}", root=str(tmp_path / "cache"))
+    images = open_images(config, "train")
+    reference = open_images(DataConfig(dataset="", root=str(folder_of_images)), "train")
+    assert len(images) == len(reference) == 6 and images.class_names == ("cat", "dog")
+    for index in range(6):
+        (image, label), (same, its_label) = images[index], reference[index]
+        assert image.tobytes() == same.tobytes() and label == its_label
+    named = {"folder": reference.describe(5), "parquet": "image 5"}
+    assert images.describe(5) == named[form]
+    part = open_images(config, "validation[1:3]")
+    assert [part[index][1] for index in range(len(part))] == [0, 1]
+    with pytest.raises(DataError, match=r'Unknown split "test".*; name a data set of the Hugging'):
+        open_images(config, "test")
 
 
 def test_fashion_mnist_through_timm_is_rgb(tmp_path):
@@ -145,3 +194,29 @@ def test_a_class_that_validation_lacks_stops_the_training(kind, tmp_path, folder
     assert cli.run(train.main, words) == 2
     assert "'validation' lacks 'cat'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_number_of_classes_are_refused(tmp_path, folder_of_images, capsys):
+    """Evaluation sees one split alone, and the weights know how many classes they tell apart."""
+    path, weights = write_config(tmp_path), tmp_path / "weights.safetensors"
+    save_final_weights(weights, build_model(small_config(tmp_path), 3))
+    words = ["--config", str(path), "--checkpoint", str(weights), "--data.dataset", ""]
+    assert cli.run(evaluate.main, [*words, "--data.root", str(folder_of_images)]) == 2
+    error = capsys.readouterr().err
+    assert str(weights) in error and "(3, 32) in the file and (2, 32) in the model" in error
+
+
+def test_images_of_each_class_are_drawn_by_the_seed(tmp_path):
+    data = small_config(tmp_path).data
+    whole = open_images(data, "train[100:900]")
+    drawn = draw_per_class(whole, 20, 10, seed=3)
+    assert Counter(drawn[index][1] for index in range(200)) == dict.fromkeys(range(10), 20)
+    assert sorted(set(drawn.indices)) == list(drawn.indices)
+    assert drawn.describe(0) == whole.describe(drawn.indices[0])
+    assert draw_per_class(whole, 20, 10, seed=3).indices == drawn.indices
+    # fewer images are among the more, and each image is as likely: 20 of about 80 in 40 draws
+    assert set(draw_per_class(whole, 5, 10, seed=3).indices) < set(drawn.indices)
+    times = Counter(i for seed in range(40) for i in draw_per_class(whole, 20, 10, seed).indices)
+    assert len(times) > 790 and max(times.values()) < 25
+    with pytest.raises(DataError, match=r"data.per_class: got 100; allowed: up to \d\d, as many"):
+        draw_per_class(whole, 100, 10, seed=3)

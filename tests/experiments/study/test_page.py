@@ -5,7 +5,7 @@ import pytest
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
 from experiments.study import page
-from experiments.study.page import makers, markdown, table, verdict, write_report
+from experiments.study.page import makers, markdown, summary, table, verdict, write_report
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import compare
@@ -94,8 +94,25 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
-    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert fill_blocks(document, makers(ROOT / "results")) == document, "--report makes it anew"
+    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        text = document.read_text(encoding="utf-8")
+        assert "generated: study digits" in text
+        assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
+
+
+def test_the_summary_has_every_study_of_htm_vtm_and_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert summary(tmp_path).count("\n") == 2, "no study has a record"
+    for name in ("digits", "ablations"):  # the second compares other variants
+        found = read_study(f"configs/studies/{name}.yaml")
+        for seed in (1, 2):
+            for variant, top1 in (("plain", 90.0), ("HTM", 91.0 + seed), ("VTM", 90.0)):
+                study_records(tmp_path, name).keep(record_of(found, variant, seed, top1))
+    (line,) = summary(tmp_path).splitlines()[2:]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:3] == ["Handwritten digits", "90.00 ± 0.00", "2"]
+    assert cells[3].startswith("+2.50 [−3.85, +8.85]") and cells[4].startswith("0.00 [")
+    assert cells[5] == "–"
 
 
 def test_readings_quote_the_records(monkeypatch):
