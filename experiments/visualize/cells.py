@@ -126,14 +126,14 @@ def images_at(scene: Scene, layer: int) -> np.ndarray:
 
 
 def show(cell: Axes, image: np.ndarray, below: str = "") -> None:
-    """An image (S, S, 3) in a thin frame, with a line of text below."""
+    """An image (S, S, 3) in a thin frame, with lines of text below."""
     # no interpolation, so that an SVG keeps the pixels as they are
     cell.imshow(image, interpolation="none", vmin=0, vmax=1)
     cell.set(xticks=[], yticks=[])
     for spine in cell.spines.values():
         spine.set(visible=True, color=SOFT, linewidth=0.5)
     if below:
-        cell.set_xlabel(below, fontsize=7.5, labelpad=2.5)
+        cell.set_xlabel(below, fontsize=7, labelpad=2.5)
 
 
 def show_chosen(cell: Axes, image: np.ndarray, chosen: np.ndarray, below: str = "") -> None:

@@ -42,7 +42,7 @@ def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
 
 def rows_height(scene: Scene, layer: HorizontalRecord, rows: int) -> float:
     """Inches that `draw_rows` needs."""
-    row = _ROW_INCHES + _LINE_INCHES * len(scene.recording.mixed_at(layer.layer - 1))
+    row = _ROW_INCHES + _LINE_INCHES * scene.lines_below(layer.layer - 1)
     return row * rows + _HEAD_INCHES + _FOOT_INCHES
 
 

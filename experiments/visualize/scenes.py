@@ -75,9 +75,15 @@ class Scene:
         return names
 
     def mixed_text(self, index: int, layer: int) -> str:
-        """Label of an image and, a line each, with what it was mixed up to a layer."""
-        lines = [f"with {name}" for name in self.givers(index, layer)]
-        return "\n".join([self.label_text(index), *lines])
+        """The same below an image, with a line for each class that HTM mixed in up to a layer."""
+        mixed = [f"+ {name}" for name in self.givers(index, layer)]
+        note = [f"({self.label_notes[index]})"] if self.label_notes[index] else []
+        return "\n".join([self.class_text(int(self.labels[index])), *note, *mixed])
+
+    def lines_below(self, layer: int) -> int:
+        """Lines that `mixed_text` may have beyond the first."""
+        mixed = self.recording.mixed_at(layer)
+        return any(self.label_notes) + min(_MOST_NAMES, 2 ** len(mixed) - 1)
 
 
 def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, count: int) -> Scene:

@@ -42,7 +42,8 @@ def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
 
 def tokens_height(scene: Scene, attention: AttentionRecord) -> float:
     """Inches that `draw_tokens` needs."""
-    lines = 2 * len(scene.recording.mixed_at(attention.layer))  # of text below the last row
+    # of text below the first row and the last one, which has a share as well
+    lines = scene.lines_below(-1) + 1 + scene.lines_below(attention.layer)
     rows = _ROW_INCHES * (2 + attention.layer) + _LINE_INCHES * lines
     return rows + _HEAD_INCHES + _FOOT_INCHES
 
@@ -65,7 +66,7 @@ def draw_tokens(
     grid = panel.subplots(2 + len(sources), len(chosen), squeeze=False)
     for column, index in zip(grid.T, chosen, strict=True):
         image = scene.images[index]
-        cells.show(column[0], image, scene.label_text(index))
+        cells.show(column[0], image, scene.mixed_text(index, -1))
         for cell, layer, share in zip(column[1:-1], sources, by_source[index, 1:], strict=True):
             tokens = chosen_tokens(layer.positions[index], patches)
             _outline_mixed(cell, scene, layer.layer, index)

@@ -10,6 +10,7 @@ import itertools
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -107,7 +108,7 @@ def test_rows_show_mixed_images_masks_and_labels():
         assert shares == pytest.approx([100 * p for p in [*parts, 1 - sum(parts)]])
     figure = plain("htm")
     texts = [cell.get_xlabel() for row in rows_of(figure, 7) for cell in row[:1]]
-    assert texts == ["class 0", "class 1 (folder)", "class 2 (predicted)", "class 3"]
+    assert texts == ["class 0", "class 1\n(folder)", "class 2\n(predicted)", "class 3"]
     assert [c.get_xlabel() for c in rows_of(figure, 7)[3]][1::5] == ["CE / 10 (nats)", "share (%)"]
 
 
@@ -201,8 +202,9 @@ def test_the_second_htm_layer_shows_what_the_first_mixed():
         # with 10 classes and smoothing 0.1, a class that no image of the mix has gets 1%
         *_, others = label_shares(case, layer, index)
         assert others.colour == REST and others.share <= 0.0901
-        givers = {f"with class {one}" for one in set(before[index]) - {index}}
-        assert set(row[0].get_xlabel().split("\n")[1:]) == givers
+        givers = {f"+ class {one}" for one in set(before[index]) - {index}}
+        words = row[0].get_xlabel().split("\n")
+        assert {word for word in words if word[0] == "+"} == givers
     assert figure.axes[0].get_title() == "image, mixed\nat layer 1"
     names = [share.name for share in label_shares(case, layer, 0)]
     assert names == ["class 0", "class 3", "class 2", "class 1", "6 others (smoothing)"]
@@ -235,10 +237,11 @@ def test_vtm_shows_the_images_as_they_are_at_each_layer(number, htm):
             else:
                 looks = vertical.remembered_share(attention, 16)
                 expected = heat(images[index], looks[index], float(looks.max()))
-                givers = {f"with class {one}" for one in set(origin[index]) - {index}}
+                givers = {f"+ class {one}" for one in set(origin[index]) - {index}}
                 words = cell.get_xlabel().split("\n")
                 whole = attention.shares[index, :, :, 1:].sum(-1).mean()
-                assert words[0] == f"{100 * whole:.1f}%" and set(words[2:]) == givers
+                assert words[0] == f"{100 * whole:.1f}%"
+                assert {word for word in words if word[0] == "+"} == givers
             np.testing.assert_array_equal(cell.images[0].get_array(), expected)
     names = [f"layer {layer}\nremembers" for layer in range(attention.layer)]
     labels = [row[0].get_ylabel() for row in cells]
@@ -250,6 +253,26 @@ def test_vtm_shows_the_images_as_they_are_at_each_layer(number, htm):
     assert "has mixed 3 of the images" in " ".join(
         text.get_text() for text in by_head.findobj(matplotlib.text.Text)
     ).replace("\n", " ")
+
+
+@pytest.mark.parametrize(("name", "columns"), [("htm", 7), ("vtm", 4)])
+def test_long_names_of_classes_stay_in_their_columns(name, columns):
+    """ImageNet's, beside each other and with a note; in the second HTM layer and the last VTM."""
+    names = ("golden retriever", "hammerhead shark", "great white shark", "Christmas stocking")
+    case = dataclasses.replace(
+        deep_scene(), names=(*names, *"abcdef"), label_notes=("predicted",) * 4
+    )
+    with style.house_style():
+        figures = dict((horizontal if name == "htm" else vertical).figures(case))
+        figure = figures["htm_layer3" if name == "htm" else "vtm_layer4"]
+        FigureCanvasAgg(figure).draw()
+        rows = len(figure.axes) // columns
+        for row in range(rows):
+            cells = figure.axes[row * columns : (row + 1) * columns]
+            boxes = [c.xaxis.label.get_window_extent() for c in cells if c.get_xlabel()]
+            assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
+            for left, right in itertools.pairwise(boxes):
+                assert left.x1 < right.x0
 
 
 def test_vtm_below_htm_is_drawn_on_clean_images():

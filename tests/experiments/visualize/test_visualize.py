@@ -23,7 +23,7 @@ VIT = {
     "name": "vit_tiny_patch16_224",
     "image_size": 32,
     "num_classes": 3,
-    "kwargs": {"depth": 4, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
+    "kwargs": {"depth": 5, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
 }
 
 
@@ -101,8 +101,8 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
         tmp_path,
         model={**VIT, "kwargs": kwargs},
         data={"dataset": "", "root": str(tmp_path / "missing")},
-        horizontal={"layers": [1], "tau": 1.0, "rho": 0.0},
-        vertical={"layers": [3], "kappa": 2},
+        horizontal={"layers": [1, 3], "tau": 1.0, "rho": 0.0},
+        vertical={"layers": [2, 4], "kappa": 2},
     )
     config = load_config(path)
     model = weights_of(config, 3, tmp_path / "weights.safetensors")
@@ -122,13 +122,9 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     assert "All 5 images of photos/, resized as in evaluation" in out
     assert (tmp_path / "out" / "tokenmixup.gif").exists() == bool(animate)
     stems = {p.stem for p in (tmp_path / "out").iterdir()}
-    assert stems == {
-        "htm_layer1",
-        "htm_layer1_gain",
-        "vtm_layer3",
-        "vtm_layer3_attention",
-        "tokenmixup",
-    }
+    layers = [*(f"htm_layer{n}{end}" for n in (1, 3) for end in ("", "_gain"))]
+    layers += [f"vtm_layer{n}{end}" for n in (2, 4) for end in ("", "_attention")]
+    assert stems == {"tokenmixup", *layers}
     scene = scene_of_folder(
         config, str(tmp_path / "weights.safetensors"), ONE_PROCESS, photos, "run", 8
     )
@@ -144,7 +140,8 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     with torch.no_grad():
         predicted = model.eval()(torch.stack(images)).argmax(1)
     assert scene.labels[1:].tolist() == predicted[1:].tolist()
-    assert [attention.shares.shape[-1] for attention in scene.recording.attention] == [4]
+    assert [attention.shares.shape[-1] for attention in scene.recording.attention] == [3, 5]
+    assert scene.recording.mixed_at(4) == [1, 3]
 
 
 def test_labels_from_folders_named_as_the_classes(tmp_path):
