@@ -59,7 +59,7 @@ def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
 
 
 def by_lap(gain: Tensor) -> np.ndarray:
-    """An optimum of the same total by lapx, for gains in float64 and where the solver in C was not built."""
+    """By lapx the same total, for gains in float64 and where there is no solver in C."""
     cost = -gain.to(torch.float64).numpy()
     if not np.isfinite(cost).all():
         row, column = np.argwhere(~np.isfinite(cost))[0]
