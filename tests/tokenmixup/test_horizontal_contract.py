@@ -45,7 +45,7 @@ def test_report_names_its_layer_and_silence_is_kept(caplog, capsys):
             layer, report_every=1, layer_name="stage3", verbose=True, use_scorenet=use_scorenet
         )
         caplog.clear()
-        out = wrapper(x, y)
+        wrapper(x, y)
         (line,) = caplog.messages
         assert line.startswith("HTM stage3 step 1 [tau 0.1, rho 0.01]: easy_share ")
         mixed = (layer.calls[-1][0] != x).any(2).any(1).double().mean()
