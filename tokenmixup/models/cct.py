@@ -202,7 +202,7 @@ class CCT(nn.Module):
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Sequence pooling (attention over the tokens) and classifier, (B, N, D) -> (B, C)."""
-        weight = self.pool(tokens).softmax(dim=1).to(tokens.dtype)  # (B, N, 1)
+        weight = self.pool(tokens).softmax(dim=1)  # (B, N, 1)
         pooled = self.head_drop((weight.transpose(1, 2) @ tokens).squeeze(1))
         return pooled if pre_logits else self.head(pooled)
 
