@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy.special import stdtr, stdtrit
 
@@ -35,6 +35,8 @@ class Difference:
     """Half of the two-sided 95% interval by Student's t; None for one seed."""
     p_value: float | None
     """Of the two-sided paired t-test; None for one seed."""
+    by_seed: dict[int, float] = field(default_factory=dict)
+    """The difference of each seed."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -66,19 +68,18 @@ def paired_difference(
     The interval is that of the paired t-test: mean ± t(0.975, n - 1) · s / √n, s the standard
     deviation of the n differences.
     """
-    seeds = [seed for seed in values if seed in reference]
-    if not seeds:
+    by_seed = {seed: values[seed] - reference[seed] for seed in values if seed in reference}
+    if not by_seed:
         return None
-    differences = [values[seed] - reference[seed] for seed in seeds]
-    count, mean = len(differences), statistics.fmean(differences)
+    count, mean = len(by_seed), statistics.fmean(by_seed.values())
     if count < 2:
-        return Difference(mean, None, None)
-    error = statistics.stdev(differences) / math.sqrt(count)
+        return Difference(mean, None, None, by_seed)
+    error = statistics.stdev(by_seed.values()) / math.sqrt(count)
     if error == 0:
         p_value = 0.0 if mean else 1.0
     else:
         p_value = 2 * float(stdtr(count - 1, -abs(mean) / error))
-    return Difference(mean, float(stdtrit(count - 1, 0.975)) * error, p_value)
+    return Difference(mean, float(stdtrit(count - 1, 0.975)) * error, p_value, by_seed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -190,6 +191,9 @@ class Standing:
         loss: over the seeds.
         mixed_share: share of the samples that HTM mixed in the last epoch, mean over the seeds.
         tokens_mixed: tokens replaced in an easy sample, likewise.
+        whole_training: the same and other statistics of HTM over all steps, mean over layers and
+            seeds; empty for records without them.
+        measures: of the final weights, over the seeds; empty without a test split.
     """
 
     variant: Variant
@@ -201,6 +205,8 @@ class Standing:
     loss: Summary | None
     mixed_share: float | None
     tokens_mixed: float | None
+    whole_training: dict[str, float]
+    measures: dict[str, Summary]
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,18 @@ class Comparison:
         return len(self.study.variants) * len(self.study.seeds)
 
     @property
+    def complete(self) -> bool:
+        """Whether all of them are done."""
+        return len(self.records) == self.wanted
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The study's claims judged, once all trainings are done; None without claims."""
+        if self.study.claims is None or not self.complete:
+            return None
+        return outcome(self.study.claims, {s.variant.name: s.by_seed for s in self.standings})
+
+    @property
     def has_others(self) -> bool:
         """Whether some variant is compared with another one than the plain one."""
         return any(standing.other for standing in self.standings)
@@ -229,6 +247,7 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
     standings = []
     for name, variant in study.variants.items():
         own = [record for record in known if record.variant == name]
+        last_epoch = _means([record.statistics for record in own])
         other = variant.against if variant.against != study.plain else None
         plain = None if name == study.plain else paired_difference(top1[name], top1[study.plain])
         standings.append(
@@ -240,8 +259,10 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
                 to_plain=plain,
                 to_other=paired_difference(top1[name], top1[other]) if other else None,
                 loss=summarise({record.seed: record.loss for record in own}),
-                mixed_share=_mean(own, "mixed_share"),
-                tokens_mixed=_mean(own, "tokens_mixed"),
+                mixed_share=last_epoch.get("mixed_share"),
+                tokens_mixed=last_epoch.get("tokens_mixed"),
+                whole_training=_means([r.statistics_by_epoch.get("all", {}) for r in own]),
+                measures=_measures(own),
             )
         )
     return Comparison(study, known, standings)
@@ -260,12 +281,17 @@ def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
     return found
 
 
-def _mean(records: list[StudyRecord], leaf: str) -> float | None:
-    """Mean of a statistic over its layers and the records."""
-    values = [
-        value
-        for record in records
-        for name, value in record.statistics.items()
-        if name.rpartition("/")[2] == leaf
-    ]
-    return statistics.fmean(values) if values else None
+def _means(statistics_of: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each statistic of HTM over its layers and the records."""
+    values: dict[str, list[float]] = {}
+    for given in statistics_of:
+        for name, value in given.items():
+            if name.startswith("htm/"):
+                values.setdefault(name.rpartition("/")[2], []).append(value)
+    return {leaf: statistics.fmean(found) for leaf, found in values.items()}
+
+
+def _measures(records: Sequence[StudyRecord]) -> dict[str, Summary]:
+    names = dict.fromkeys(name for record in records for name in record.measures)
+    found = {n: {r.seed: r.measures[n] for r in records if n in r.measures} for n in names}
+    return {n: s for n, values in found.items() if (s := summarise(values)) is not None}

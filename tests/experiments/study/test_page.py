@@ -141,3 +141,54 @@ def test_readings_quote_the_records(monkeypatch):
     found = standings("ablations")
     doses = [100 * found[name].mixed_share for name in ("HTM, layer 0", "HTM")]
     assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words
+
+
+def judged(folder, control, **figures):
+    """A study with claims whose trainings are all done: the page's words."""
+    pair = {"primary": [["HTM", "plain"]], "beside": [["mask", "HTM"]], "control": control}
+    path = write_study(folder, seeds=[1, 2, 3], claims={"margin": 0.3, **pair})
+    study = read_study(path)
+    records = [
+        record_of(study, variant, seed, top1).model_copy(
+            update={
+                "measures": dict.fromkeys(page._MEASURES, seed + 90.0),
+                "statistics_by_epoch": {"all": {f"htm/layer1/{n}": 0.25 for n in page._DOSE}},
+            }
+        )
+        for variant, values in figures.items()
+        for seed, top1 in enumerate(values, start=1)
+    ]
+    return compare(study, records)
+
+
+def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
+    figures = {"plain": [90.0, 91.0, 92.0], "HTM": [91.0, 92.1, 93.0], "mask": [91.1, 92.0, 93.0]}
+    comparison = judged(tmp_path, ["HTM", "plain"], **figures)
+    words = verdict(comparison)
+    assert "positive control: +1.03 [+0.89, +1.18], p = 0.001. It is better, so" in words
+    # differences 1, 1.1, 1: t = 31 of 2 degrees of freedom, by tables p = 0.00104
+    assert "**HTM against plain**: +1.03 [+0.89, +1.18], p = 0.001, corrected" in words
+    assert (
+        "mask against HTM, beside them: 0.00 [−0.25, +0.25], p = 1.000: equal within 0.3" in words
+    )
+    insensitive = verdict(judged(tmp_path, ["mask", "HTM"], **figures))
+    assert "**the study is insensitive**" in insensitive
+    text = markdown(comparison)
+    assert "| HTM     |    92.000 ± 1.000 |" in text, "of the measures"
+    assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
+    some = {**figures, "mask": [91.1]}
+    unfinished = judged(tmp_path, ["HTM", "plain"], **some)
+    assert verdict(unfinished) == "- The claims are judged when all trainings are done.\n"
+    assert unfinished.outcome is None
+
+
+def test_a_search_tells_the_best_of_each_arm(tmp_path):
+    path = write_study(tmp_path, arms=["plain", "HTM", "mask"])
+    study = read_study(path)
+    records = [record_of(study, "plain", seed, 50.0 + seed) for seed in (1, 2)]
+    words = verdict(compare(study, [*records, record_of(study, "HTM", 1, 60.0)]))
+    assert words.splitlines() == [
+        "- Best of plain: plain, 51.50 ± 0.71.",
+        "- HTM: not all of its trainings are done.",
+        "- mask: not all of its trainings are done.",
+    ]
