@@ -121,4 +121,5 @@ def test_whole_model_in_one_type(case, dtype):
     assert out.logits.dtype == dtype
     assert out.targets.dtype == dtype
     wide = torch.promote_types(dtype, torch.float32)
+    assert out.stats["vtm/layer2/remembered_tokens"].dtype == torch.float32
     assert out.scorenet_loss.dtype == out.stats["htm/layer1/saliency_difference_max"].dtype == wide

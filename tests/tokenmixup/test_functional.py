@@ -284,6 +284,14 @@ def test_any_chunk_gives_the_reference(samples, tokens, seed, most):
     np.testing.assert_allclose(gain.numpy(), expected, rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("device, most", [("cpu", 2**20), ("meta", 2**24)])
+@given(elements=st.integers(0, 2**25))
+def test_a_chunk_is_the_largest_that_fits(device, most, elements):
+    rows = functional._rows_at_once(torch.empty(3, device=device), elements)
+    assert rows >= 1 and (rows == 1 or rows * elements <= most)
+    assert elements == 0 or (rows + 1) * elements > most
+
+
 def test_no_gain_is_exactly_zero():
     """A solver leaves such samples alone; a rounded 1e-9 would give them partners."""
     saliency = torch.rand(40, 196).softmax(1)
