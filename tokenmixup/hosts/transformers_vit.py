@@ -16,6 +16,7 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     UnsupportedHostError,
     linear_outputs,
+    project,
     refuse_masks,
     require_part,
     split_heads,
@@ -92,8 +93,8 @@ class TransformersViT(HostAdapter):
         refuse_masks(args, kwargs, attention_mask=1)
         attention = cast(Any, layer).attention
         tokens = self.normalise(layer, tokens)
-        query = attention.q_proj(tokens[:, :1] if class_row else tokens)
-        key = attention.k_proj(tokens)
+        query = project(attention.q_proj, tokens, class_row)
+        key = project(attention.k_proj, tokens)
         heads = attention.num_attention_heads
         return split_heads(query, heads), split_heads(key, heads), attention.scaling
 
