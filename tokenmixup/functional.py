@@ -346,6 +346,7 @@ def label_share(saliency: Tensor, decision: MixingDecision) -> Tensor:
     return torch.where(mixed, taken / torch.where(mixed, total, 1), 0)
 
 
+@torch.no_grad()
 def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
     """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
 
