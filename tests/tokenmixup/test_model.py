@@ -140,6 +140,13 @@ def test_attaching_twice_is_an_error_and_detach_undoes_it():
     attach(host, horizontal=HTM)
 
 
+def test_hooks_of_others_do_not_matter():
+    host = vit()
+    host.blocks[1].register_forward_pre_hook(lambda *_: None)
+    assert attach(host, horizontal=HTM).detach() is host
+    assert len(host.blocks[1]._forward_pre_hooks) == 1
+
+
 @pytest.mark.parametrize(
     "host, arguments, message",
     [
