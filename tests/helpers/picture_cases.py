@@ -34,7 +34,7 @@ from experiments.visualize.recording import (
 )
 from experiments.visualize.scenes import Scene
 from tokenmixup import TokenMixupModel
-from tokenmixup.functional import horizontal_mixup, saliency_gain, salient_positions
+from tokenmixup.functional import decide_mixing, mix_targets, saliency_gain, salient_positions
 
 REFERENCES = Path(__file__).parent.parent / "data" / "pictures"
 B, SIZE, T, CLASSES, HEADS, KAPPA, RHO, TAU = 4, 16, 16, 10, 2, 3, 0.01, 0.1
@@ -61,17 +61,16 @@ def horizontal_record(layer: int = 1, below: HorizontalRecord | None = None) -> 
     targets, parts = smoothed_labels(), torch.eye(B, dtype=torch.float64)
     if below is not None:
         targets, parts = torch.from_numpy(below.targets), torch.from_numpy(below.parts)
-    given = torch.cat([targets, parts], dim=1)
-    result = horizontal_mixup(torch.zeros(B, T, 2), given, saliency, easy, RHO)
-    targets, parts = result.targets.split([CLASSES, B], dim=1)
+    decision = decide_mixing(saliency, targets, easy, RHO)
+    targets, parts = (mix_targets(one, saliency, decision) for one in (targets, parts))
     return HorizontalRecord(
         layer=layer,
         saliency=saliency.numpy(),
         difficulty=difficulty.numpy(),
         easy=easy.numpy(),
         gain=saliency_gain(saliency, easy, RHO).numpy(),
-        partner=result.partner.numpy(),
-        mask=result.mask.numpy(),
+        partner=decision.partner.numpy(),
+        mask=decision.mask.numpy(),
         targets=targets.numpy(),
         parts=parts.numpy(),
     )
