@@ -404,8 +404,9 @@ def module_query_key(
         bias: what the attention adds to a projection that has no bias of its own, (3 H d,).
     """
     if plain_linear(projection):
-        weight, own = cast(Tensor, projection.weight), cast(Tensor | None, projection.bias)
-        return joint_query_key(tokens, weight, own if bias is None else bias, heads, class_row)
+        linear = cast(nn.Linear, projection)
+        own = linear.bias if bias is None else bias
+        return joint_query_key(tokens, linear.weight, own, heads, class_row)
     projected = project(projection, tokens)
     return split_query_key(projected if bias is None else projected + bias, heads, class_row)
 
