@@ -17,14 +17,17 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
     """Write `STEM.png` and `STEM.svg`, and return their paths."""
     standings = comparison.standings
     title = comparison.study.title
-    if len(comparison.records) < comparison.wanted:
+    claims = comparison.study.claims
+    if not comparison.complete:
         title += f" ({len(comparison.records)} of {comparison.wanted} trainings)"
     with figures.house_style():
         figure = figures.make_figure(1.7 + _INCHES_PER_VARIANT * len(standings))
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
         for height, standing in enumerate(standings):
             _draw_top1(left, height, standing)
-            _draw_differences(right, height, standing, comparison.has_others)
+            _draw_differences(
+                right, height, standing, comparison.has_others, every_seed=claims is not None
+            )
         several = any(s.top1 is not None and s.top1.count > 1 for s in standings)
         left.set_xlabel(
             "top-1 (%):\neach seed (small, grey), mean ± standard deviation (large, black)"
@@ -34,11 +37,11 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
         left.set_yticks(range(len(standings)), [_label(standing) for standing in standings])
         left.set_ylim(len(standings) - 0.4, -0.6)
         intervals = any(s.to_plain and s.to_plain.half_width is not None for s in standings)
-        right.set_xlabel(
-            "difference in top-1 (points),\n95% interval, paired over seeds"
-            if intervals
-            else "difference in top-1 (points), one seed"
-        )
+        words = "difference in top-1 (points),\n95% interval, paired over seeds"
+        if claims is not None:
+            words += f"; small: each seed;\nband: equal within ±{claims.margin:g}"
+            right.axvspan(-claims.margin, claims.margin, color=figures.GRID, zorder=0)
+        right.set_xlabel(words if intervals else "difference in top-1 (points), one seed")
         right.axvline(0, color=BLACK, linewidth=1)
         handles = [_handle(BLUE, "o", f"to {comparison.study.plain}")]
         others = sorted({s.other for s in standings if s.other is not None})
@@ -71,13 +74,19 @@ def _draw_top1(axes: Axes, height: int, standing: Standing) -> None:
         _error_bar(axes, standing.top1.mean, height - 0.08, standing.top1.std, fmt="o", color=BLACK)
 
 
-def _draw_differences(axes: Axes, height: int, standing: Standing, has_others: bool) -> None:
+def _draw_differences(
+    axes: Axes, height: int, standing: Standing, has_others: bool, every_seed: bool
+) -> None:
     shift = 0.14 if has_others and standing.to_other is not None else 0
     for difference, colour, marker, move in (
         (standing.to_plain, BLUE, "o", -shift),
         (standing.to_other, VERMILION, "s", shift),
     ):
         if difference is not None:
+            if every_seed:
+                values = list(difference.by_seed.values())
+                heights = [height + move + 0.12] * len(values)
+                axes.plot(values, heights, marker, color=colour, markersize=2.2, alpha=0.6)
             _error_bar(
                 axes,
                 difference.mean,

@@ -12,10 +12,19 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.provenance import ROOT
-from experiments.study.plan import Study, read_study
+from experiments.study.measures import BLUR, NOISE, PATCH
+from experiments.study.plan import Claims, Study, read_study
 from experiments.study.records import StudyRecord, study_records
-from experiments.study.statistics import Comparison, Difference, Standing, compare
+from experiments.study.statistics import (
+    Comparison,
+    Contrast,
+    Difference,
+    Standing,
+    best_of_arms,
+    compare,
+)
 
+_ARMS = ("HTM", "VTM", "HTM + VTM")
 PAGE, PICTURE = "README.md", "study"
 
 _METHOD = (
@@ -55,14 +64,33 @@ def write_report(study: Study, results: Path) -> list[Path]:
 
 
 def makers(results: Path) -> Makers:
-    """What makes the blocks `study NAME` of the documents: state, table, and the verdict."""
+    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
+
+    `study summary` is a table of all studies that compare HTM, VTM and both with the plain model.
+    """
 
     def block(name: str) -> str:
+        if name == "summary":
+            return summary(results)
         study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
         comparison = compare(study, study_records(results, name).read())
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
     return {"study": block}
+
+
+def summary(results: Path) -> str:
+    """One line per study of HTM, VTM and both: the plain model's top-1, and the differences."""
+    rows = []
+    for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
+        records = study_records(results, path.stem)
+        study = read_study(path) if records.path.exists() else None
+        if study is None or tuple(study.variants) != (study.plain, *_ARMS):
+            continue
+        plain, *others = compare(study, records.read()).standings
+        cells = [plain.top1.text(2), str(plain.top1.count)] if plain.top1 else ["–", "0"]
+        rows.append([study.title, *cells, *(_difference(one.to_plain) for one in others)])
+    return aligned_table(("study", "plain, top-1", "seeds", *_ARMS), rows, range(1, 6))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -75,6 +103,7 @@ def markdown(comparison: Comparison) -> str:
         table(comparison),
         f"{_METHOD}\n",
         verdict(comparison),
+        *measures(comparison),
         f"![Top-1 per seed, and differences with their intervals]({PICTURE}.svg)\n",
         "## The variants\n",
         "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",
@@ -90,7 +119,7 @@ def markdown(comparison: Comparison) -> str:
 def state(comparison: Comparison) -> str:
     """How many trainings of the study are done."""
     done, wanted = len(comparison.records), comparison.wanted
-    if done == wanted:
+    if comparison.complete:
         return f"All {wanted} trainings are done."
     return (
         f"**{done} of {wanted} trainings are done**: the study is not complete; n is the number of "
@@ -120,7 +149,14 @@ def table(comparison: Comparison) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words, which differences have an interval that excludes 0."""
+    """In words, which differences have an interval that excludes 0.
+
+    For a study with claims, what becomes of them; for a search, the best of each arm.
+    """
+    if comparison.study.claims is not None:
+        return _judged(comparison, comparison.study.claims)
+    if comparison.study.arms:
+        return _chosen(comparison)
     plain = comparison.study.plain
     texts = [_verdict(f"to {plain}", [(s, s.to_plain) for s in comparison.standings])]
     if comparison.has_others:
@@ -134,6 +170,101 @@ def _verdict(whom: str, pairs: Sequence[tuple[Standing, Difference | None]]) -> 
     found = [f"{s.variant.name} ({_signed(d.mean)})" for s, d in judged if d.excludes_zero]
     text = f"Differences {whom}: {len(found)} of {len(judged)} intervals exclude 0"
     return f"{text}: {'; '.join(found)}." if found else f"{text}."
+
+
+def _judged(comparison: Comparison, claims: Claims) -> str:
+    found = comparison.outcome
+    if found is None:
+        return "- The claims are judged when all trainings are done.\n"
+    control, pairs = found.control, [*found.primary, *found.beside]
+    what = f"{control.variant} against {control.other}, the positive control: {_shown(control)}"
+    if found.sensitive:
+        lines = [f"{what}. It is better, so the study is sensitive."]
+    else:
+        lines = [
+            f"{what}. It is not called better, so **the study is insensitive**: nothing below "
+            "shows that a method does not help."
+        ]
+    words = {
+        "equal": f"equal within {claims.margin:g} points",
+        "better": "better",
+        "worse": "worse",
+        "undecided": f"undecided: neither a difference nor equality within {claims.margin:g} "
+        "points is shown",
+    }
+    for number, pair in enumerate(pairs):
+        corrected = ", corrected by Holm's method" if number < len(found.primary) else ""
+        who = f"{pair.variant} against {pair.other}"
+        who = f"**{who}**" if corrected else f"{who}, beside them"
+        lines.append(f"{who}: {_shown(pair)}{corrected}: {words[pair.verdict]}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _shown(contrast: Contrast) -> str:
+    p = contrast.p_value
+    assert p is not None, "each variant of a complete study has several seeds"
+    return f"{_difference(contrast.difference)}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+
+
+def _chosen(comparison: Comparison) -> str:
+    lines = []
+    for arm, best in best_of_arms(comparison).items():
+        if best is None or best.top1 is None:
+            lines.append(f"{arm}: not all of its trainings are done.")
+        else:
+            lines.append(f"Best of {arm}: {best.variant.name}, {best.top1.text(2)}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+_MEASURES = {
+    "calibration_error": ("calibration error", 3),
+    "top1_noise": ("top-1, noise", 2),
+    "top1_blur": ("blur", 2),
+    "top1_occlusion": ("occlusion", 2),
+    "train_top1": ("training images", 2),
+    "train_loss": ("their loss", 3),
+}
+_DOSE = {
+    "mixed_share": ("samples mixed", "{:.0%}"),
+    "tokens_mixed": ("tokens", "{:.1f}"),
+    "label_share": ("label share", "{:.0%}"),
+    "largest_saliency_share": ("largest saliency", "{:.0%}"),
+    "same_place_share": ("at one place", "{:.0%}"),
+}
+
+
+def measures(comparison: Comparison) -> list[str]:
+    """Further measures of the final weights, and HTM's dose; nothing for studies without them."""
+    parts = []
+    tested = [s for s in comparison.standings if s.measures]
+    if tested:
+        rows = [[s.variant.name, *(_measure(s, name) for name in _MEASURES)] for s in tested]
+        head = ["variant", *(title for title, _ in _MEASURES.values())]
+        parts += [
+            "Of the final weights: expected calibration error in 15 bins; top-1 on the evaluated "
+            f"images under Gaussian noise (standard deviation {NOISE:g} of pixels from 0 to 1), "
+            f"under a blur ({BLUR:g} pixel), and with a quarter of the patches ({PATCH}×{PATCH} "
+            "pixels) in grey; top-1 and cross-entropy on the training images, not augmented.\n",
+            aligned_table(head, rows, range(1, len(head))),
+        ]
+    mixing = [s for s in comparison.standings if s.whole_training]
+    if mixing:
+        rows = [
+            [s.variant.name, *(form.format(s.whole_training[n]) for n, (_, form) in _DOSE.items())]
+            for s in mixing
+        ]
+        head = ["variant", *(title for title, _ in _DOSE.values())]
+        parts += [
+            "HTM over the whole training: samples mixed; tokens and label share taken from the "
+            "partner, per easy sample; the share of saliency that the most salient token holds; "
+            "and the share of a batch's samples in which it is at the most frequent place.\n",
+            aligned_table(head, rows, range(1, len(head))),
+        ]
+    return parts
+
+
+def _measure(standing: Standing, name: str) -> str:
+    return standing.measures[name].text(_MEASURES[name][1])
 
 
 def every_training(comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.documents.markdown import block_kinds, fill_blocks
-from tests.helpers import hosts_table
+from tests.helpers import hosts_table, versions_table
 from tests.helpers.host_cases import HostCase
 from tests.helpers.hosts_table import DOCUMENT, ROOT
 from tests.tokenmixup import test_hosts
@@ -110,4 +110,12 @@ def test_table_of_hosts_is_up_to_date(path):
     assert "hosts" in block_kinds(text)
     assert fill_blocks(text, hosts_table.MAKERS) == text, (
         "run `python tests/helpers/hosts_table.py`"
+    )
+
+
+def test_table_of_versions_is_that_of_the_records():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert "versions" in block_kinds(text)
+    assert fill_blocks(text, versions_table.MAKERS) == text, (
+        "run `python -m tests.helpers.versions_table`"
     )

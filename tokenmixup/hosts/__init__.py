@@ -1,5 +1,7 @@
 """Adapters: one small file per family of hosts, chosen by the host's class."""
 
+from typing import Any, cast
+
 from torch import nn
 
 from tokenmixup.hosts.base import (
@@ -23,7 +25,10 @@ __all__ = [
     "UnsupportedHostError",
     "find_adapter",
     "register_adapter",
+    "unwrapped",
 ]
+
+PEFT = ("peft.peft_model.PeftModel", "peft.mixed_model.PeftMixedModel")
 
 _adapters: list[HostAdapter] = [
     TimmViT(),
@@ -56,6 +61,13 @@ def register_adapter(adapter: HostAdapter) -> None:
     _adapters[:] = [*others, adapter]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The host in what `attach` was given: peft's models call the host that they hold."""
+    if any(class_name(base) in PEFT for base in type(model).__mro__):
+        return cast(Any, model).get_base_model()
+    return model
+
+
 def find_adapter(host: nn.Module) -> HostAdapter:
     """The adapter for a host, after it has checked the host's internals.
 
@@ -71,7 +83,7 @@ def find_adapter(host: nn.Module) -> HostAdapter:
         f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs one "
         "sequence of tokens, of one length, through all its layers, with one attention map per "
         "layer. "
-        f"Supported: {', '.join(known.family for known in _adapters)}"
+        f"Supported: {_families()}"
     )
 
 
@@ -83,6 +95,17 @@ def _check(adapter: HostAdapter, host: nn.Module) -> None:
             f"TokenMixup knows {adapter.family}, but not the installed version of its library, or "
             f"this variant of it: {error}"
         ) from error
+
+
+def _families() -> str:
+    """The families of hosts, each library's name once."""
+    libraries: dict[str, list[str]] = {}
+    for adapter in _adapters:
+        library, _, kind = adapter.family.partition(" ")
+        libraries.setdefault(library, []).append(kind)
+    return "; ".join(
+        f"{library} {', '.join(kinds)}".strip() for library, kinds in libraries.items()
+    )
 
 
 def _advice(host: nn.Module) -> str:
