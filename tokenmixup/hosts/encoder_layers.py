@@ -1,4 +1,4 @@
-"""Hosts of any class whose layers are `torch.nn.TransformerEncoderLayer`, wherever they stand in it.
+"""Hosts of any class, whose layers are `torch.nn.TransformerEncoderLayer` anywhere in them.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width.
 """
@@ -19,7 +19,7 @@ from tokenmixup.hosts.base import (
 )
 from tokenmixup.hosts.multihead import MultiheadHost
 
-_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
+LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 
 
 class EncoderLayers(MultiheadHost):
@@ -46,7 +46,7 @@ class EncoderLayers(MultiheadHost):
         layers = self.layers(host)
         for name, layer in zip(self.names, layers, strict=True):
             attributes = ("self_attn", "norm1", "norm_first")
-            require_part(layer, name, (_LAYER,), attributes, ("src", *self.masks))
+            require_part(layer, name, (LAYER,), attributes, ("src", *self.masks))
             if not cast(Any, layer).self_attn.batch_first:
                 raise UnsupportedHostError(
                     f"`{name}` takes tokens as (N, B, D): build torch.nn.TransformerEncoderLayer "
@@ -88,20 +88,38 @@ class EncoderLayers(MultiheadHost):
         return with_argument(0, "src", tokens, args, kwargs)
 
 
-def names_of(host: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
-    """The layers' names in the host.
+def encoder_layers(
+    host: nn.Module,
+    layers: Iterable[nn.Module],
+    num_prefix_tokens: int | None,
+    class_token: bool | None,
+) -> EncoderLayers:
+    """The adapter for layers of a host, after it has checked them.
 
     Raises:
-        ValueError: there is no layer, or one is no part of the host.
+        UnsupportedHostError: they are not the layers that it takes.
+        ValueError: a layer is no part of the host, or it is not said how tokens are laid out.
     """
-    known = {id(module): name for name, module in host.named_modules()}
-    layers = list(layers)
-    for index, layer in enumerate(layers):
-        if id(layer) not in known:
-            raise ValueError(
-                f"layers[{index}] is no part of the model: give the encoder layers themselves, such "
-                "as layers=model.encoder.layers"
-            )
-    if not layers:
+    if num_prefix_tokens is None or class_token is None:
+        raise ValueError(
+            "attach(model, layers=...) needs to know the tokens: pass num_prefix_tokens (0 without "
+            "a class token or registers) and class_token (whether token 0 is a class token)"
+        )
+    if num_prefix_tokens < int(class_token):
+        raise ValueError(
+            f"num_prefix_tokens is {num_prefix_tokens} and class_token {class_token}: it must be "
+            ">= 0, and a class token counts"
+        )
+    names = {id(module): name for name, module in host.named_modules()}
+    given = list(layers)
+    if not given:
         raise ValueError("layers is empty: give the model's encoder layers, in their order")
-    return [known[id(layer)] for layer in layers]
+    for index, layer in enumerate(given):
+        if id(layer) not in names:
+            raise ValueError(
+                f"layers[{index}] is no part of the model: give the layers themselves, such as "
+                "layers=model.encoder.layers"
+            )
+    adapter = EncoderLayers([names[id(layer)] for layer in given], num_prefix_tokens, class_token)
+    adapter.check(host)
+    return adapter
