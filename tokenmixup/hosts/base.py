@@ -72,6 +72,9 @@ class HostAdapter(ABC):
     Names, so that no host's library is imported for them.
     """
 
+    fused_evaluation: ClassVar[bool] = False
+    """Whether layers have a fused path in evaluation that any hook on them switches off."""
+
     @abstractmethod
     def check(self, host: nn.Module) -> None:
         """Raise `UnsupportedHostError` if the internals are not what the other methods rely on."""
