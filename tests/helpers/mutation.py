@@ -36,7 +36,14 @@ ROOT = Path(__file__).parent.parent.parent
 MOST_SECONDS = 30  # of the tests of one mutant
 PAIRS = "Lt LtE  Gt GtE  Eq NotEq  Is IsNot  In NotIn  Add Sub  Mult Div  And Or  BitAnd BitOr"
 OTHER = {a: b for pair in PAIRS.split("  ") for a, b in (pair.split(), pair.split()[::-1])}
-OTHER |= {"FloorDiv": "Div", "Mod": "FloorDiv", "Pow": "Mult", "MatMult": "Mult"}
+OTHER |= {
+    "FloorDiv": "Div",
+    "RShift": "LShift",
+    "LShift": "RShift",
+    "Mod": "FloorDiv",
+    "Pow": "Mult",
+    "MatMult": "Mult",
+}
 LIBRARIES = {"torch", "nn", "F", "np", "math", "functools", "ctypes"}
 SKIPPED = ast.Raise | ast.Assert | ast.Import | ast.ImportFrom | ast.FunctionDef
 
