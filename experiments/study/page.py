@@ -12,7 +12,7 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.provenance import ROOT
-from experiments.study.measures import BLUR, NOISE, PATCH
+from experiments.study.measures import BLUR, NOISE, PATCH, SALIENCY_IMAGES
 from experiments.study.plan import Claims, Study, read_study
 from experiments.study.records import StudyRecord, study_records
 from experiments.study.statistics import (
@@ -22,9 +22,10 @@ from experiments.study.statistics import (
     Standing,
     best_of_arms,
     compare,
+    layers_of,
 )
 
-PAGE, PICTURE = "README.md", "study"
+PAGE, PICTURE, SALIENCY_PICTURE = "README.md", "study", "saliency"
 
 _METHOD = (
     "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
@@ -45,7 +46,7 @@ def write_report(study: Study, results: Path) -> list[Path]:
     Raises:
         DataError: there are no records, they are damaged, or the page cannot be written.
     """
-    from experiments.study.figure import draw
+    from experiments.study.figure import draw, draw_saliency
 
     records = study_records(results, study.name)
     path, comparison = records.path, compare(study, records.read())
@@ -56,6 +57,8 @@ def write_report(study: Study, results: Path) -> list[Path]:
     page = path.parent / PAGE
     try:
         paths = draw(comparison, path.parent / PICTURE)
+        if layers_of(comparison):
+            paths += draw_saliency(comparison, path.parent / SALIENCY_PICTURE)
         write_atomically(page, markdown(comparison).encode())
     except OSError as error:
         raise DataError(f"{page}: cannot write the page: {error.strerror}") from None
@@ -227,10 +230,10 @@ def measures(comparison: Comparison) -> list[str]:
             "pixels) in grey; top-1 and cross-entropy on the training images, not augmented.\n",
             aligned_table(head, rows, range(1, len(head))),
         ]
-    mixing = [s for s in comparison.standings if s.whole_training]
+    mixing = [s for s in comparison.standings if s.by_epoch]
     if mixing:
         rows = [
-            [s.variant.name, *(form.format(s.whole_training[n]) for n, (_, form) in _DOSE.items())]
+            [s.variant.name, *(form.format(s.by_epoch["all"][n]) for n, (_, form) in _DOSE.items())]
             for s in mixing
         ]
         head = ["variant", *(title for title, _ in _DOSE.values())]
@@ -240,7 +243,28 @@ def measures(comparison: Comparison) -> list[str]:
             "and the share of a batch's samples in which it is at the most frequent place.\n",
             aligned_table(head, rows, range(1, len(head))),
         ]
+    layers = layers_of(comparison)
+    if layers:
+        rows = [
+            [s.variant.name, *(_saliency(s, layer) for layer in layers)]
+            for s in comparison.standings
+            if s.measures
+        ]
+        head = ["variant", *(f"layer {layer}" for layer in layers)]
+        parts += [
+            f"Saliency in the final weights, for {SALIENCY_IMAGES:,} evaluated images: the share "
+            "that the most salient token holds; the share of the images in which it is at the most "
+            "frequent place; and at the border.\n",
+            aligned_table(head, rows, range(1, len(head))),
+            f"![Attention sinks by layer and over the training]({SALIENCY_PICTURE}.svg)\n",
+        ]
     return parts
+
+
+def _saliency(standing: Standing, layer: int) -> str:
+    names = ("largest_share", "same_place_share", "border_share")
+    values = (standing.measures[f"layer{layer}/{name}"].mean for name in names)
+    return ", ".join(f"{value:.0%}" for value in values)
 
 
 def _measure(standing: Standing, name: str) -> str:

@@ -98,16 +98,33 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
     assert fill_blocks(document, makers(ROOT / "results")) == document, "--report makes it anew"
 
 
+def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
+    figures = {name: [90.0, 91.0, 92.0] for name in ("plain", "HTM", "mask")}
+    comparison = judged(tmp_path, ["HTM", "plain"], **figures)
+    for record in comparison.records:
+        study_records(tmp_path, "tiny").keep(record)
+    paths = write_report(comparison.study, tmp_path)
+    pictures = [path for path in paths if path.name.startswith("saliency")]
+    contents = [path.read_bytes() for path in pictures]
+    assert len(pictures) == 2 and contents[0].startswith(b"\x89PNG")
+    write_report(comparison.study, tmp_path)
+    assert [path.read_bytes() for path in pictures] == contents
+
+
 def judged(folder, control, **figures):
     """A study with claims whose trainings are all done: the page's words."""
     pair = {"primary": [["HTM", "plain"]], "beside": [["mask", "HTM"]], "control": control}
     path = write_study(folder, seeds=[1, 2, 3], claims={"margin": 0.3, **pair})
     study = read_study(path)
+    names = ("largest_share", "same_place_share", "border_share")
+    sinks = {f"layer{layer}/{n}": 0.1 + 0.2 * layer for layer in range(3) for n in names}
     records = [
         record_of(study, variant, seed, top1).model_copy(
             update={
-                "measures": dict.fromkeys(page._MEASURES, seed + 90.0),
-                "statistics_by_epoch": {"all": {f"htm/layer1/{n}": 0.25 for n in page._DOSE}},
+                "measures": dict.fromkeys(page._MEASURES, seed + 90.0) | sinks,
+                "statistics_by_epoch": {
+                    epoch: {f"htm/layer1/{n}": 0.25 for n in page._DOSE} for epoch in ("2", "all")
+                },
             }
         )
         for variant, values in figures.items()
@@ -131,6 +148,7 @@ def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
     text = markdown(comparison)
     assert "| HTM     |    92.000 ± 1.000 |" in text, "of the measures"
     assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
+    assert "| HTM     | 10%, 10%, 10% | 30%, 30%, 30% | 50%, 50%, 50% |" in text, "of the sinks"
     some = {**figures, "mask": [91.1]}
     unfinished = judged(tmp_path, ["HTM", "plain"], **some)
     assert verdict(unfinished) == "- The claims are judged when all trainings are done.\n"
