@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from experiments.config import load_config
 from experiments.data.loading import Batch
 from experiments.errors import ConfigError
-from experiments.provenance import Record, Records, provenance
+from experiments.provenance import provenance
 from experiments.study.plan import Study
-from experiments.study.records import study_records
+from experiments.study.records import LabelRecord, label_records, study_records
 from experiments.study.sinks import layer_saliencies
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.evaluation import Assessment
 from tokenmixup import TokenMixupModel
 from tokenmixup.functional import MixingDecision, decide_mixing, label_share
 
-LABELS_FILE = "labels.jsonl"
 IMAGES = 2000
 """How many of the test images are mixed, in batches of the training's size."""
 RHO_TIMES_TOKENS = (0.5, 1.0, 2.0)
@@ -50,17 +49,6 @@ class Agreement(NamedTuple):
     """|share - share seen|."""
     gap_by_tokens: float | None
     """|share by tokens - share seen|."""
-
-
-class LabelRecord(Record):
-    """The agreement of one model's labels, at one rho."""
-
-    study: str
-    variant: str
-    seed: int
-    rho: float
-    agreement: dict[str, float | None]
-    """The fields of `Agreement`."""
 
 
 def mixed_pixels(images: Tensor, decision: MixingDecision) -> Tensor:
@@ -107,12 +95,6 @@ def agreement(
     found = (tokens, share, by_tokens, seen, *gaps)
     means = (round(v.mean().item(), 5) if len(v) else None for v in found)
     return Agreement(len(tokens), *means)
-
-
-def label_records(results: Path, study: str) -> Records[LabelRecord]:
-    """The records of a study's labels: one per training and rho."""
-    path = results / "studies" / study / LABELS_FILE
-    return Records(path, LabelRecord, lambda r: (r.variant, r.seed, r.rho))
 
 
 def judge_labels(study: Study, runs: Path, results: Path, judge: Path, command: str) -> int:

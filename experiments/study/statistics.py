@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from scipy.special import stdtr, stdtrit
 
 from experiments.study.plan import Claims, Study, Variant
-from experiments.study.records import StudyRecord
+from experiments.study.records import LabelRecord, StudyRecord
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,8 @@ class Comparison:
     study: Study
     records: list[StudyRecord]
     standings: list[Standing]
+    labels: Sequence[LabelRecord] = ()
+    """What a judge saw of the labels, if one was asked."""
 
     @property
     def wanted(self) -> int:
@@ -240,7 +242,9 @@ class Comparison:
         return any(standing.other for standing in self.standings)
 
 
-def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
+def compare(
+    study: Study, records: Sequence[StudyRecord], labels: Sequence[LabelRecord] = ()
+) -> Comparison:
     """Compare the variants over the seeds; records of removed variants and seeds are left out."""
     known = [r for r in records if r.variant in study.variants and r.seed in study.seeds]
     top1 = {name: {r.seed: r.top1 for r in known if r.variant == name} for name in study.variants}
@@ -265,7 +269,7 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
                 measures=_measures(own),
             )
         )
-    return Comparison(study, known, standings)
+    return Comparison(study, known, standings, labels)
 
 
 def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:

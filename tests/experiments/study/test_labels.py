@@ -7,7 +7,10 @@ from torch import nn
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study import labels
-from experiments.study.labels import agreement, label_records, mixed_pixels
+from experiments.study.labels import agreement, mixed_pixels
+from experiments.study.page import comparison_of, markdown
+from experiments.study.plan import read_study
+from experiments.study.records import label_records
 from tests.experiments.study.test_variants import vit
 from tests.helpers.runs_helper import write_config
 from tests.helpers.study_helper import write_study
@@ -64,5 +67,8 @@ def test_each_finished_training_is_judged_once(tmp_path, monkeypatch, capsys):
     assert found[1].agreement == {**dict.fromkeys(found[0].agreement), "pairs": 0}, (
         "none so salient"
     )
+    page = markdown(comparison_of(read_study(path), tmp_path))
+    assert f"| HTM     |      0 |    {found[2].agreement['tokens']:.1f} |" in page
+    assert "| HTM     | 0.5625 |      – |" in page
     with pytest.raises(ConfigError, match="test_split: missing"):
         study.main(["--study", str(write_study(tmp_path, "other")), *words[2:], *judge])

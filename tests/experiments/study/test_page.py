@@ -4,7 +4,7 @@ import pytest
 
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
-from experiments.study import page
+from experiments.study import page, tables
 from experiments.study.page import makers, markdown, table, verdict, write_report
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
@@ -89,7 +89,7 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         name = file.parent.name
         found = read_study(f"configs/studies/{name}.yaml")
         records = study_records(ROOT / "results", name).read()
-        made = markdown(compare(found, records))
+        made = markdown(page.comparison_of(found, ROOT / "results"))
         assert (file.parent / "README.md").read_text() == made, f"{name}: --report makes it anew"
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
@@ -121,9 +121,9 @@ def judged(folder, control, **figures):
     records = [
         record_of(study, variant, seed, top1).model_copy(
             update={
-                "measures": dict.fromkeys(page._MEASURES, seed + 90.0) | sinks,
+                "measures": dict.fromkeys(tables.MEASURES, seed + 90.0) | sinks,
                 "statistics_by_epoch": {
-                    epoch: {f"htm/layer1/{n}": 0.25 for n in page._DOSE} for epoch in ("2", "all")
+                    epoch: {f"htm/layer1/{n}": 0.25 for n in tables.DOSE} for epoch in ("2", "all")
                 },
             }
         )
