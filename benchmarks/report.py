@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, startup, steps
+from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, solver, startup, steps
 from benchmarks.row import RESULTS, Measurement, Row, Target, latest
+from benchmarks.timing import times
 from experiments import cli
 from experiments.documents import figures
 from experiments.documents.markdown import aligned_table, update_documents
@@ -22,7 +23,7 @@ from experiments.provenance import ROOT
 
 GPU_ROW = gpu.ROW
 ROWS = (
-    *(pairing.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
+    *(pairing.ROW, solver.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
     *(GPU_ROW, scaling.ROW),
 )
 """All rows, in the order of `docs/performance.md`."""
@@ -55,7 +56,7 @@ def summary(found: Latest) -> str:
 def sources(records: Iterable[Measurement]) -> str:
     """Command, time, commit, hardware and load of each record, and the versions of all."""
     versions: dict[str, str] = {}
-    lines = []
+    lines, busy = [], []
     for record in records:
         cores = "" if record.cores is None else f", {record.cores} cores"
         lines.append(
@@ -69,9 +70,50 @@ def sources(records: Iterable[Measurement]) -> str:
             ]
         )
         versions |= record.versions
+        if record.load_before > 1.5 * record.threads:
+            busy.append(record.row)
     head = ("row", "command", "time", "commit", "hardware", "load")
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n"
+    beside = f"Measured while other programs ran: {', '.join(busy)}.\n" * bool(busy)
+    return f"{aligned_table(head, lines, ())}\nVersions: {shown}.\n{beside}"
+
+
+def in_short(found: Latest, reliability: Latest) -> str:
+    """What README says of cost and reliability: a table of steps, and a line per other figure."""
+    table, lines = "", []
+    if "steps" in found:
+        names = {"HTM": "HTM", "VTM": "VTM", "HVTM": "both"}
+        rows = [
+            [
+                f"{model['model']}, batch {model['batch']}",
+                *(times(model["over_plain"][name], 3) for name in names),
+            ]
+            for model in found["steps"].values["models"]
+        ]
+        where = f"on {found['steps'].cores} CPU cores"
+        head = (f"training step over plain, {where} (95% interval)", *names.values())
+        table = f"{aligned_table(head, rows, (1, 2, 3))}\n"
+    if "solver" in found:
+        ratios = [case["speed_up"]["ratio"] for case in found["solver"].values["cases"]]
+        lines.append(
+            f"The exact solver finds partners {min(ratios):.1f} to {max(ratios):.1f} times as fast "
+            "as lapx, which depends on the gains."
+        )
+    if "saliency" in found:
+        for model in found["saliency"].values["models"]:
+            alone, whole = (model[name]["ratio"] for name in ("speed_up", "step_ratio"))
+            lines.append(
+                f"Saliency from attention is {alone:.0f} times as fast as from gradients, the HTM "
+                f"step {whole:.2f} times ({model['model']}, batch {model['batch']})."
+            )
+    kills = [one.values for name, one in reliability.items() if name.startswith("kills-")]
+    if kills:
+        survived, total = (sum(one[name] for one in kills) for name in ("survived", "total"))
+        lines.append(
+            "A run that `kill -9` stopped at any moment resumes and ends with the same bytes: "
+            f"{survived} of {total}."
+        )
+    return table + "".join(f"- {line}\n" for line in lines)
 
 
 def block(name: str, found: Latest, reliability: Latest) -> str:
@@ -83,6 +125,7 @@ def block(name: str, found: Latest, reliability: Latest) -> str:
     makers: dict[str, Callable[[], str]] = {
         "summary": lambda: summary(found),
         "sources": lambda: sources(found[row.name] for row in ROWS if row.name in found),
+        "in-short": lambda: in_short(found, reliability),
         "reliability": lambda: faults.page(reliability),
         "reliability-sources": lambda: sources(reliability.values()),
         **{row.name: functools.partial(_details, row, found) for row in ROWS},

@@ -4,17 +4,20 @@ By attention, saliency comes from the queries and keys of the layer that mixes. 
 takes one more forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix",
 ICML 2020), without the gradients of the weights.
 
-Dimensions: B batch, T patch tokens, C classes.
+A second table shows what it costs in bf16 to compute scores in float32.
+
+Dimensions: B batch, H heads, N tokens, T patch tokens, d head width, C classes.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import row
+from benchmarks import row, steps
 from benchmarks.direct import pixel_gradient_saliency
 from benchmarks.row import Row, Settings, Target
 from benchmarks.steps import Steps, Workload, make_config, sized, time_steps
@@ -23,6 +26,7 @@ from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from tokenmixup import TokenMixupModel, attach
+from tokenmixup.functional import query_key_saliency
 from tokenmixup.hosts.base import input_saliency
 from tokenmixup.rules import Rules
 
@@ -65,10 +69,57 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
     return lambda: input_saliency(adapter, layout, layer, seen[0], (), {})
 
 
+@torch.no_grad()
+def rounded_saliency(query: Tensor, key: Tensor, scale: float, class_token: bool) -> Tensor:
+    """Saliency (B, N) from scores in the type of queries and keys (B, H, N, d)."""
+    rows = query[:, :, :1] if class_token else query
+    at_once = max(1, (1 << 20) // (rows.shape[2] * key.shape[2]))  # 1M scores, as in the library
+    return torch.cat(
+        [
+            torch.stack(
+                [
+                    (q[:, head] * scale @ k[:, head].mT).softmax(-1, dtype=torch.float32).mean(1)
+                    for head in range(key.shape[1])
+                ]
+            ).mean(0)
+            for q, k in zip(rows.split(at_once), key.split(at_once), strict=True)
+        ]
+    )
+
+
 def measure(settings: Settings) -> dict[str, Any]:
-    """Computing the saliency, then whole HTM steps, in both ways in turn."""
+    """The saliency, then whole HTM steps, in both ways in turn; then its precision in bf16."""
     workloads = sized(WORKLOADS, settings.quick)
-    return {"models": [_model(settings, workload) for workload in workloads]}
+    models = [_model(settings, workload) for workload in workloads]
+    half = [replace(w, precision="bf16") for w in sized(steps.WORKLOADS, settings.quick)]
+    return {"models": models, "scores": [_scores(settings, workload) for workload in half]}
+
+
+def _scores(settings: Settings, workload: Workload) -> dict[str, Any]:
+    step = Steps(workload, "HTM")
+    model: TokenMixupModel = step.learner.model
+    assert model.horizontal is not None
+    layer = model.adapter.layers(model.backbone)[model.horizontal.layers[0]]
+    class_token = model.layout.class_token
+    tokens = torch.randn(workload.batch, model.layout.num_patch_tokens or 1, model.layout.width)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        query, key, scale = model.adapter.query_key(layer, tokens, (), {}, class_token)
+    rounds = settings.rounds(21)
+    timings = interleaved(
+        {
+            "float32": lambda: query_key_saliency(query, key, scale, class_token=class_token),
+            "rounded": lambda: rounded_saliency(query, key, scale, class_token),
+        },
+        rounds,
+    )
+    whole, _ = time_steps({"step": step}, settings.rounds(5))
+    more = timings["float32"].median - timings["rounded"].median
+    return {
+        "model": workload.model,
+        "batch": workload.batch,
+        "timings": recorded(timings | whole),
+        "more_share": more / whole["step"].median,
+    }
 
 
 def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
@@ -116,7 +167,22 @@ def tables(values: dict[str, Any]) -> str:
         *("model", "saliency by gradients (ms)", "by attention (ms)", "times faster (95%)"),
         *("HTM step by gradients (ms)", "by attention (ms)", "times faster (95%)"),
     )
-    return aligned_table(head, rows, range(1, 7))
+    shown = aligned_table(head, rows, range(1, 7))
+    if "scores" not in values:  # a record from before 2026-11-28
+        return shown
+    precision = [
+        [
+            f"{model['model']}, B={model['batch']}, bf16",
+            *(milliseconds(model["timings"][name]) for name in ("rounded", "float32", "step")),
+            f"{100 * model['more_share']:+.2f}%",
+        ]
+        for model in values["scores"]
+    ]
+    columns = (
+        *("model", "saliency of bf16 scores (ms)", "of float32 scores (ms)", "HTM step (ms)"),
+        "float32 adds to the step",
+    )
+    return f"{shown}\n{aligned_table(columns, precision, range(1, 5))}"
 
 
 def targets(values: dict[str, Any]) -> list[Target]:

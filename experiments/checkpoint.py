@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import math
 import os
 import pickle
 import re
@@ -10,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,13 @@ from experiments.config import dotted_keys, read_yaml
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, exclusive, write_atomically
 from experiments.released import (
-    SCORENETS,
+    NPZ,
     Loaded,
     google_vit,
-    is_classifier,
     is_released,
+    load_named,
     load_released,
-    load_strictly,
-    under_names_of,
 )
-from tokenmixup import TokenMixupModel
 
 __all__ = [
     "LOCK_FILE",
@@ -52,7 +48,9 @@ __all__ = [
 
 RUN_FORMAT = "tokenmixup.run"
 _VERSION = 3
-_NPZ = "npz of a ViT"
+_ZOO = Path(__file__).parent.parent / "weights" / "zoo.yaml"
+_LAYOUTS = {"state_dict": "checkpoint of timm", "model": "checkpoint in DeiT's layout"}
+_AVERAGED = ("state_dict_ema", "model_ema")  # timm's name and DeiT's
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the format's own
 
 # These keys change where and how fast a run computes, how it is evaluated, what it reports and
@@ -161,70 +159,33 @@ def save_final_weights(path: Path, model: nn.Module) -> None:
     write_atomically(path, save(state, metadata={"format": "pt"}))
 
 
-def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> Loaded:
+def load_weights(
+    model: nn.Module, path: str | Path, new_head: bool = False, averaged: bool = False
+) -> Loaded:
     """Load the weights of a file into a plain host or a TokenMixupModel, strictly.
 
-    The file may be a checkpoint or the final weights of a run, a released checkpoint, Google's npz
-    of a ViT, or the state dict of a plain host. Weights of a plain host leave a model's ScoreNets
-    as they are, a released ScoreNet is not used by a model that has none, and a ViT's position
-    embedding is resized to another image size; anything else that is missing or has no place is an
-    error.
+    The file may be a checkpoint or the final weights of a run, a released checkpoint, a checkpoint
+    of timm or DeiT, Google's npz of a ViT, or the state dict of a plain host. `load_named` says
+    what may be left out.
 
     Args:
         model: changed in place, or left as it was if the file does not fit.
         path: of the file.
         new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
+        averaged: load the averaged weights that the file holds besides.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the message names the keys.
     """
-    found = read_weights(path)
+    found = read_weights(path, averaged)
     try:
         if is_released(found.state_dict):
-            return load_released(model, found.state_dict, new_head)
-        weights = under_names_of(model, found.state_dict)
-        has_scorenets = any(name.startswith(SCORENETS) for name in weights)
-        if new_head:
-            weights = {name: value for name, value in weights.items() if not is_classifier(name)}
-        left_out = tuple(
-            name
-            for name in model.state_dict()
-            if (new_head and is_classifier(name))
-            or (name.startswith(SCORENETS) and not has_scorenets)
-        )
-        resized = _resize_position_embedding(model, weights, found.kind == _NPZ)
-        load_strictly(model, weights, left_out)
+            loaded = load_released(model, found.state_dict, new_head)
+        else:
+            loaded = load_named(model, found.state_dict, found.kind, new_head)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Loaded(found.kind, left_out, (), resized)
-
-
-def _resize_position_embedding(model: nn.Module, weights: dict[str, Tensor], npz: bool) -> bool:
-    """Resize a ViT's position embedding to the grid of the model's images, where it differs.
-
-    As timm does: bilinear for Google's npz, bicubic with antialiasing for anything else.
-    """
-    from timm.layers import resample_abs_pos_embed
-    from timm.models import VisionTransformer
-
-    host = model.backbone if isinstance(model, TokenMixupModel) else model
-    name = next((name for name in weights if name.removeprefix("backbone.") == "pos_embed"), "")
-    if not isinstance(host, VisionTransformer) or host.pos_embed is None or not name:
-        return False
-    value, wanted = weights[name], host.pos_embed.shape
-    if value.dim() != 3 or value.shape[1] == wanted[1] or value.shape[2] != wanted[2]:
-        return False
-    prefix = 0 if host.no_embed_class else host.num_prefix_tokens
-    if math.isqrt(value.shape[1] - prefix) ** 2 != value.shape[1] - prefix:
-        return False
-    weights[name] = resample_abs_pos_embed(
-        value,
-        list(host.patch_embed.grid_size),
-        num_prefix_tokens=prefix,
-        interpolation="bilinear" if npz else "bicubic",
-        antialias=not npz,
-    )
-    return True
+    return replace(loaded, averaged=found.averaged)
 
 
 @dataclass(frozen=True)
@@ -233,10 +194,16 @@ class WeightFile:
 
     state_dict: dict[str, Tensor]
     kind: str
+    averaged: str = ""
+    """The name of averaged weights that the file holds besides."""
 
 
-def read_weights(path: str | Path) -> WeightFile:
+def read_weights(path: str | Path, averaged: bool = False) -> WeightFile:
     """Read the state dict of a checkpoint or of a file of weights.
+
+    Args:
+        path: of the file.
+        averaged: read the averaged weights of a training instead of its last ones.
 
     Raises:
         CheckpointError: what the file is instead, in one line.
@@ -244,6 +211,13 @@ def read_weights(path: str | Path) -> WeightFile:
     path = Path(path)
     kind = recognise(path)
     check_hash(path)
+    if averaged:
+        content: Any = load_plain(path) if kind == "torch" else None
+        key = _averaged_in(content)
+        if not key:
+            names = " or ".join(_AVERAGED)
+            raise CheckpointError(f"{path}: holds no averaged weights, which would be {names}")
+        return WeightFile(_tensors(path, content[key]), f"averaged weights, {key}")
     if kind == "safetensors":
         from safetensors.torch import load_file
 
@@ -254,7 +228,7 @@ def read_weights(path: str | Path) -> WeightFile:
             _check_zip(path)
             arrays = {name: file[name] for name in file.files}
         try:
-            return WeightFile(google_vit(arrays), _NPZ)
+            return WeightFile(google_vit(arrays), NPZ)
         except (ValueError, RuntimeError, IndexError) as error:  # dimensions that are no ViT's
             raise CheckpointError(f"{path}: {error}") from None
     content = load_plain(path)
@@ -262,9 +236,16 @@ def read_weights(path: str | Path) -> WeightFile:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
     if content.get("format") == RUN_FORMAT:
         return WeightFile(_tensors(path, content.get("model")), "checkpoint of a run")
-    if isinstance(content.get("state_dict"), dict):
-        return WeightFile(_tensors(path, content["state_dict"]), "checkpoint of timm")
+    for key, layout in _LAYOUTS.items():
+        if isinstance(content.get(key), dict):
+            return WeightFile(_tensors(path, content[key]), layout, _averaged_in(content))
     return WeightFile(_tensors(path, content), "state dict")
+
+
+def _averaged_in(content: Any) -> str:
+    """The key of averaged weights in a checkpoint, "" without any."""
+    found = content if isinstance(content, dict) else {}
+    return next((key for key in _AVERAGED if isinstance(found.get(key), dict)), "")
 
 
 def recognise(path: Path) -> str:
@@ -280,7 +261,9 @@ def recognise(path: Path) -> str:
             head = file.read(512)
     except (OSError, ValueError) as error:  # a path with a null character is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{path}: cannot read the checkpoint: {reason}") from None
+        raise CheckpointError(
+            f"{path}: cannot read the checkpoint: {reason}{_how_to_fetch(path)}"
+        ) from None
     if not head:
         raise CheckpointError(f"{path}: is empty, not a checkpoint")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
@@ -304,6 +287,20 @@ def recognise(path: Path) -> str:
     raise CheckpointError(
         f"{path}: is no checkpoint; allowed: files written by torch.save, and safetensors"
     )
+
+
+def _how_to_fetch(path: Path) -> str:
+    """For the message about a missing file: the command that fetches it, if the zoo lists it."""
+    for name, entry in read_yaml(_ZOO)["checkpoints"].items():
+        if entry["file"] == path.name and not path.exists():
+            return f"; fetch it: {zoo_command('download', name, path.parent)}"
+    return ""
+
+
+def zoo_command(verb: str, name: str, folder: Path) -> str:
+    """The command line that does something with a checkpoint of the zoo in a folder."""
+    option = "" if folder == Path("weights") else f" --weights {folder}"
+    return f"python -m experiments.zoo {verb} {name}{option}"
 
 
 def load_plain(path: Path) -> Any:

@@ -42,6 +42,11 @@ class Command:
     config_file: str
     options: dict[str, str]
 
+    @property
+    def only_check(self) -> bool:
+        """Whether the command is to check everything and do nothing."""
+        return "check" in self.options
+
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` and give its exit code, listed in `docs/reliability.md`."""
@@ -84,7 +89,7 @@ def parse(
     """Parse `--config FILE`, the command's own options and `--section.key VALUE` overrides.
 
     Returns:
-        The command, or None if nothing is left to do, after `--help` or `--check`.
+        The command, or None if nothing is left to do, after `--help`.
 
     Raises:
         ConfigError: an unknown option, a missing value, or whatever `load_config` raises.
@@ -92,7 +97,7 @@ def parse(
     own = {
         "config": Option("the experiment, a YAML file", required=True),
         **(options or {}),
-        "check": Option("only check the command line and the config", takes_value=False),
+        "check": Option("build and read all that is needed, and stop", takes_value=False),
     }
     if any(word in ("-h", "--help") for word in argv):
         print(_help_text(module, description, own), end="")
@@ -106,8 +111,7 @@ def parse(
     for name, option in own.items():
         if option.required and name not in given:
             raise ConfigError(f"command line: --{name}: missing; it is {option.help}")
-    command = Command(load_config(given["config"], overrides), given["config"], given)
-    return None if "check" in given else command
+    return Command(load_config(given["config"], overrides), given["config"], given)
 
 
 def split_options(

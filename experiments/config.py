@@ -229,8 +229,10 @@ class DataConfig:
     train_split: Text = "train"
     """Training split; train[:10000] is its first 10,000 images in the data set's order,
     train[50000:60000] a later part."""
+    per_class: Count | None = None
+    """Images of each class, drawn by the seed from train_split; null takes all of the split."""
     val_split: Text = "validation"
-    """Validation split; parts are written as for train_split."""
+    """Validation split, of the same classes; parts are written as for train_split."""
     download: bool = True
     """Download a missing data set where torchvision can."""
     batch_size: Count = 128

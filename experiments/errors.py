@@ -15,6 +15,10 @@ class DataError(UserError):
     """A data set that is missing, unreadable or different from what the config says."""
 
 
+class MissingData(DataError):
+    """A data set that is not where the config says."""
+
+
 class CheckpointError(UserError):
     """A file of weights that is missing, unreadable or does not fit the model."""
 

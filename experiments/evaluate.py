@@ -21,6 +21,13 @@ def main(argv: Sequence[str]) -> None:
         return
     config, checkpoint = command.config, command.options["checkpoint"]
 
+    if command.only_check:
+        from experiments.training.check import check_evaluation
+
+        with cli.mistakes_in(command.config_file):
+            check_evaluation(config, checkpoint)
+        return
+
     # imported only after the config was checked: torch and timm take seconds
     from experiments.training.distributed import joined_world
     from experiments.training.evaluation import Assessment
@@ -39,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
             "config": command.config_file,
             "checkpoint": checkpoint,
             "kind": loaded.kind,
+            "notes": loaded.notes,
             "device": world.device.type,
             "precision": config.eval_precision,
             "top1": result.top1,
@@ -50,10 +58,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(facts))
         return
     print(f"{checkpoint} ({loaded.kind})")
-    if loaded.left_out:
-        print(f"not in the file, left as initialised: {', '.join(loaded.left_out)}")
-    if loaded.unused:
-        print(f"in the file, not used by the model: {', '.join(loaded.unused)}")
+    for note in loaded.notes:
+        print(note)
     print(
         f"top-1 {result.top1:.2f}%  top-5 {result.top5:.2f}%  loss {result.loss:.4f}  "
         f"{result.images} images in {seconds:.1f} s"

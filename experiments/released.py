@@ -1,10 +1,12 @@
 """Names of weights from elsewhere: the released checkpoints' and Google's, and strict loading.
 
-Each name of a file is accounted for: it has a place in the model, or an error names it.
+Each name of a file is accounted for: it has a place in the model, or the result or an error names
+it.
 
 Dimensions: P patch size, D width, H heads, d width of a head, C classes, L layer index.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -66,13 +68,15 @@ _GOOGLE = (
     (_BLOCK + r"MlpBlock_3/Dense_0/(kernel|bias)", r"blocks.\1.mlp.fc1.\2"),
     (_BLOCK + r"MlpBlock_3/Dense_1/(kernel|bias)", r"blocks.\1.mlp.fc2.\2"),
     (r"Transformer/encoder_norm/(scale|bias)", r"norm.\1"),
+    (r"pre_logits/(kernel|bias)", r"pre_logits.\1"),
     (r"head/(kernel|bias)", r"head.\1"),
 )
 _FAMILIES = {"CCT": ("classifier.", _CCT), "ViT": ("transformer.", _VIT)}
 _PARTS = ("query", "key", "value")
 _SHOWN = 8  # names per message
 
-HOST, SCORENETS = "backbone.", "scorenets."
+HOST, SCORENETS, PRE_LOGITS = "backbone.", "scorenets.", "pre_logits."
+RELEASED, NPZ = "released checkpoint", "npz of a ViT"
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,31 @@ class Loaded:
     kind: str
     """What the file was."""
     left_out: tuple[str, ...]
-    """Names of the model that the file has nothing for, left as initialised."""
-    unused: tuple[str, ...]
-    """Names in the file that the model has no use for: ScoreNets, where it has none."""
+    """Names of the model that are left as initialised."""
+    unused: tuple[str, ...] = ()
+    """Names in the file that the model has no use for: ScoreNets, where it has none, and with a new
+    head the hidden layer of the old one."""
     resized: bool = False
     """Whether the position embedding was resized to another image size."""
+    averaged: str = ""
+    """The name of averaged weights that the file holds besides, and that were not loaded."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about it, one line each."""
+        notes = []
+        if self.left_out:
+            notes.append(f"left as initialised: {', '.join(self.left_out)}")
+        if self.unused:
+            notes.append(f"in the file, not used by the model: {', '.join(self.unused)}")
+        if self.resized:
+            notes.append("position embedding resized to the model's image size")
+        if self.averaged:
+            notes.append(
+                f"the averaged weights in the file ({self.averaged}) are not used; "
+                "experiments.zoo convert FILE --averaged writes them as a file of their own"
+            )
+        return notes
 
 
 def is_released(state_dict: Mapping[str, Tensor]) -> bool:
@@ -102,17 +126,10 @@ def is_classifier(name: str) -> bool:
 def load_released(
     model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bool = False
 ) -> Loaded:
-    """Load a state dict with the released names, strictly.
-
-    Args:
-        model: a plain host (our CCT, timm's ViT) or a `TokenMixupModel` around one. A ScoreNet of
-            the file is left out, and named in the result, only where the model has none at all.
-        state_dict: released name -> tensor.
-        new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
+    """Load a state dict with the released names as `load_named` does; no ScoreNet may be missing.
 
     Raises:
-        ValueError: a name that cannot be accounted for, a parameter of the model without an
-            entry, or a shape that does not fit. The model is then as it was.
+        ValueError: a name that no released checkpoint has, or whatever `load_named` raises.
     """
     family = _family(state_dict)
     if family is None:
@@ -121,18 +138,60 @@ def load_released(
             f"ViT); its first names are {', '.join(sorted(state_dict)[:3])}"
         )
     renamed, sources = _renamed(state_dict, _FAMILIES[family][1], family)
-    unused = []
-    if not any(name.startswith(SCORENETS) for name in model.state_dict()):
-        unused = [name for name in renamed if name.startswith(SCORENETS)]
-    weights = under_names_of(model, {n: t for n, t in renamed.items() if n not in unused})
-    if new_head:
-        weights = {name: tensor for name, tensor in weights.items() if not is_classifier(name)}
-    left_out = [name for name in model.state_dict() if new_head and is_classifier(name)]
-    told = {name: sources[name.removeprefix(HOST)] for name in weights}
-    load_strictly(model, weights, left_out, told)
-    return Loaded(
-        "released checkpoint", tuple(left_out), tuple(s for n in unused for s in sources[n])
+    return load_named(model, renamed, RELEASED, new_head, sources)
+
+
+def load_named(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    kind: str,
+    new_head: bool = False,
+    sources: Mapping[str, Collection[str]] | None = None,
+) -> Loaded:
+    """Load weights under our names, strictly.
+
+    A file without ScoreNets leaves the model's as they are, the ScoreNets of a file are not used by
+    a model that has none, and a ViT's position embedding is resized to another image size.
+
+    Args:
+        model: a plain host or a `TokenMixupModel` around one.
+        weights: name in a plain host or in a `TokenMixupModel` -> tensor.
+        kind: what the file was.
+        new_head: leave the classifier and the ScoreNets out, for a data set of other classes.
+        sources: name -> names in the file, where they differ, for the messages.
+
+    Raises:
+        ValueError: a name that cannot be accounted for, a parameter of the model without an
+            entry, or a shape that does not fit. The model is then as it was.
+    """
+    own = model.state_dict()
+    weights = under_names_of(model, weights)
+    told = {name: (sources or {}).get(name.removeprefix(HOST), (name,)) for name in weights}
+    here, there = (any(name.startswith(SCORENETS) for name in names) for names in (own, weights))
+    hidden = [
+        name
+        for name in weights
+        if name.removeprefix(HOST).startswith(PRE_LOGITS) and name not in own
+    ]
+    if hidden and not new_head:
+        raise ValueError(
+            f"its classifier has a hidden layer that the model's lacks ({', '.join(hidden)}), "
+            "without which it would compute something else; to train a new classifier on the other "
+            "weights, set model.new_head: true"
+        )
+    unused = hidden + [name for name in weights if name.startswith(SCORENETS) and not here]
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name not in unused and not (new_head and is_classifier(name))
+    }
+    optional = () if there or kind == RELEASED else SCORENETS
+    left_out = tuple(
+        name for name in own if (new_head and is_classifier(name)) or name.startswith(optional)
     )
+    resized = _resize_position_embedding(model, weights, kind == NPZ)
+    load_strictly(model, weights, left_out, told)
+    return Loaded(kind, left_out, tuple(found for name in unused for found in told[name]), resized)
 
 
 def under_names_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,6 +202,34 @@ def under_names_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
     if any(name.startswith(HOST) for name in model.state_dict()):  # a host's own name
         return dict(weights)
     return {name.removeprefix(HOST): tensor for name, tensor in weights.items()}
+
+
+def _resize_position_embedding(model: nn.Module, weights: dict[str, Tensor], npz: bool) -> bool:
+    """Resize a ViT's position embedding to the grid of the model's images, where it differs.
+
+    As timm does: bilinear for Google's npz, bicubic with antialiasing for anything else.
+    """
+    from timm.layers import resample_abs_pos_embed
+    from timm.models import VisionTransformer
+
+    host = model.backbone if isinstance(model, TokenMixupModel) else model
+    name = next((name for name in weights if name.removeprefix("backbone.") == "pos_embed"), "")
+    if not isinstance(host, VisionTransformer) or host.pos_embed is None or not name:
+        return False
+    value, wanted = weights[name], host.pos_embed.shape
+    if value.dim() != 3 or value.shape[1] == wanted[1] or value.shape[2] != wanted[2]:
+        return False
+    prefix = 0 if host.no_embed_class else host.num_prefix_tokens
+    if math.isqrt(value.shape[1] - prefix) ** 2 != value.shape[1] - prefix:
+        return False
+    weights[name] = resample_abs_pos_embed(
+        value,
+        list(host.patch_embed.grid_size),
+        num_prefix_tokens=prefix,
+        interpolation="bilinear" if npz else "bicubic",
+        antialias=not npz,
+    )
+    return True
 
 
 def load_strictly(

@@ -25,6 +25,13 @@ def main(argv: Sequence[str]) -> None:
     changed = [key for key in command.options.get("allow_changed", "").split(",") if key]
     config = command.config
 
+    if command.only_check:
+        from experiments.training.check import check_training
+
+        with cli.mistakes_in(command.config_file):
+            check_training(config, changed)
+        return
+
     # imported only after the config was checked: torch and timm take seconds
     from experiments.training.distributed import joined_world
     from experiments.training.run import Run

@@ -2,8 +2,8 @@
 # Evaluates one checkpoint: sh run/eval.sh NAME FILE [--section.key VALUE ...]
 #
 # NAME is a file of configs/ without its suffix. FILE is a checkpoint: a path, or a name in the folder
-# WEIGHTS (default: weights). DATA replaces the folder of the data set that the config names. For several
-# processes and machines see run/launch.sh.
+# WEIGHTS (default: weights). DATA replaces the folder of the data set that the config names, unless
+# --data.root is given. For several processes and machines see run/launch.sh.
 set -eu
 cd "$(dirname -- "$0")/.."
 . ./run/launch.sh
@@ -18,5 +18,5 @@ case $file in
   */*) ;;
   *) file=${WEIGHTS:-weights}/$file ;;
 esac
-if [ -n "${DATA:-}" ]; then set -- --data.root "$DATA" "$@"; fi
+if [ -n "${DATA:-}" ] && ! given --data.root "$@"; then set -- --data.root "$DATA" "$@"; fi
 launch experiments.evaluate --config "configs/$name.yaml" --checkpoint "$file" "$@"

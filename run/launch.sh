@@ -10,6 +10,16 @@
 #
 # The interpreter is TOKENMIXUP_PYTHON, else that of the checkout's .venv, else python3 (conda).
 
+# Whether an option is among arguments, where it goes before the environment: given --OPTION [ARGUMENT ...]
+given() {
+  option=$1
+  shift
+  for argument in "$@"; do
+    case $argument in "$option" | "$option"=*) return 0 ;; esac
+  done
+  return 1
+}
+
 # Runs a module of the project: launch MODULE [ARGUMENT ...]
 launch() {
   python=${TOKENMIXUP_PYTHON:-}
@@ -22,8 +32,11 @@ launch() {
   if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then
     exec "$python" -m "$@"
   fi
-  # torchrun would retry a mistake MAX_RESTARTS times.
-  "$python" -m "$@" --check || exit $?
+  # torchrun would retry a mistake MAX_RESTARTS times. How many processes NPROC=gpu means, it alone knows.
+  case $nproc$nnodes in
+    *[!0-9]*) "$python" -m "$@" --check || exit $? ;;
+    *) WORLD_SIZE=$((nproc * nnodes)) LOCAL_WORLD_SIZE=$nproc "$python" -m "$@" --check || exit $? ;;
+  esac
   # torchrun (since torch 2.9) forwards these signals to its processes, which save and stop; all but Slurm's
   # SIGUSR1 are its defaults.
   export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -1,8 +1,8 @@
 #!/bin/sh
 # A template for Slurm: sbatch --nodes 1 --gpus-per-node 4 run/slurm.sh vit_imagenet_HTM [--section.key VALUE ...]
 #
-# RUN_FOLDER is the run folder; it replaces --output (default: output/NAME). Two minutes before the time
-# limit the run saves and stops, and the job requeues itself until the run is done.
+# The run folder is --output, else RUN_FOLDER, else output/NAME. Two minutes before the time limit the run
+# saves and stops, and the job requeues itself until the run is done.
 #SBATCH --job-name=tokenmixup
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -12,7 +12,18 @@
 set -eu
 cd "${SLURM_SUBMIT_DIR:-.}"
 : "${SLURM_JOB_ID:?run this with sbatch}"
+. ./run/launch.sh
 folder=${RUN_FOLDER:-output/${1:?which experiment? a file of configs/ without its suffix}}
+if given --output "$@"; then
+  before=
+  for argument in "$@"; do
+    case $argument in --output=*) folder=${argument#--output=} ;; esac
+    case $before in --output) folder=$argument ;; esac
+    before=$argument
+  done
+else
+  set -- "$@" --output "$folder"
+fi
 # One torchrun per machine; they meet at the first machine of the job.
 NNODES=${SLURM_NNODES:-1}
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
@@ -23,7 +34,7 @@ export NNODES NPROC RDZV_ID RDZV_ENDPOINT
 begin=$(mktemp)
 trap 'rm -f "$begin"' EXIT
 code=0
-srun sh run/train.sh "$@" --output "$folder" || code=$?
+srun sh run/train.sh "$@" || code=$?
 # The run's heartbeat says whether it has saved and stopped before its end; the exit code does not, since
 # torchrun has codes of its own. An older heartbeat says nothing about this job, which may have failed early.
 heartbeat=$folder/heartbeat.json

@@ -2,7 +2,8 @@
 # Trains one experiment: sh run/train.sh NAME [--section.key VALUE ...]
 #
 # NAME is a file of configs/ without its suffix. DATA replaces the folder of the data set, and WEIGHTS the
-# folder of pretrained weights, that the config names. For several processes and machines see run/launch.sh.
+# folder of pretrained weights, that the config names, unless --data.root or --model.weights is given. For
+# several processes and machines see run/launch.sh.
 set -eu
 cd "$(dirname -- "$0")/.."
 . ./run/launch.sh
@@ -13,7 +14,7 @@ fi
 name=$1
 shift
 case ${WEIGHTS:+$name} in
-  vit_imagenet_*) set -- --model.weights "$WEIGHTS/ViT-B_16-224.npz" "$@" ;;
+  vit_imagenet_*) given --model.weights "$@" || set -- --model.weights "$WEIGHTS/ViT-B_16-224.npz" "$@" ;;
 esac
-if [ -n "${DATA:-}" ]; then set -- --data.root "$DATA" "$@"; fi
+if [ -n "${DATA:-}" ] && ! given --data.root "$@"; then set -- --data.root "$DATA" "$@"; fi
 launch experiments.train --config "configs/$name.yaml" "$@"

@@ -96,6 +96,20 @@ def test_every_dependency_has_a_pin_in_its_range(python: str) -> None:
         assert found[name] in demand.specifier, f"{name} {found[name]}: {demand.specifier}"
 
 
+def test_the_oldest_versions_that_are_tested_are_those_that_are_claimed() -> None:
+    script = (ROOT / "run" / "versions.sh").read_text()
+    line = re.search(r"oldest\) echo (.*) ;;", script)
+    assert line is not None
+    python, *packages = line[1].split()
+    assert PROJECT["requires-python"] == f">={python}"
+    claimed = {demand.name: demand.specifier for demand in demands()}
+    for package in map(Requirement, packages):
+        (bound,) = claimed[package.name]
+        (tested,) = package.specifier
+        assert (bound.operator, tested.operator) == (">=", "==")
+        assert Version(bound.version) == Version(tested.version)
+
+
 def test_constraints_contain_only_versions() -> None:
     text = (ROOT / "constraints.txt").read_text()
     command = re.search(r"^# +uv (pip compile .*) -o constraints\.txt$", text, re.MULTILINE)

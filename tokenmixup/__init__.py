@@ -9,6 +9,7 @@ from tokenmixup.config import HorizontalConfig, VerticalConfig
 
 if TYPE_CHECKING:
     from tokenmixup import functional
+    from tokenmixup._watch import TokenMixupWarning
     from tokenmixup.horizontal import HorizontalTokenMixupLayer
     from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
     from tokenmixup.vertical import VerticalTokenMixupLayer
@@ -18,6 +19,7 @@ __all__ = [
     "HorizontalTokenMixupLayer",
     "TokenMixupModel",
     "TokenMixupOutput",
+    "TokenMixupWarning",
     "VerticalConfig",
     "VerticalTokenMixupLayer",
     "attach",
@@ -43,6 +45,7 @@ def __getattr__(name: str) -> Any:
             HorizontalTokenMixupLayer=tokenmixup.horizontal.HorizontalTokenMixupLayer,
             TokenMixupModel=tokenmixup.model.TokenMixupModel,
             TokenMixupOutput=tokenmixup.model.TokenMixupOutput,
+            TokenMixupWarning=tokenmixup._watch.TokenMixupWarning,
             VerticalTokenMixupLayer=tokenmixup.vertical.VerticalTokenMixupLayer,
             attach=tokenmixup.model.attach,
         )

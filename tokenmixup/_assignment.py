@@ -19,7 +19,9 @@ _SOLVED, _NO_MEMORY = -1, -2
 
 @torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=())
 def solve_assignment(gain: Tensor) -> Tensor:
-    """Exact maximum of ``sum_r gain[r, column(r)]`` over one-to-one column choices.
+    """Maximum of ``sum_r gain[r, column(r)]`` over one-to-one column choices.
+
+    Exact to 2^-40 of the gains, see :func:`_tilt`.
 
     Args:
         gain: (R, B) with R <= B, floating point, any device. The host reads it once.
@@ -57,7 +59,7 @@ def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
 
 
 def by_lap(gain: Tensor) -> np.ndarray:
-    """The same optimum by lapx, for gains in float64 and where the solver in C was not built."""
+    """By lapx the same total, for gains in float64 and where there is no solver in C."""
     cost = -gain.to(torch.float64).numpy()
     if not np.isfinite(cost).all():
         row, column = np.argwhere(~np.isfinite(cost))[0]
@@ -80,8 +82,10 @@ def _tilt(rows: int, columns: int) -> np.ndarray:
     Equal totals are common: where some samples are more salient than others at every token, every
     exchange among them has the same total. Which one a solver finds depends on its path, and so on
     the last bits of other gains: the partners of a run would depend on its number of processes. A
-    tilt of 2^-40 is far above the rounding of float64 and far below the precision of float32. No
-    factor is above 1, so that the greatest numbers stay finite.
+    tilt of 2^-40 is far above the rounding of float64 and far below the precision of float32; of
+    gains in float64 it hides smaller differences. No factor is above 1, so that the greatest
+    numbers stay finite. Two pairs of places whose tilts differ by less than float64's rounding stay
+    tied: it takes hundreds of samples that may all be exchanged.
     """
     row, column = np.arange(1, rows + 1) * 2**0.5, np.arange(1, columns + 1) * 0.6180339887498949
     tilt = 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
@@ -90,8 +94,9 @@ def _tilt(rows: int, columns: int) -> np.ndarray:
 
 def _refuse(row: int, column: int, value: float) -> NoReturn:
     raise ValueError(
-        f"gain[{row}, {column}] is {value}: the saliency or the targets that it "
-        "was computed from are not finite (diverged training, or bad targets)"
+        f"gain[{row}, {column}] is {value}: the saliency that it was computed from is not finite "
+        "(diverged training), or the sample's targets are no distribution (not finite, negative, "
+        "or not of sum 1)"
     )
 
 

@@ -8,7 +8,7 @@
  * from any prices, but from good ones in a tenth of the searches.
  *
  * Of assignments whose totals are equal, which is common, a tilt of the gains decides and not the way
- * that the solver went; `_tilt` in _assignment.py is its twin and says more.
+ * that the solver went; `_tilt` in _assignment.py is its twin and says how far this holds.
  *
  * Rows without any gain take what is left. In this file they are the spare row, one for all of them:
  * a row of zeros that owns as many columns as there are more columns than rows.

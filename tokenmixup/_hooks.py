@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenmixup._session import Session, StepRecord
+from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.horizontal import horizontal_step, scorenet_loss
 from tokenmixup.hosts.base import (
@@ -23,8 +24,11 @@ from tokenmixup.hosts.base import (
     Kwargs,
     Remembered,
     TokenLayout,
+    UnsupportedHostError,
+    class_name,
     input_saliency,
     layer_saliency,
+    what_to_do_about,
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
@@ -41,6 +45,8 @@ class Attachment:
     rules: Rules
     horizontal: HorizontalConfig | None
     vertical: VerticalConfig | None
+    watch: Watch | None
+    """Of HTM."""
 
 
 class _Hook:
@@ -87,36 +93,46 @@ class _LayerHook(_Hook):
         shared: Attachment,
         index: int,
         layer: nn.Module,
-        mixes: bool,
-        scorenet: ScoreNet | None,
-        projected: bool,
+        scorenets: nn.ModuleDict,
+        projection: nn.Module | None,
+        watch: Watch | None,
     ) -> None:
         super().__init__(shared, index, layer)
-        self.mixes = mixes
-        self.scorenet = scorenet
+        self.watch = watch
+        self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
         self.remembers = _remembers(shared, index)
-        self.projected = projected
+        self.attention = shared.adapter.attention(layer)
+        self.projection = projection
 
     def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
         if record is None:
             return None
         _refuse_without_gradients(record, self.index)
-        tokens = self.shared.adapter.tokens(args, kwargs)
+        adapter = self.shared.adapter
+        tokens = adapter.tokens(args, kwargs)
         self._check(record, tokens)
-        if self.mixes:
+        if self.watch is not None:
             tokens = self._mix(record, again, tokens, args, kwargs)
-        if self.projected:
+        # what has taken the projection's place does not have its hook
+        if self.projection is not None and adapter.projection(layer) is self.projection:
             record.entering[self.index] = (tokens, args, kwargs)
         elif self.remembers:
             if not again:
                 self._choose(record, self._input_saliency(tokens, args, kwargs))
             self._remember(record, again, tokens)
-        if not self.mixes:
+        if self.watch is None:
             return None
-        return self.shared.adapter.with_tokens(tokens, args, kwargs)
+        return adapter.with_tokens(tokens, args, kwargs)
 
     def _check(self, record: StepRecord, tokens: Tensor) -> None:
+        attention = self.shared.adapter.attention(self.layer)
+        if attention is not self.attention:
+            found = class_name(type(attention))
+            raise UnsupportedHostError(
+                f"the attention of layer {self.index} was replaced by a {found} after TokenMixup "
+                f"was attached: {what_to_do_about(found)}"
+            )
         layout, patches = self.shared.layout, self.shared.layout.num_patch_tokens
         if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
             raise ValueError(
@@ -137,21 +153,24 @@ class _LayerHook(_Hook):
     def _mix(
         self, record: StepRecord, again: bool, tokens: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
-        config = self.shared.horizontal
-        assert config is not None
+        assert self.watch is not None, "only layers that mix are called here"
+        config = self.watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
-        logits = None
-        if self.scorenet is not None:
+        logits, scorenet = None, None
+        if str(self.index) in self.scorenets:
             # Also when run again: checkpointing expects the same tensors to be saved.
-            logits, losses = scorenet_loss(self.scorenet, tokens, targets, config)
+            scorenet = cast(ScoreNet, self.scorenets[str(self.index)])
+            logits, losses = scorenet_loss(scorenet, tokens, targets, config)
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
             saliency = self._input_saliency(tokens, args, kwargs)
             step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
-            record.targets = step.targets
+            record.targets = self.watch.observe(
+                f"layer {self.index}", scorenet, targets, step.targets, step.stats
+            )
             for name, value in step.stats.items():
                 record.stats[f"htm/layer{self.index}/{name}"] = value
         decision = record.decisions[self.index][1]
@@ -237,9 +256,8 @@ def install_hooks(
         remembers = _remembers(shared, index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
-            name, projected = str(index), projection is not None
-            scorenet = cast(ScoreNet, scorenets[name]) if name in scorenets else None
-            hook = _LayerHook(shared, index, layer, index in mixing, scorenet, projected)
+            watching = shared.watch if index in mixing else None
+            hook = _LayerHook(shared, index, layer, scorenets, projection, watching)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:
             reading = _ProjectionHook(shared, index, layer)
@@ -250,6 +268,18 @@ def install_hooks(
             handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
             handles.append(attention.register_forward_hook(own, with_kwargs=True))
     return handles
+
+
+class _Mark(_Hook):
+    """On the host itself, where it costs its layers no fused path."""
+
+    def __call__(self, host: nn.Module, args: Args) -> None:
+        """Do nothing: it is there to be found."""
+
+
+def mark(host: nn.Module, shared: Attachment) -> RemovableHandle:
+    """Let :func:`has_hooks` know the host, also while its layers have no hooks."""
+    return host.register_forward_pre_hook(_Mark(shared, -1, host))
 
 
 def has_hooks(host: nn.Module) -> bool:

@@ -6,12 +6,34 @@ Dimensions: B batch, C classes.
 import torch
 from torch import Tensor
 
+SUM_TOLERANCE = 0.01
+"""How far from 1 the sum of a row may be: above what rounding to bfloat16 (2^-9) adds up to."""
+
+
+def are_distributions(targets: Tensor) -> Tensor:
+    """Which rows of targets (B, C) are finite, nowhere negative and sum to 1, (B,) bool."""
+    total = targets.sum(1, dtype=torch.promote_types(targets.dtype, torch.float32))
+    return ((total - 1).abs() <= SUM_TOLERANCE) & (targets.amin(1) >= 0)
+
+
+def soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:
+    """Soft targets (B, C) of what a user gave: those themselves, or class indices made one-hot.
+
+    Raises:
+        ValueError: neither of the two, as the functions below say.
+    """
+    if isinstance(targets, Tensor) and not targets.is_floating_point():
+        return one_hot_targets(targets, batch, num_classes)
+    check_soft_targets(targets, batch, num_classes)
+    return targets
+
 
 def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> None:
-    """Raise ValueError unless targets are finite, floating point and (B, C).
+    """Raise ValueError unless targets are floating point, (B, C), and rows are distributions.
 
-    Values are read only on the CPU, where that needs no device synchronisation; on an accelerator
-    the assignment solver finds values that are not finite.
+    Values are read only on the CPU, where that needs no device synchronisation. On an accelerator,
+    and in compiled code, the assignment solver of HTM finds bad rows in the gains that it reads
+    anyway (``functional.decide_mixing``). Without HTM nothing looks at the values there.
     """
     classes = "C" if num_classes is None else num_classes
     if not isinstance(targets, Tensor):
@@ -30,11 +52,15 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
     if not targets.is_floating_point():
         raise ValueError(f"targets (B, C) must be floating point, got {targets.dtype}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        finite = targets.isfinite()
-        if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
-            value = targets[row, column].item()
-            raise ValueError(f"targets must be finite, but targets[{row}, {column}] is {value}")
+        bad = (~are_distributions(targets)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            least, total = targets[row].min().item(), targets[row].double().sum().item()
+            raise ValueError(
+                "each row of targets must be a distribution over the classes (finite, not "
+                f"negative, of sum 1), but targets[{row}] has sum {total:.4g} and minimum "
+                f"{least:.4g}"
+            )
 
 
 def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:
@@ -56,8 +82,8 @@ def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Ten
         if len(outside):
             index = int(outside[0])
             raise ValueError(
-                f"targets must be class indices 0 to {num_classes - 1} (the classifier's, as "
-                f"attach found it), but targets[{index}] is {targets[index].item()}"
+                f"targets must be class indices 0 to {num_classes - 1} (num_classes is "
+                f"{num_classes}), but targets[{index}] is {targets[index].item()}"
             )
     one_hot = torch.zeros(batch, num_classes, device=targets.device)
     return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)

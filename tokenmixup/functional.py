@@ -6,20 +6,23 @@ targets; Vertical TokenMixup: the salient tokens that a layer remembers.
 Dimensions: B batch, N tokens (prefix tokens included), P prefix tokens (class token, registers),
 T = N - P patch tokens, D width, H heads, C classes, E easy samples, K kappa.
 
-Every function accepts any floating dtype on any device and keeps no state. Half-precision saliency,
-difficulty and relabelling are computed in float32. Equations are those of Choi, Choi and Kim,
-"TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols as in ``docs/paper_map.md``.
+Every function accepts any floating dtype on any device and keeps no state. Of half-precision
+tensors, and under autocast, saliency, difficulty and relabelling are computed in float32.
+Equations are those of Choi, Choi and Kim, "TokenMixup", NeurIPS 2022 (arXiv 2210.07562); symbols
+as in ``docs/paper_map.md``.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
+from tokenmixup._targets import are_distributions, check_soft_targets
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
@@ -102,7 +105,8 @@ def query_key_saliency(
 
     The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
     is computed, without one the map of one head and a few samples at a time. Fused attention can
-    thus stay on in the layer itself.
+    thus stay on in the layer itself. Scores are computed in float32, also where autocast is on:
+    rounding a score of 100 to bfloat16 may change its probability by a quarter.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -117,24 +121,42 @@ def query_key_saliency(
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
     dtype = _wide(query)
-    if _reads_class_token(num_prefix_tokens, class_token):
-        scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias[:, :, :1]
-        return scores.softmax(-1, dtype=dtype)[:, :, 0, num_prefix_tokens:].mean(1)
-    samples, heads, tokens = key.shape[:3]
-    at_once = _rows_at_once(key, query.shape[2] * tokens)
-    parts = []
-    for first in range(0, max(1, samples), at_once):
-        part = slice(first, first + at_once)
-        columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
-        for head in range(heads):
-            scores = (query[part, head] * scale) @ key[part, head].transpose(-2, -1)
-            if bias is not None:
-                scores = scores + (bias if len(bias) == 1 else bias[part])[:, head]
-            columns = columns + scores.softmax(-1, dtype=dtype).mean(1)
-        parts.append(columns / heads)
-    return torch.cat(parts)[:, num_prefix_tokens:]
+    with _without_autocast(query.device.type):
+        if _reads_class_token(num_prefix_tokens, class_token):
+            bias = None if bias is None else bias[:, :, :1]
+            scores = _scores(query[:, :, :1], key, scale, bias)
+            return scores.softmax(-1)[:, :, 0, num_prefix_tokens:].mean(1)
+        samples, heads, tokens = key.shape[:3]
+        at_once = _rows_at_once(key, query.shape[2] * tokens)
+        parts = []
+        for first in range(0, max(1, samples), at_once):
+            part = slice(first, first + at_once)
+            of_part = bias if bias is None or len(bias) == 1 else bias[part]
+            columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
+            for head in range(heads):
+                of_head = None if of_part is None else of_part[:, head]
+                scores = _scores(query[part, head], key[part, head], scale, of_head)
+                columns = columns + scores.softmax(-1).mean(1)
+            parts.append(columns / heads)
+        return torch.cat(parts)[:, num_prefix_tokens:]
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """``scale * Q K^T + bias`` in float32 or wider.
+
+    The scale comes last: half-precision numbers are exact in TF32, which tensor cores multiply
+    where torch is allowed to use it, but their scaled values need not be.
+    """
+    dtype = _wide(query)
+    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
+    return scores if bias is None else scores + bias
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operations keep the type of their tensors inside."""
+    if device_type == "meta":  # which computes nothing, and which torch.autocast refuses
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -177,6 +199,23 @@ def sample_difficulty(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def least_difficulty(targets: Tensor) -> Tensor:
+    """Difficulty of the best possible prediction, ``H(y_i) / 10``, without gradient.
+
+    A cross-entropy is at least the entropy of its target, ``H(y) = -sum_c y[c] log y[c]``, and
+    equal to it where softmax(logits) = y. With a smaller tau sample i is never easy: label
+    smoothing and soft targets bound tau from below, by 0.1015 for smoothing 0.1 of 1000 classes.
+
+    Args:
+        targets: soft targets, (B, C), each row a distribution over the classes.
+
+    Returns:
+        (B,), in float32 or wider.
+    """
+    return torch.special.entr(targets.to(_wide(targets))).sum(1) / DIFFICULTY_SCALE
+
+
+@torch.no_grad()
 def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     """Saliency that easy sample i gains from sample j, ``sum_t max(s_j[t] - s_i[t] - rho, 0)``.
 
@@ -213,9 +252,11 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
 def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
-    The optimum is exact (by an auction and shortest augmenting paths, in float64 on the host). Of
-    assignments with equal totals the same is taken whatever the other gains are, up to partners
-    from whom nothing is gained: no token is taken from those.
+    The solver is exact, not a heuristic (an auction and shortest augmenting paths, in float64 on
+    the host). Totals that differ by less than 2^-40 of their gains count as equal, also in float64,
+    and the rows' and columns' positions decide among those, whatever the other gains are. Only
+    where so many assignments are equal that float64 cannot tell their positions apart (hundreds of
+    samples, each with its saliency on one token) the choice depends on the solver, C or lapx.
 
     Args:
         gain: (E, B) with E <= B.
@@ -268,14 +309,17 @@ def decide_mixing(
         rho: smallest saliency difference that replaces a token.
         partners: chooses the partners by the gains, in place of :func:`assign_partners`.
         mask: chooses the tokens, in place of :func:`mixing_mask`.
+
+    Raises:
+        ValueError: shapes do not fit, rho is negative, or (by :func:`assign_partners`) saliency is
+            not finite, or a row of targets is negative or does not sum to 1.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
-    gain = _gain(saliency, saliency, rho) * easy.unsqueeze(1)
-    # 0 * x is nan where x is not finite: the solver, which has to read the gains anyway, finds bad
-    # targets without another device synchronisation.
-    gain = gain + 0 * targets.sum(1, keepdim=True, dtype=gain.dtype)
-    partner = partners(gain)
+    # The solver, which has to read the gains anyway, finds bad targets by the nan that they make,
+    # without another device synchronisation.
+    factor = torch.where(are_distributions(targets), easy, float("nan"))
+    partner = partners(_gain(saliency, saliency, rho) * factor.unsqueeze(1))
     taken = mask(saliency, partner, easy, rho)
     own = torch.arange(len(partner), device=partner.device)
     return MixingDecision(torch.where(taken.any(1), partner, own), taken)
@@ -288,10 +332,10 @@ def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int 
 
 
 @torch.no_grad()
-def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
-    """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
+def label_share(saliency: Tensor, decision: MixingDecision) -> Tensor:
+    """Share of each label that comes from the partner, ``b / (a + b)``; (B,), float32 or wider.
 
-    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
+    It is 0 for a sample without replaced tokens, or with a + b = 0.
     """
     saliency = saliency.to(_wide(saliency))
     partner, mask = decision.partner, decision.mask
@@ -299,10 +343,19 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     taken = torch.where(mask, saliency[partner], 0).sum(1)
     total = kept + taken
     mixed = mask.any(1) & (total > 0)
-    share = torch.where(mixed, taken / torch.where(mixed, total, 1), 0).unsqueeze(1)
+    return torch.where(mixed, taken / torch.where(mixed, total, 1), 0)
+
+
+@torch.no_grad()
+def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
+    """Relabel, ``y_i <- (a y_i + b y_j) / (a + b)``; (B, C) in the dtype of ``targets``.
+
+    A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
+    """
+    share = label_share(saliency, decision).unsqueeze(1)
     dtype = torch.promote_types(targets.dtype, share.dtype)
-    blend = (1 - share) * targets.to(dtype) + share * targets[partner].to(dtype)
-    return torch.where(mixed.unsqueeze(1), blend.to(targets.dtype), targets)
+    blend = (1 - share) * targets.to(dtype) + share * targets[decision.partner].to(dtype)
+    return torch.where(share > 0, blend.to(targets.dtype), targets)
 
 
 def horizontal_mixup(
@@ -333,16 +386,11 @@ def horizontal_mixup(
         :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
 
     Raises:
-        ValueError: shapes do not fit, rho is negative, or saliency or targets are not finite.
+        ValueError: shapes do not fit, rho is negative, saliency is not finite, or a row of targets
+            is negative or does not sum to 1.
     """
     _check_tokens(tokens, saliency, num_prefix_tokens)
-    if targets.dim() != 2 or targets.shape[0] != tokens.shape[0]:
-        raise ValueError(
-            f"targets must be (B, C) with B = {tokens.shape[0]} as tokens have, "
-            f"got shape {tuple(targets.shape)}"
-        )
-    if not targets.is_floating_point():
-        raise ValueError(f"targets must be soft (floating point), got {targets.dtype}")
+    check_soft_targets(targets, tokens.shape[0], None)
     decision = decide_mixing(saliency, targets, easy, rho)
     return HorizontalMixup(
         mix_tokens(tokens, decision, num_prefix_tokens),

@@ -4,6 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmixup._session import in_backward
-from tokenmixup._targets import check_soft_targets
+from tokenmixup._targets import soft_targets
+from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
     MixingDecision,
     attention_saliency,
+    label_share,
     sample_difficulty,
     soft_cross_entropy,
 )
@@ -25,6 +28,8 @@ from tokenmixup.scorenet import ScoreNet
 
 logger = logging.getLogger(__name__)
 _PAPER = Rules()
+_MOST_OFF = 1.5
+"""Greatest factor between the aspect ratios of a grid and of its image, or of a pooled grid."""
 
 
 @dataclass
@@ -68,7 +73,15 @@ def horizontal_step(
         saliency: of the layer's unmixed tokens, (B, T).
         logits: ScoreNet's, (B, C); None makes every sample easy.
         config: thresholds.
+
+    Raises:
+        ValueError: the batch is empty.
     """
+    if not len(targets):
+        raise ValueError(
+            "the batch has no samples: there is nothing to mix, and a mean loss over it is not a "
+            "number. Leave empty batches out of the training"
+        )
     if logits is None:
         difficulty = None
         easy = torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
@@ -93,11 +106,17 @@ def _statistics(
     num_easy = easy.sum()
     at_least_one = num_easy.clamp_min(1)
     difference = (saliency[partner] - saliency) * easy.unsqueeze(1)
+    possible = (saliency.amax(0) - saliency) * easy.unsqueeze(1)
+    tiny = torch.finfo(saliency.dtype).tiny
+    place = torch.arange(saliency.shape[1], device=saliency.device)
     stats = {
         "easy_share": easy.float().mean(),
         "mixed_share": mask.any(1).float().mean(),
         "tokens_mixed": mask.sum() / at_least_one,
-        "saliency_difference_max": difference.max(),
+        "label_share": label_share(saliency, decision).sum() / at_least_one,
+        "largest_saliency_share": (saliency.amax(1) / saliency.sum(1).clamp_min(tiny)).mean(),
+        "same_place_share": (saliency.argmax(1) == place.unsqueeze(1)).float().mean(1).max(),
+        "saliency_difference_max": possible.max(),
         "saliency_difference_mean": difference.abs().sum() / (at_least_one * saliency.shape[1]),
     }
     if difficulty is not None:
@@ -136,7 +155,8 @@ class HorizontalTokenMixupLayer(nn.Module):
             or ``cls_pooling``.
         scorenet_stopgrad: keep ScoreNet's gradient out of the model.
         aspect_ratio: W / H of the token grid, needed where the map has other keys than queries
-            (pooled keys): saliency over the keys is resized to the grid of the queries.
+            (pooled keys): saliency over the keys is resized to the grid of the queries. Each grid
+            is the one of so many tokens whose W / H is nearest, of keys to that of the queries.
         batch_first: tokens are (B, N, D) if True, (N, B, D) if False.
         has_cls: whether there is a class token.
         cls_first: whether the class token is the first token (or else the last).
@@ -146,7 +166,7 @@ class HorizontalTokenMixupLayer(nn.Module):
         verbose: report difficulty, saliency difference and counts through ``logging`` (INFO).
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the layer has no ``get_attention_map``.
     """
 
     def __init__(
@@ -175,6 +195,11 @@ class HorizontalTokenMixupLayer(nn.Module):
             )
         if use_scorenet and scorenet_type == "cls_pooling" and not has_cls:
             raise ValueError("scorenet_type 'cls_pooling' reads the class token, but has_cls=False")
+        if not callable(getattr(layer, "get_attention_map", None)):
+            raise ValueError(
+                "layer must have a method get_attention_map(x, y, *args, **kwargs) -> "
+                f"(B, H, Q, K), from which saliency is read; {type(layer).__name__} has none"
+            )
         if not 0 < aspect_ratio < float("inf"):
             raise ValueError(f"aspect_ratio (W / H) must be > 0, got {aspect_ratio}")
         if report_every < 1:
@@ -204,13 +229,15 @@ class HorizontalTokenMixupLayer(nn.Module):
         self.layer_name = layer_name
         self.verbose = verbose
         self.steps = 0
+        self._watch = Watch(self.config)
 
     def forward(self, x: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Mix x and y in training, then call the wrapped layer on them.
 
         Args:
             x: tokens, (B, N, D) or (N, B, D).
-            y: soft targets (B, C), or ``(targets, loss)`` as an earlier such layer left it.
+            y: soft targets (B, C), class indices (B,), which are made one-hot in training, or
+                ``(targets, loss)`` as an earlier such layer left it.
             *args: passed on to the layer.
             **kwargs: passed on to the layer.
         """
@@ -219,7 +246,7 @@ class HorizontalTokenMixupLayer(nn.Module):
         earlier_loss: Tensor | None
         targets, earlier_loss = y if isinstance(y, tuple) else (y, None)
         tokens = self._canonical(x)
-        check_soft_targets(targets, tokens.shape[0], self.num_classes)
+        targets = soft_targets(targets, tokens.shape[0], self.num_classes)
         with torch.no_grad():
             attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
         saliency = self._saliency(attention, tokens)
@@ -231,7 +258,9 @@ class HorizontalTokenMixupLayer(nn.Module):
         step = horizontal_step(_PAPER, 0, targets, saliency, logits, self.config)
         mixed = self._original(_PAPER.mix(tokens, step.decision, self.num_prefix_tokens))
         self._report(step)
-        carried = step.targets if loss is None else (step.targets, loss)
+        name = self.layer_name or "the wrapped layer"
+        relabelled = self._watch.observe(name, self.scorenet, targets, step.targets, step.stats)
+        carried = relabelled if loss is None else (relabelled, loss)
         return self.layer(mixed, carried, *args, **kwargs)
 
     def _canonical(self, x: Tensor) -> Tensor:
@@ -264,8 +293,8 @@ class HorizontalTokenMixupLayer(nn.Module):
         saliency = attention_saliency(attention, prefix)
         if keys == queries:
             return saliency
-        source = _grid(keys - prefix, self.aspect_ratio, "keys")
         target = _grid(queries - prefix, self.aspect_ratio, "queries")
+        source = _grid(keys - prefix, target[1] / target[0], "keys")  # pooling rounds each side
         grid = saliency.unflatten(1, (1, *source))
         return F.interpolate(grid, target, mode="bilinear", align_corners=False).flatten(1)
 
@@ -290,11 +319,25 @@ class HorizontalTokenMixupLayer(nn.Module):
 
 
 def _grid(tokens: int, aspect_ratio: float, name: str) -> tuple[int, int]:
-    """Rows and columns of a grid of ``tokens`` with columns / rows = aspect_ratio."""
-    rows = round((tokens / aspect_ratio) ** 0.5)
-    if rows < 1 or tokens % rows or abs(tokens / rows / rows / aspect_ratio - 1) > 1e-2:
+    """Rows and columns of the grid of ``tokens`` whose columns / rows are nearest aspect_ratio."""
+
+    def distance(grid: tuple[int, int]) -> float:
+        return abs(math.log(grid[1] / grid[0] / aspect_ratio))
+
+    sides = [side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0]
+    grids = {(a, b) for side in sides for a, b in ((side, tokens // side), (tokens // side, side))}
+    nearest, *others = sorted(grids, key=distance)
+    found = f"{tokens} patch tokens of the {name} form "
+    if distance(nearest) > math.log(_MOST_OFF) and tokens > 1:
         raise ValueError(
-            f"{tokens} patch tokens of the {name} do not form a grid of aspect ratio W / H = "
-            f"{aspect_ratio:g}"
+            f"{found}no grid of an aspect ratio W / H near {aspect_ratio:g}: the nearest is "
+            f"{nearest[0]} x {nearest[1]} (rows x columns). Pass the aspect_ratio of the queries' "
+            "grid, and as many prefix tokens among keys as among queries"
         )
-    return rows, tokens // rows
+    if others and distance(others[0]) < 1.1 * distance(nearest):
+        raise ValueError(
+            f"{found}a grid of {nearest[0]} x {nearest[1]} or of {others[0][0]} x {others[0][1]} "
+            f"(rows x columns), both as near to the aspect ratio W / H {aspect_ratio:g}: pass the "
+            "exact aspect_ratio of the queries' grid"
+        )
+    return nearest

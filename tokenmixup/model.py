@@ -3,19 +3,35 @@
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C classes, K kappa.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tokenmixup._hooks import Attachment, has_hooks, install_hooks
+from tokenmixup._hooks import Attachment, has_hooks, install_hooks, mark
 from tokenmixup._session import Session, StepRecord
-from tokenmixup._targets import check_soft_targets, one_hot_targets
+from tokenmixup._targets import soft_targets
+from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.hosts import HostAdapter, TokenLayout, UnsupportedHostError, find_adapter
+from tokenmixup.functional import soft_cross_entropy
+from tokenmixup.hosts import (
+    HostAdapter,
+    TokenLayout,
+    UnsupportedHostError,
+    encoder_layers,
+    find_adapter,
+    unwrapped,
+)
+from tokenmixup.hosts.base import class_name
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
+
+_PARTS = (nn.Module, nn.Parameter)
 
 
 class TokenMixupOutput(NamedTuple):
@@ -23,7 +39,8 @@ class TokenMixupOutput(NamedTuple):
 
     Attributes:
         logits: (B, C).
-        targets: soft targets (B, C), mixed; None where none were given.
+        targets: soft targets (B, C), mixed; None where none were given. As they were given where
+            the model is not ``enabled``.
         scorenet_loss: 0-d, mean over the batch, lambda applied, summed over the HTM layers.
         stats: 0-d tensors on the model's device, by name (``htm/layer3/easy_share``, ...).
     """
@@ -33,6 +50,33 @@ class TokenMixupOutput(NamedTuple):
     scorenet_loss: Tensor
     stats: dict[str, Tensor]
 
+    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """The loss to train with, 0-d: that of the logits on the mixed targets, and ScoreNet's.
+
+        Args:
+            criterion: called with ``logits`` and ``targets``, returns a 0-d loss; by default the
+                mean cross-entropy with soft targets.
+
+        Raises:
+            ValueError: the step had no targets, or the criterion's loss is not 0-d.
+        """
+        if self.targets is None:
+            raise ValueError(
+                "this step had no targets to compute a loss with: call model(images, targets)"
+            )
+        if criterion is not None:
+            loss = criterion(self.logits, self.targets)
+        elif self.targets.dim() == 1:  # class indices, where TokenMixup is switched off
+            loss = F.cross_entropy(self.logits.to(self.scorenet_loss.dtype), self.targets)
+        else:
+            loss = soft_cross_entropy(self.logits, self.targets).mean()
+        if loss.dim():
+            raise ValueError(
+                f"the criterion must return a 0-d loss, but returned {tuple(loss.shape)}: take "
+                "the mean over the batch"
+            )
+        return loss + self.scorenet_loss
+
 
 class TokenMixupModel(nn.Module):
     """A host with TokenMixup on it; made by :func:`attach`.
@@ -40,8 +84,15 @@ class TokenMixupModel(nn.Module):
     In training ``model(images, targets)`` returns a :class:`TokenMixupOutput`; in evaluation
     ``model(images)`` runs ``model.backbone(images)`` and nothing else, and returns its logits.
 
+    Public attributes and methods of the host (``config``, ``pretrained_cfg``,
+    ``set_grad_checkpointing``, ``save_pretrained``, ...) are read through this model. Where they
+    hold names of parameters (:meth:`no_weight_decay`, ``group_matcher``) they hold those that the
+    parameters have here. Attributes are set on the host itself: ``model.backbone.name = value``.
+
     Attributes:
         backbone: the host itself, its state-dict keys unchanged.
+        enabled: whether training passes mix. While False they are those of the plain host, and
+            targets come back as they went in.
         scorenets: the ScoreNet of each HTM layer, by layer index.
         horizontal: settings of HTM, or None.
         vertical: settings of VTM, or None.
@@ -64,7 +115,8 @@ class TokenMixupModel(nn.Module):
         self.adapter = adapter
         self.horizontal = horizontal
         self.vertical = vertical
-        self.layout = adapter.layout(backbone)
+        host = unwrapped(backbone)
+        self.layout = adapter.layout(host)
         self.num_classes = num_classes
         self.rules = rules
         self.scorenets = nn.ModuleDict()
@@ -81,20 +133,92 @@ class TokenMixupModel(nn.Module):
         parameter = next(backbone.parameters())
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
-        shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
-        layers = adapter.layers(backbone)
-        self._handles = install_hooks(layers, shared, self.scorenets)
-        self._is_attached = bool(self._handles)  # torch.compile cannot look at the handles
+        self._shared = Attachment(
+            adapter,
+            self.layout,
+            self._session,
+            rules,
+            horizontal,
+            vertical,
+            None if horizontal is None else Watch(horizontal),
+        )
+        self._mark = mark(host, self._shared)
+        self._handles: list[RemovableHandle] = []
+        self._is_attached = horizontal is not None or vertical is not None
+        self.enabled = True
+        # the host's mode, without a change of parts of it that are in another
+        self.training = backbone.training
+        self.scorenets.train(backbone.training)
+        self._place_hooks()
+
+    def train(self, mode: bool = True) -> "TokenMixupModel":
+        """As of every module; a fused path of the host's evaluation gets back what it needs."""
+        super().train(mode)
+        self._place_hooks()
+        return self
+
+    def _place_hooks(self) -> None:
+        """Have the hooks on the host: in training, and in evaluation where they cost nothing."""
+        if self._is_attached and (self.training or not self.adapter.fused_evaluation):
+            if not self._handles:
+                layers = self.adapter.layers(unwrapped(self.backbone))
+                self._handles = install_hooks(layers, self._shared, self.scorenets)
+        else:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the host, private ones excepted: tools look for theirs on each module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # a copy in the making has no backbone yet
+            if name.startswith("_") or "backbone" not in self.__dict__.get("_modules", {}):
+                raise
+        backbone = self.backbone
+        try:
+            value = getattr(backbone, name)
+        except AttributeError as error:
+            host = class_name(type(unwrapped(backbone)))
+            raise AttributeError(
+                f"neither TokenMixupModel nor its host, a {host}, has the attribute {name!r}"
+            ) from error
+        if name == "group_matcher":
+            return partial(_prefixed_matcher, value, self._host_prefix())
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to hide a part of the host by one that nothing would run."""
+        modules = self.__dict__.get("_modules", {})
+        if (
+            isinstance(value, _PARTS)
+            and name not in modules
+            and "backbone" in modules
+            and isinstance(getattr(modules["backbone"], name, None), _PARTS)
+        ):
+            raise AttributeError(
+                f"{name!r} is a part of the host: set it there: model.backbone.{name} = ..."
+            )
+        super().__setattr__(name, value)
+
+    def _host_prefix(self) -> str:
+        """What stands before the names of the host's parameters."""
+        host = unwrapped(self.backbone)
+        return next(f"{name}." for name, module in self.named_modules() if module is host)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
 
         Args:
             images: what the host takes.
-            targets: in training, soft targets (B, C) or class indices (B,); needed for HTM.
+            targets: in training, soft targets (B, C) or class indices (B,); needed for HTM, and for
+                a loss by what is returned: without them VTM alone returns None as targets.
 
         Raises:
-            ValueError: targets in evaluation, none in training with HTM, or of a wrong shape.
+            ValueError: targets in evaluation, none in training with HTM, of a wrong shape, or a row
+                that is negative or does not sum to 1. On an accelerator and in compiled code HTM
+                finds such rows, and nothing does where VTM is alone.
         """
         if not self.training:
             if targets is not None:
@@ -102,10 +226,9 @@ class TokenMixupModel(nn.Module):
                     "targets were given in evaluation mode, where nothing is mixed: call "
                     "model.train() before a training step, or model(images) to evaluate"
                 )
-            logits = self.adapter.logits(self.backbone(images))
-            if self._is_attached and not torch.compiler.is_compiling():
-                self._session.mark_backward(None, logits)
-            return logits
+            return self._host_logits(images)
+        if not self.enabled:
+            return self._plain(images, targets)
         if not self._is_attached and (self.horizontal or self.vertical):
             raise RuntimeError(
                 "detach() removed TokenMixup from this model: train the model that it returned, or "
@@ -117,6 +240,7 @@ class TokenMixupModel(nn.Module):
                 "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
                 "that belong to the original: use DistributedDataParallel, also on one machine"
             )
+        self._check_classifier()
         targets = self._soft_targets(images, targets)
         self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
@@ -130,9 +254,34 @@ class TokenMixupModel(nn.Module):
                 output = self.backbone(images)
         return self._collect(record, self.adapter.logits(output))
 
+    def _host_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of a pass that is the plain host's."""
+        logits = self.adapter.logits(self.backbone(images))
+        if self._is_attached and not torch.compiler.is_compiling():
+            self._session.mark_backward(None, logits)
+        return logits
+
+    def _plain(self, images: Tensor, targets: Tensor | None) -> TokenMixupOutput:
+        """A training pass without TokenMixup."""
+        logits = self._host_logits(images)
+        loss = _no_loss(logits)
+        # DistributedDataParallel waits for a gradient of every parameter.
+        for parameter in self.scorenets.parameters():
+            loss = loss + 0 * parameter.sum()
+        return TokenMixupOutput(logits, targets, loss, {})
+
+    def _check_classifier(self) -> None:
+        classes = self.adapter.layout(unwrapped(self.backbone)).num_classes
+        if classes is not None and classes != self.num_classes:
+            raise RuntimeError(
+                f"the classifier now has {classes} classes, but had {self.num_classes} when "
+                "TokenMixup was attached, and ScoreNet has as many: detach(), replace the "
+                "classifier, then attach again"
+            )
+
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
-        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        loss = _no_loss(logits)
         for losses in record.scorenet_losses:
             loss = loss + losses.mean()
         if not torch.compiler.is_compiling():
@@ -165,25 +314,22 @@ class TokenMixupModel(nn.Module):
                     "model(images, targets), or model.eval() first to evaluate"
                 )
             return None
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
-            return one_hot_targets(targets, images.shape[0], self.num_classes)
-        check_soft_targets(targets, images.shape[0], self.num_classes)
-        return targets
+        return soft_targets(targets, images.shape[0], self.num_classes)
 
     def detach(self) -> nn.Module:
         """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
 
         Do not train this model afterwards.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         self._is_attached = False
+        self._place_hooks()
+        self._mark.remove()
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
         """The host's own list, with the names that its parameters have here."""
-        return {f"backbone.{name}" for name in self.adapter.no_weight_decay(self.backbone)}
+        names = self.adapter.no_weight_decay(unwrapped(self.backbone))
+        return {self._host_prefix() + name for name in names}
 
     def extra_repr(self) -> str:
         """The host's family and the settings."""
@@ -196,6 +342,33 @@ class TokenMixupModel(nn.Module):
         )
 
 
+def _no_loss(logits: Tensor) -> Tensor:
+    """A 0-d zero in float32 or wider."""
+    return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _prefixed_matcher(matcher: Callable[..., Any], prefix: str, coarse: bool = False) -> Any:
+    """timm's patterns for groups of layers, for names that begin with a prefix.
+
+    What no pattern matches, the ScoreNets included, is timm's last group, that of the head.
+    """
+
+    def prefixed(pattern: str) -> str:
+        # timm matches from the start of a name. A ^ that is neither escaped nor in brackets
+        # says so again, and would be wrong behind the prefix.
+        free = re.sub(r"(\\.|\[\^?\]?[^\]]*\])|\^", lambda found: found[1] or "", pattern)
+        return rf"^{re.escape(prefix)}(?:{free})"
+
+    return {
+        group: None
+        if patterns is None
+        else prefixed(patterns)
+        if isinstance(patterns, str)
+        else [(prefixed(pattern), suffix) for pattern, suffix in patterns]
+        for group, patterns in matcher(coarse=coarse).items()
+    }
+
+
 def attach(
     model: nn.Module,
     *,
@@ -203,12 +376,17 @@ def attach(
     vertical: VerticalConfig | None = None,
     num_classes: int | None = None,
     rules: Rules | None = None,
+    layers: Iterable[nn.Module] | None = None,
+    num_prefix_tokens: int | None = None,
+    class_token: bool | None = None,
 ) -> TokenMixupModel:
     """Put TokenMixup on a host model without editing it.
 
     The host keeps its class, its forward pass, its state-dict keys and its fused attention. With
     neither ``horizontal`` nor ``vertical`` the result is the plain host behind the same interface,
-    for training loops that serve all variants.
+    for training loops that serve all variants. It is in training or evaluation mode as the host is.
+
+    A host of any other class is taken where its ``layers`` are given.
 
     Args:
         model: the host, of one of the supported families.
@@ -216,11 +394,21 @@ def attach(
         vertical: settings of Vertical TokenMixup.
         num_classes: C, where the host does not know it.
         rules: for research, the decisions that differ from the paper's; one instance per model.
+        layers: the encoder layers of a host of no supported family, anywhere in it, in the order of
+            its forward pass: ``torch.nn.TransformerEncoderLayer`` with ``batch_first=True``.
+        num_prefix_tokens: with ``layers``, P, the tokens before the patch tokens.
+        class_token: with ``layers``, whether token 0 is a class token.
 
     Raises:
         UnsupportedHostError: (a ValueError) the host is of no supported family.
         ValueError: the settings do not fit the host, or TokenMixup is attached to it already.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "model must be a model (torch.nn.Module), such as "
+            f"timm.create_model({model if isinstance(model, str) else 'vit_base_patch16_224'!r}); "
+            f"got {model!r}"
+        )
     if isinstance(model, TokenMixupModel) or has_hooks(model):
         raise ValueError(
             "TokenMixup is attached to this model already: give all layers in one call of attach, "
@@ -234,9 +422,15 @@ def attach(
     ):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
-    adapter = find_adapter(model)
-    layout = adapter.layout(model)
-    _check_layers(horizontal, vertical, adapter.layers(model))
+    host = unwrapped(model)
+    if layers is not None:
+        adapter: HostAdapter = encoder_layers(host, layers, num_prefix_tokens, class_token)
+    elif num_prefix_tokens is not None or class_token is not None:
+        raise ValueError("num_prefix_tokens and class_token describe `layers`, which are not given")
+    else:
+        adapter = find_adapter(host)
+    layout = adapter.layout(host)
+    _check_layers(horizontal, vertical, adapter.layers(host))
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())

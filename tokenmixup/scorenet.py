@@ -53,8 +53,7 @@ class ScoreNet(nn.Module):
         """Class logits (B, C) of tokens (B, N, D)."""
         if self.pool is not None:
             weight = self.pool(tokens).softmax(dim=1)  # (B, N, 1)
-            # softmax gives float32 under autocast; the product needs the tokens' type
-            pooled = torch.einsum("bnk,bnd->bd", weight.to(tokens.dtype), tokens)
+            pooled = torch.einsum("bnk,bnd->bd", weight, tokens)
         elif self.pooling == "cls":
             pooled = tokens[:, 0]
         else:

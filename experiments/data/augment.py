@@ -6,12 +6,14 @@ Dimensions: B batch, C classes.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from experiments.config import DataConfig, MixupConfig
+from experiments.config import DataConfig, MixupConfig, RunConfig
 from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD
-from experiments.errors import DataError
+from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, seeded
+from tokenmixup import functional
 
 
 def normalisation(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -70,6 +72,37 @@ def eval_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tenso
         mean=mean,
         std=std,
     )
+
+
+def least_difficulty(config: MixupConfig, num_classes: int) -> float:
+    """The least difficulty that a sample can have: H(y) / 10 of a smoothed target y.
+
+    A cross-entropy is at least the entropy of its target, and a mixed target has no less than the
+    smoothed ones that it is mixed of.
+    """
+    from timm.data.mixup import mixup_target
+
+    label = torch.zeros(1, dtype=torch.int64)
+    target = mixup_target(label, num_classes, smoothing=config.label_smoothing)
+    return functional.least_difficulty(target.double()).item()
+
+
+def refuse_unreachable_tau(config: RunConfig, num_classes: int) -> None:
+    """Refuse a tau below which no sample's difficulty can lie, so that nothing is ever mixed.
+
+    Raises:
+        ConfigError: it says how small tau may be.
+    """
+    horizontal = config.horizontal
+    if horizontal is None or horizontal.scorenet is None or horizontal.tau is None:
+        return
+    tau, least = horizontal.tau, least_difficulty(config.mixup, num_classes)
+    if tau < least:
+        raise ConfigError(
+            f"horizontal.tau: got {tau}; allowed: above {least:.4f}, the least difficulty that a "
+            f"target can have with mixup.label_smoothing {config.mixup.label_smoothing} and "
+            f"{num_classes} classes: below it no sample is easy, and HTM mixes nothing"
+        )
 
 
 class BatchMixer:

@@ -1,23 +1,30 @@
 """Data sets as maps from an index to (PIL image, class), without any transform."""
 
+import dataclasses
+import itertools
 import re
 import socket
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from experiments.config import DataConfig, RunConfig
-from experiments.errors import ConfigError, DataError
+from experiments.errors import ConfigError, DataError, MissingData
+from experiments.seeding import derive_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's
+_BY_HAND = ("torch/imagenet", "torch/image_folder", "torch/folder")  # never fetched
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -131,9 +138,9 @@ class TimmImages:
 
     def describe(self, index: int) -> str:
         """The image's file, where the data set has files."""
-        if self._reader is None:
-            return f"image {index}"
-        return str(self._reader.filename(index, absolute=True))
+        # a Hugging Face data set may hold the images themselves, without a file's name
+        file = self._reader.filename(index, absolute=True) if self._reader else None
+        return f"image {index}" if file is None else str(file)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -148,25 +155,76 @@ class TimmImages:
         return None
 
 
-class PartOfImages:
-    """The images from `start` to before `stop` of a data set, in its own order."""
+class UnreadableImage(DataError):
+    """An image that cannot be read; says which, and why."""
 
-    def __init__(self, whole: Images, start: int, stop: int) -> None:
+
+def read_image(images: Images, index: int, num_classes: int) -> tuple[Image.Image, int]:
+    """An image and its class.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+        DataError: there is no such class.
+    """
+    try:
+        image, label = images[index]
+    except Exception as error:  # whatever a reader or a decoder raises: name the image
+        raise UnreadableImage(
+            f"cannot read {images.describe(index)}: {type(error).__name__}: {error}"
+        ) from error
+    if not 0 <= label < num_classes:
+        raise DataError(
+            f"{images.describe(index)} has class {label}; allowed with {num_classes} classes: 0 to "
+            f"{num_classes - 1}"
+        )
+    return image, label
+
+
+class SomeImages:
+    """Some images of a data set, by their indices there."""
+
+    def __init__(self, whole: Images, indices: Sequence[int]) -> None:
         self._whole = whole
-        self._start, self._length = start, stop - start
+        self.indices = indices
         self.class_names = whole.class_names
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._whole[self._start + index]
+        return self._whole[self.indices[index]]
 
     def describe(self, index: int) -> str:
         """The image's name within the whole data set."""
-        return self._whole.describe(self._start + index)
+        return self._whole.describe(self.indices[index])
+
+
+def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) -> SomeImages:
+    """`per_class` images of each class, in the data set's own order.
+
+    They are the first of each class in an order of all images that depends on the seed alone: a
+    function of (seed, labels) for which most images need not be read.
+
+    Raises:
+        DataError: a class has fewer images, or one cannot be read.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "per class"))
+    chosen: dict[int, list[int]] = {label: [] for label in range(num_classes)}
+    missing = per_class * num_classes
+    for index in torch.randperm(len(images), generator=generator).tolist():
+        own = chosen[read_image(images, index, num_classes)[1]]
+        if len(own) < per_class:
+            own.append(index)
+            missing -= 1
+            if not missing:
+                return SomeImages(images, sorted(itertools.chain(*chosen.values())))
+    label, fewest = min(chosen.items(), key=lambda item: len(item[1]))
+    raise DataError(
+        f"data.per_class: got {per_class}; allowed: up to {len(fewest)}, as many images as class "
+        f"{label} has among the {len(images)} of the training split"
+    )
 
 
 def open_images(config: DataConfig, split: str) -> Images:
@@ -189,13 +247,78 @@ def open_images(config: DataConfig, split: str) -> Images:
             f"{start} to {stop}; allowed: at least one image, of the {len(whole)} of "
             f"{part['split']!r}"
         )
-    return PartOfImages(whole, start, stop)
+    return SomeImages(whole, range(start, stop))
+
+
+def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:
+    """Whether opening these splits may fetch the data set, or write a cache as `datasets` does.
+
+    Raises:
+        DataError: as `open_images`.
+    """
+    prefix = _prefix(config)
+    if prefix != "torch" or not config.download or config.dataset.lower() in _BY_HAND:
+        return prefix == "hfds"
+    there = dataclasses.replace(config, download=False)
+    try:
+        for split in splits:
+            open_images(there, split)
+    except MissingData:
+        return True
+    return False
+
+
+def refuse_other_classes(
+    config: DataConfig, splits: Sequence[str], opened: Sequence[Images]
+) -> None:
+    """Refuse splits in which a label means another class than in the first of them.
+
+    Splits that do not name their classes cannot be compared.
+
+    Raises:
+        DataError: it names the classes that a split lacks.
+    """
+    first = opened[0].class_names
+    for split, images in zip(splits[1:], opened[1:], strict=True):
+        names = images.class_names
+        if first is None or names is None or names == first:
+            continue
+        lacks = [
+            f"{where!r} lacks {_some(missing)}"
+            for where, missing in (
+                (split, [name for name in first if name not in set(names)]),
+                (splits[0], [name for name in names if name not in set(first)]),
+            )
+            if missing
+        ]
+        if not lacks:
+            pairs = enumerate(zip(first, names, strict=True))
+            number = next(number for number, (one, other) in pairs if one != other)
+            lacks = [
+                f"class {number} is {first[number]!r} in {splits[0]!r} and {names[number]!r} in "
+                f"{split!r}"
+            ]
+        raise DataError(
+            f"data set {config.dataset or 'folder of images'}: the classes of {splits[0]!r} and "
+            f"{split!r} differ: {'; '.join(lacks)}; allowed: the same classes in the same order, "
+            "since a label is a class's number among them"
+        )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _prefix(config: DataConfig) -> str:
+    """What tells timm's kinds of data sets apart, "" for folders and tar files."""
+    return config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
 
 
 def _open_split(config: DataConfig, split: str) -> Images:
     if config.dataset == "digits":
         return DigitImages(split)
-    prefix = config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
+    prefix = _prefix(config)
     if prefix in STREAMED:
         raise DataError(
             f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
@@ -203,40 +326,65 @@ def _open_split(config: DataConfig, split: str) -> Images:
             "file)"
         )
     root = Path(config.root)
-    if not prefix and (root / f"{split}.tar").is_file():
-        root = root / f"{split}.tar"  # timm reads a tar file, but knows no splits of one
+    if not prefix and root.is_dir():
+        root = _place_of_split(config, split)
     download = config.download and prefix == "torch"
-    if not root.exists() and not download and prefix != "hfds":
-        raise DataError(_missing(config, split, "the folder does not exist"))
+    if not root.exists() and prefix not in ("hfds", "torch"):
+        raise MissingData(_missing(config, split, "the folder does not exist"))
     if prefix == "wds":
         from experiments.data.shards import ShardImages
 
         images = ShardImages(root, split)
         if not len(images):
-            raise DataError(_missing(config, split, "the shards hold no images"))
+            raise MissingData(_missing(config, split, "the shards hold no images"))
         return images
     if root.suffix == ".tar" and root.is_file():
         return _tar_images(root)
     from timm.data import create_dataset
 
+    # in the folder of a split, timm would take a class named "train" for another split
+    create = partial(
+        create_dataset, config.dataset, root=str(root), split=split, search_split=bool(prefix)
+    )
     try:
         with _network_timeout():
             try:
-                dataset = create_dataset(config.dataset, root=str(root), split=split)
+                dataset = create()
             except RuntimeError:
                 if not download:
                     raise
-                dataset = create_dataset(config.dataset, root=str(root), split=split, download=True)
+                dataset = create(download=True)
     except AssertionError as error:
         raise DataError(f"data.dataset: got {config.dataset!r}; {error}") from None
     except ImportError as error:
         raise DataError(f"data.dataset: {config.dataset!r} needs a package: {error}") from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = f"not there, and the download failed: {error}" if download else str(error)
-        raise DataError(_missing(config, split, reason)) from None
+        raise MissingData(_missing(config, split, reason)) from None
     if len(dataset) == 0:
-        raise DataError(_missing(config, split, "it holds no images"))
+        raise MissingData(_missing(config, split, "it holds no images"))
     return TimmImages(dataset)
+
+
+def _place_of_split(config: DataConfig, split: str) -> Path:
+    """The folder or tar file of a split, under its own name or a synonym.
+
+    A folder without any split is itself the place of each.
+
+    Raises:
+        DataError: there are other splits, but not this one.
+    """
+    root = Path(config.root)
+    names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
+    for path in (root / f"{name}{ending}" for name in names for ending in (".tar", "")):
+        if path.exists():
+            return path
+    known = [name for group in _SYNONYMS for name in group]
+    others = [path.name for path in sorted(root.iterdir()) if path.stem in known]
+    if others:
+        found = ", ".join(others)
+        raise DataError(_missing(config, split, f"there is {found}, but not this split"))
+    return root
 
 
 def _tar_images(path: Path) -> TimmImages:
@@ -307,6 +455,8 @@ def _missing(config: DataConfig, split: str, reason: str) -> str:
     advice = "set data.root to the folder that holds it"
     if config.dataset.lower().startswith("torch/"):
         advice += ", or let data.download fetch it on a machine with a network"
+    elif config.dataset.lower().startswith("hfds/"):
+        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
     elif "/" not in config.dataset:
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
     name = config.dataset or "folder of images"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import eval_transform, train_transform
-from experiments.data.datasets import Images
+from experiments.data.datasets import Images, UnreadableImage, read_image
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, generators_kept, seed_generators
 
@@ -65,10 +65,6 @@ def divide_batch(config: DataConfig, rank: int, size: int) -> Division:
     return Division(config.micro_batch, rank * count, count)
 
 
-class _UnreadableImage(Exception):
-    """An image that cannot be read; says which, and why."""
-
-
 class SeededImages(Dataset[Sample]):
     """Transformed images whose randomness depends on (seed, epoch, index) alone.
 
@@ -105,28 +101,18 @@ class SeededImages(Dataset[Sample]):
         epoch, index = key
         try:
             return *self._read(epoch, index), ""
-        except _UnreadableImage as error:
+        except UnreadableImage as error:
             problem = str(error)
         for attempt in range(_SUBSTITUTES if self.bad_allowed else 0):
             parts = (self.seed, "in its place", epoch, index, attempt)
             try:
                 return *self._read(epoch, derive_seed(*parts) % len(self)), problem
-            except _UnreadableImage:
+            except UnreadableImage:
                 continue
         raise DataError(problem)
 
     def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        try:
-            image, label = self.images[index]
-        except Exception as error:  # whatever a reader or a decoder raises: name the image
-            raise _UnreadableImage(
-                f"cannot read {self.images.describe(index)}: {type(error).__name__}: {error}"
-            ) from error
-        if not 0 <= label < self.num_classes:
-            raise DataError(
-                f"{self.images.describe(index)} has class {label}; allowed with "
-                f"{self.num_classes} classes: 0 to {self.num_classes - 1}"
-            )
+        image, label = read_image(self.images, index, self.num_classes)
         seed_generators(derive_seed(self.seed, "sample", epoch, index))
         return self.transform(image), label
 
@@ -182,6 +168,7 @@ class TrainBatches:
         self.division = divide_batch(data, rank, size)
         self._keys = EpochBatches(len(images), data.batch_size, seed, self.division)
         self._loader = _loader(dataset, self._keys, data.workers, pin_memory, seed)
+        self.images = images
         self.num_images = len(images)
         self.steps_per_epoch = len(images) // data.batch_size
         self.max_bad_images = data.max_bad_images

@@ -1,9 +1,12 @@
 """Build the model of a config: timm's host with TokenMixup attached."""
 
+import inspect
 from typing import Any
 
 import timm
+import torch
 from timm.layers.mlp import Mlp
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from experiments.config import ModelConfig, RunConfig, nearest
@@ -11,6 +14,15 @@ from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
 from tokenmixup.rules import Rules
+
+HOST_MODULES = ("vision_transformer", "deit", "beit", "eva", "cct")
+"""Modules that register models which `tokenmixup.attach` takes: the nearest name is one of them."""
+
+_FACTORIES = (timm.create_model, build_model_with_cfg)
+_NOT_OF_THE_MODEL = frozenset(
+    name for factory in _FACTORIES for name in inspect.signature(factory).parameters
+) | {"features_only", "out_indices", "feature_cls", "pruned", "in_chans", "device", "dtype"}
+"""Arguments with which timm's factories load files, or change what kind of model they return."""
 
 
 def build_model(config: RunConfig, num_classes: int, rules: Rules | None = None) -> TokenMixupModel:
@@ -26,7 +38,7 @@ def build_model(config: RunConfig, num_classes: int, rules: Rules | None = None)
     with seeded(derive_seed(config.seed, "weights")):
         host = build_host(config.model, num_classes)
         try:
-            return attach(
+            model = attach(
                 host,
                 horizontal=config.horizontal,
                 vertical=config.vertical,
@@ -35,6 +47,8 @@ def build_model(config: RunConfig, num_classes: int, rules: Rules | None = None)
             )
         except ValueError as error:
             raise ConfigError(_with_keys(str(error), config.model.name)) from None
+    _try_out(model, config.model, num_classes)
+    return model
 
 
 def _with_keys(message: str, model: str) -> str:
@@ -51,34 +65,76 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the plain host by timm, with which this package registers its CCTs."""
     name = config.name
     if not timm.is_model(name):
-        near = nearest(name, timm.list_models())
+        known = [each for module in HOST_MODULES for each in timm.list_models(module=module)]
+        near = nearest(name, known)
         raise ConfigError(f"model.name: got {name!r}, which timm does not know; {near}")
-    rates = ("drop_rate", "attn_drop_rate", "drop_path_rate")
-    arguments: dict[str, Any] = {
-        rate: getattr(config, rate) for rate in rates if getattr(config, rate) is not None
-    }
-    arguments |= config.kwargs
+    for key in config.kwargs:
+        if key in _NOT_OF_THE_MODEL:
+            raise ConfigError(
+                f"model.kwargs: got {key!r}; allowed: arguments of the model's constructor; files "
+                "come from model.weights alone, and this program sets the rest of what timm's "
+                "create_model takes"
+            )
     try:
         host = timm.create_model(
             name,
             pretrained=False,
             num_classes=num_classes,
             img_size=config.image_size,
-            **arguments,
+            **_rates(config),
+            **config.kwargs,
         )
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # timm checks few of the arguments, and passes on whatever follows
         if "'img_size'" in str(error):
             raise ConfigError(
                 f"model.name: got {name!r}, which takes no image size; allowed: the families of "
                 "transformers that tokenmixup.attach supports"
             ) from None
-        further = "".join(f", {key} {value!r}" for key, value in arguments.items())
-        raise ConfigError(
-            f"model: {name!r} cannot be built with image_size {config.image_size}{further}: {error}"
-        ) from None
+        raise _unusable(config, _told(error)) from None
     if config.mlp_drop_rate is not None:
         _set_mlp_dropout(host, config.mlp_drop_rate)
     return host
+
+
+def _rates(config: ModelConfig) -> dict[str, Any]:
+    """The rates that the config sets."""
+    rates = ("drop_rate", "attn_drop_rate", "drop_path_rate")
+    return {name: rate for name in rates if (rate := getattr(config, name)) is not None}
+
+
+def _try_out(model: TokenMixupModel, config: ModelConfig, num_classes: int) -> None:
+    """Refuse a model that was built and cannot work, as with patches larger than the image."""
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise _unusable(config, f"its parameter {name} would have no elements")
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # whatever a layer raises at arguments that its constructor took
+        raise _unusable(config, _told(error)) from None
+    if logits.shape != (1, num_classes):
+        shape = tuple(logits.shape)
+        raise _unusable(
+            config, f"for one image it gives {shape}, not logits of {num_classes} classes"
+        )
+    model.train(was_training)
+
+
+def _told(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _unusable(config: ModelConfig, reason: str) -> ConfigError:
+    """A model that cannot be used, with the settings that it may come from."""
+    given = _rates(config) | {f"kwargs.{key}": value for key, value in config.kwargs.items()}
+    settings = "".join(f", {key} {value!r:.80}" for key, value in given.items())
+    return ConfigError(
+        f"model: {config.name!r} cannot be built with image_size {config.image_size}{settings}: "
+        f"{reason}"
+    )
 
 
 def _set_mlp_dropout(host: nn.Module, rate: float) -> None:

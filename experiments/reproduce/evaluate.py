@@ -113,6 +113,8 @@ def _verified(checkpoint: Checkpoint, zoo: Zoo, download: bool) -> str:
 def _evaluate(config: RunConfig, weights: Path, name: str) -> dict[str, Any]:
     """What was measured, with where and when, as fields of a record."""
     assessment = Assessment(config, str(weights), one_process(config.device))
+    for note in assessment.loaded.notes:
+        print(f"{weights}: {note}", flush=True)
     start = time.perf_counter()
     batches = track(
         assessment.batches,

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from experiments.documents import figures
 from experiments.documents.figures import BLACK, BLUE, REST, VERMILION
-from experiments.study.statistics import Comparison, Standing
+from experiments.study.statistics import Comparison, Standing, layers_of
 
 _INCHES_PER_VARIANT = 0.42
 
@@ -17,14 +17,17 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
     """Write `STEM.png` and `STEM.svg`, and return their paths."""
     standings = comparison.standings
     title = comparison.study.title
-    if len(comparison.records) < comparison.wanted:
+    claims = comparison.study.claims
+    if not comparison.complete:
         title += f" ({len(comparison.records)} of {comparison.wanted} trainings)"
     with figures.house_style():
         figure = figures.make_figure(1.7 + _INCHES_PER_VARIANT * len(standings))
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
         for height, standing in enumerate(standings):
             _draw_top1(left, height, standing)
-            _draw_differences(right, height, standing, comparison.has_others)
+            _draw_differences(
+                right, height, standing, comparison.has_others, every_seed=claims is not None
+            )
         several = any(s.top1 is not None and s.top1.count > 1 for s in standings)
         left.set_xlabel(
             "top-1 (%):\neach seed (small, grey), mean ± standard deviation (large, black)"
@@ -34,11 +37,11 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
         left.set_yticks(range(len(standings)), [_label(standing) for standing in standings])
         left.set_ylim(len(standings) - 0.4, -0.6)
         intervals = any(s.to_plain and s.to_plain.half_width is not None for s in standings)
-        right.set_xlabel(
-            "difference in top-1 (points),\n95% interval, paired over seeds"
-            if intervals
-            else "difference in top-1 (points), one seed"
-        )
+        words = "difference in top-1 (points),\n95% interval, paired over seeds"
+        if claims is not None:
+            words += f"; small: each seed;\nband: equal within ±{claims.margin:g}"
+            right.axvspan(-claims.margin, claims.margin, color=figures.GRID, zorder=0)
+        right.set_xlabel(words if intervals else "difference in top-1 (points), one seed")
         right.axvline(0, color=BLACK, linewidth=1)
         handles = [_handle(BLUE, "o", f"to {comparison.study.plain}")]
         others = sorted({s.other for s in standings if s.other is not None})
@@ -71,13 +74,19 @@ def _draw_top1(axes: Axes, height: int, standing: Standing) -> None:
         _error_bar(axes, standing.top1.mean, height - 0.08, standing.top1.std, fmt="o", color=BLACK)
 
 
-def _draw_differences(axes: Axes, height: int, standing: Standing, has_others: bool) -> None:
+def _draw_differences(
+    axes: Axes, height: int, standing: Standing, has_others: bool, every_seed: bool
+) -> None:
     shift = 0.14 if has_others and standing.to_other is not None else 0
     for difference, colour, marker, move in (
         (standing.to_plain, BLUE, "o", -shift),
         (standing.to_other, VERMILION, "s", shift),
     ):
         if difference is not None:
+            if every_seed:
+                values = list(difference.by_seed.values())
+                heights = [height + move + 0.12] * len(values)
+                axes.plot(values, heights, marker, color=colour, markersize=2.2, alpha=0.6)
             _error_bar(
                 axes,
                 difference.mean,
@@ -91,3 +100,49 @@ def _draw_differences(axes: Axes, height: int, standing: Standing, has_others: b
 
 def _error_bar(axes: Axes, value: float, height: float, half: float | None, **style: Any) -> None:
     axes.errorbar(value, height, xerr=half, capsize=3, **style)
+
+
+def draw_saliency(comparison: Comparison, stem: Path) -> list[Path]:
+    """Attention sinks: by layer in the final weights, and over the training where HTM mixes."""
+    title = f"{comparison.study.title}: attention sinks"
+    layers = layers_of(comparison)
+    with figures.house_style():
+        figure = figures.make_figure(3.2)
+        panels = figure.subplots(1, 4, sharey=True)
+        for axes, name, words in (
+            (panels[0], "largest_share", "saliency of the most\nsalient token"),
+            (panels[1], "same_place_share", "images in which it is at\nthe most frequent place"),
+            (panels[2], "border_share", "images in which it is\nat the border"),
+        ):
+            for number, standing in enumerate(comparison.standings):
+                if standing.measures:
+                    found = [standing.measures[f"layer{layer}/{name}"] for layer in layers]
+                    axes.errorbar(
+                        [layer + 0.06 * (number - 3) for layer in layers],
+                        [100 * summary.mean for summary in found],
+                        yerr=[100 * (summary.std or 0) for summary in found],
+                        label=standing.variant.name,
+                        **_line(number),
+                    )
+            axes.set_title(words)
+            axes.set_xticks(layers)
+            axes.set_xlabel("layer")
+        for number, standing in enumerate(comparison.standings):
+            epochs = [epoch for epoch in standing.by_epoch if epoch != "all"]
+            values = [100 * standing.by_epoch[e]["largest_saliency_share"] for e in epochs]
+            panels[3].plot([int(epoch) for epoch in epochs], values, **_line(number))
+        panels[3].set_title("saliency of the most salient\ntoken where HTM mixes")
+        panels[3].set_xlabel("epoch")
+        panels[0].set_ylabel("per cent")
+        panels[0].set_ylim(0, 100)
+        for axes in panels:
+            axes.grid(axis="y", color=figures.GRID, linewidth=0.6)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figures.title(figure, title)
+        return figures.write(figure, stem, title)
+
+
+def _line(number: int) -> dict[str, Any]:
+    colour = figures.SERIES[number % len(figures.SERIES)]
+    return {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1}

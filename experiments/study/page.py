@@ -12,11 +12,21 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.provenance import ROOT
-from experiments.study.plan import Study, read_study
-from experiments.study.records import StudyRecord, study_records
-from experiments.study.statistics import Comparison, Difference, Standing, compare
+from experiments.study.plan import Claims, Study, read_study
+from experiments.study.records import StudyRecord, label_records, study_records
+from experiments.study.statistics import (
+    Comparison,
+    Contrast,
+    Difference,
+    Standing,
+    best_of_arms,
+    compare,
+    layers_of,
+)
+from experiments.study.tables import agreement, measures
 
-PAGE, PICTURE = "README.md", "study"
+_ARMS = ("HTM", "VTM", "HTM + VTM")
+PAGE, PICTURE, SALIENCY_PICTURE = "README.md", "study", "saliency"
 
 _METHOD = (
     "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
@@ -37,10 +47,9 @@ def write_report(study: Study, results: Path) -> list[Path]:
     Raises:
         DataError: there are no records, they are damaged, or the page cannot be written.
     """
-    from experiments.study.figure import draw
+    from experiments.study.figure import draw, draw_saliency
 
-    records = study_records(results, study.name)
-    path, comparison = records.path, compare(study, records.read())
+    path, comparison = study_records(results, study.name).path, comparison_of(study, results)
     if not comparison.records:
         raise DataError(
             f"{path}: holds no record yet; train: python -m experiments.study --study {study.file}"
@@ -48,21 +57,48 @@ def write_report(study: Study, results: Path) -> list[Path]:
     page = path.parent / PAGE
     try:
         paths = draw(comparison, path.parent / PICTURE)
+        if layers_of(comparison):
+            paths += draw_saliency(comparison, path.parent / SALIENCY_PICTURE)
         write_atomically(page, markdown(comparison).encode())
     except OSError as error:
         raise DataError(f"{page}: cannot write the page: {error.strerror}") from None
     return [page, *paths]
 
 
+def comparison_of(study: Study, results: Path) -> Comparison:
+    """A study compared by its records."""
+    labels = label_records(results, study.name).read()
+    return compare(study, study_records(results, study.name).read(), labels)
+
+
 def makers(results: Path) -> Makers:
-    """What makes the blocks `study NAME` of the documents: state, table, and the verdict."""
+    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
+
+    `study summary` is a table of all studies that compare HTM, VTM and both with the plain model.
+    """
 
     def block(name: str) -> str:
+        if name == "summary":
+            return summary(results)
         study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
-        comparison = compare(study, study_records(results, name).read())
+        comparison = comparison_of(study, results)
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
     return {"study": block}
+
+
+def summary(results: Path) -> str:
+    """One line per study of HTM, VTM and both: the plain model's top-1, and the differences."""
+    rows = []
+    for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
+        records = study_records(results, path.stem)
+        study = read_study(path) if records.path.exists() else None
+        if study is None or tuple(study.variants) != (study.plain, *_ARMS):
+            continue
+        plain, *others = compare(study, records.read()).standings
+        cells = [plain.top1.text(2), str(plain.top1.count)] if plain.top1 else ["–", "0"]
+        rows.append([study.title, *cells, *(_difference(one.to_plain) for one in others)])
+    return aligned_table(("study", "plain, top-1", "seeds", *_ARMS), rows, range(1, 6))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -75,6 +111,8 @@ def markdown(comparison: Comparison) -> str:
         table(comparison),
         f"{_METHOD}\n",
         verdict(comparison),
+        *measures(comparison, SALIENCY_PICTURE),
+        *agreement(comparison),
         f"![Top-1 per seed, and differences with their intervals]({PICTURE}.svg)\n",
         "## The variants\n",
         "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",
@@ -90,7 +128,7 @@ def markdown(comparison: Comparison) -> str:
 def state(comparison: Comparison) -> str:
     """How many trainings of the study are done."""
     done, wanted = len(comparison.records), comparison.wanted
-    if done == wanted:
+    if comparison.complete:
         return f"All {wanted} trainings are done."
     return (
         f"**{done} of {wanted} trainings are done**: the study is not complete; n is the number of "
@@ -120,7 +158,14 @@ def table(comparison: Comparison) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """In words, which differences have an interval that excludes 0."""
+    """In words, which differences have an interval that excludes 0.
+
+    For a study with claims, what becomes of them; for a search, the best of each arm.
+    """
+    if comparison.study.claims is not None:
+        return _judged(comparison, comparison.study.claims)
+    if comparison.study.arms:
+        return _chosen(comparison)
     plain = comparison.study.plain
     texts = [_verdict(f"to {plain}", [(s, s.to_plain) for s in comparison.standings])]
     if comparison.has_others:
@@ -134,6 +179,50 @@ def _verdict(whom: str, pairs: Sequence[tuple[Standing, Difference | None]]) -> 
     found = [f"{s.variant.name} ({_signed(d.mean)})" for s, d in judged if d.excludes_zero]
     text = f"Differences {whom}: {len(found)} of {len(judged)} intervals exclude 0"
     return f"{text}: {'; '.join(found)}." if found else f"{text}."
+
+
+def _judged(comparison: Comparison, claims: Claims) -> str:
+    found = comparison.outcome
+    if found is None:
+        return "- The claims are judged when all trainings are done.\n"
+    control, pairs = found.control, [*found.primary, *found.beside]
+    what = f"{control.variant} against {control.other}, the positive control: {_shown(control)}"
+    if found.sensitive:
+        lines = [f"{what}. It is better, so the study is sensitive."]
+    else:
+        lines = [
+            f"{what}. It is not called better, so **the study is insensitive**: nothing below "
+            "shows that a method does not help."
+        ]
+    words = {
+        "equal": f"equal within {claims.margin:g} points",
+        "better": "better",
+        "worse": "worse",
+        "undecided": f"undecided: neither a difference nor equality within {claims.margin:g} "
+        "points is shown",
+    }
+    for number, pair in enumerate(pairs):
+        corrected = ", corrected by Holm's method" if number < len(found.primary) else ""
+        who = f"{pair.variant} against {pair.other}"
+        who = f"**{who}**" if corrected else f"{who}, beside them"
+        lines.append(f"{who}: {_shown(pair)}{corrected}: {words[pair.verdict]}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _shown(contrast: Contrast) -> str:
+    p = contrast.p_value
+    assert p is not None, "each variant of a complete study has several seeds"
+    return f"{_difference(contrast.difference)}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+
+
+def _chosen(comparison: Comparison) -> str:
+    lines = []
+    for arm, best in best_of_arms(comparison).items():
+        if best is None or best.top1 is None:
+            lines.append(f"{arm}: not all of its trainings are done.")
+        else:
+            lines.append(f"Best of {arm}: {best.variant.name}, {best.top1.text(2)}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def every_training(comparison: Comparison) -> str:

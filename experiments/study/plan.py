@@ -24,6 +24,7 @@ from experiments.config import (
 from experiments.errors import ConfigError
 from experiments.study.variants import RULES, rules_of
 
+_OPTIONAL = ("set", "test_split", "claims", "arms")
 _REQUIRED = ("title", "about", "config", "plain", "seeds", "variants")
 _VARIANT_KEYS = ("about", "like", "config", "set", "with", "against")
 
@@ -53,12 +54,23 @@ class Variant:
         """The name as a folder's name."""
         return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-")
 
-    def identity(self, config: RunConfig) -> str:
-        """A hash of what a training depends on; the place of the data does not count."""
-        plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
-        plain["data"] |= {"root": None, "download": None, "workers": None}
-        plain["substitutions"] = sorted(self.substitutions)
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+@dataclass(frozen=True)
+class Claims:
+    """What a study asks, said before its first training: pairs (variant, the one it is beside).
+
+    Attributes:
+        margin: points within which two variants are called equal.
+        primary: the questions, whose p-values are corrected together by Holm's method.
+        beside: further pairs, not corrected, that decide nothing.
+        control: a pair that is known to differ; where the first is not better, the study is called
+            insensitive.
+    """
+
+    margin: float
+    primary: tuple[tuple[str, str], ...]
+    beside: tuple[tuple[str, str], ...]
+    control: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,10 @@ class Study:
         plain: the variant that all others are compared with; "" if nothing is compared.
         seeds: of the trainings.
         variants: by name, in the order of the file.
+        test_split: on which the final weights are measured, once; None for the validation split of
+            the config, after the last epoch.
+        claims: said beforehand, or None.
+        arms: of a search: of each the best variant is taken. "HTM" has the variants "HTM, …".
     """
 
     name: str
@@ -82,6 +98,13 @@ class Study:
     plain: str
     seeds: tuple[int, ...]
     variants: dict[str, Variant] = field(default_factory=dict)
+    test_split: str | None = None
+    claims: Claims | None = None
+    arms: tuple[str, ...] = ()
+
+    def arm(self, name: str) -> list[str]:
+        """The names of an arm's variants."""
+        return [variant for variant in self.variants if variant.partition(", ")[0] == name]
 
     def runs(self) -> Iterator[tuple[Variant, int]]:
         """All trainings, seed by seed, so that an unfinished study has pairs, too."""
@@ -109,8 +132,17 @@ class Study:
     def identity(
         self, variant: Variant, seed: int, overrides: Mapping[str, str] | None = None
     ) -> str:
-        """A hash of what the training depends on."""
-        return variant.identity(self.config(variant, seed, overrides))
+        """A hash of what a result depends on; the place of the data does not count."""
+        config = self.config(variant, seed, overrides)
+        plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
+        plain["data"] |= {"root": None, "download": None, "workers": None}
+        plain["substitutions"] = sorted(variant.substitutions)
+        # younger than the first records, whose hashes do not count them
+        if config.data.per_class is None:
+            del plain["data"]["per_class"]
+        if self.test_split is not None:
+            plain["test_split"] = self.test_split
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def differences(self, variant: Variant, other: str | None = None) -> dict[str, Any]:
         """Settings that differ from another variant's, by default the plain one's: key -> value."""
@@ -132,7 +164,7 @@ def read_study(path: str | Path) -> Study:
     Raises:
         ConfigError: file, key, what came and what is allowed, in one line.
     """
-    content = _mapping(read_yaml(path), str(path), (*_REQUIRED, "set"))
+    content = _mapping(read_yaml(path), str(path), (*_REQUIRED, *_OPTIONAL))
     for key in _REQUIRED:
         if key not in content:
             raise ConfigError(f"{path}: {key}: missing; it has no default")
@@ -154,7 +186,12 @@ def read_study(path: str | Path) -> Study:
         plain=content["plain"],
         seeds=_seeds(content["seeds"], str(path)),
         variants=variants,
+        test_split=content.get("test_split"),
+        claims=_claims(content["claims"], variants, str(path)) if "claims" in content else None,
+        arms=_arms(content.get("arms", []), variants, str(path)),
     )
+    if study.test_split is not None:
+        _check_text(study.test_split, f"{path}: test_split")
     _check_variants(study)
     return study
 
@@ -217,6 +254,39 @@ def _check_variants(study: Study) -> None:
         if identity in seen:
             raise ConfigError(f"{where}: is the same training as {seen[identity]}")
         seen[identity] = variant.name
+
+
+def _arms(value: Any, variants: Mapping[str, Variant], path: str) -> tuple[str, ...]:
+    found = list(dict.fromkeys(name.partition(", ")[0] for name in variants))
+    if value and value != found:
+        allowed = f"what stands before the first comma of the variants' names: {found}"
+        raise ConfigError(f"{path}: arms: got {value!r}; allowed: {allowed}")
+    return tuple(value)
+
+
+def _claims(value: Any, variants: Mapping[str, Variant], path: str) -> Claims:
+    where = f"{path}: claims"
+    content = _mapping(value, where, ("margin", "primary", "beside", "control"))
+    margin = content.get("margin")
+    if not isinstance(margin, float) or margin <= 0:
+        raise ConfigError(f"{where}.margin: got {margin!r}; allowed: a number above 0, as 0.3")
+
+    def pair(given: Any, key: str) -> tuple[str, str]:
+        good = isinstance(given, list) and len(given) == 2
+        if not good or any(name not in [*variants] for name in given):
+            allowed = f"[NAME, NAME] with names of {', '.join(variants)}"
+            raise ConfigError(f"{where}.{key}: got {given!r}; allowed: {allowed}")
+        return given[0], given[1]
+
+    def pairs(key: str) -> tuple[tuple[str, str], ...]:
+        given = content.get(key, [])
+        if not isinstance(given, list):
+            raise ConfigError(f"{where}.{key}: got {given!r}; allowed: a list of pairs")
+        return tuple(pair(each, key) for each in given)
+
+    return Claims(
+        margin, pairs("primary"), pairs("beside"), pair(content.get("control"), "control")
+    )
 
 
 def _seeds(value: Any, path: str) -> tuple[int, ...]:

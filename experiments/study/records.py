@@ -7,7 +7,7 @@ from pydantic import Field
 
 from experiments.provenance import Record, Records
 
-RECORDS_FILE = "records.jsonl"
+RECORDS_FILE, LABELS_FILE = "records.jsonl", "labels.jsonl"
 
 
 class StudyRecord(Record):
@@ -21,7 +21,8 @@ class StudyRecord(Record):
     substitutions: list[str]
     """Names of the rules (`experiments/study/variants.py`) that replaced the library's."""
     top1: float
-    """After the last epoch, per cent of the evaluated images."""
+    """After the last epoch, per cent of the evaluated images: those of the study's test split, or
+    of the config's validation split if the study has none."""
     top5: float
     """Likewise."""
     loss: float
@@ -30,10 +31,16 @@ class StudyRecord(Record):
     steps: int
     train_images: int
     val_images: int
+    """The evaluated images."""
     top1_by_epoch: dict[str, float]
-    """Of each evaluated epoch; for curves only, nothing is chosen by it."""
+    """Of each evaluated epoch, on the validation split; for curves only, nothing is chosen by it.
+    """
     statistics: dict[str, float]
     """Of the training steps, as `metrics.jsonl` names them: means over the last epoch."""
+    statistics_by_epoch: dict[str, dict[str, float]] = Field(default={})
+    """Likewise for each evaluated epoch, and under `all` over the whole training."""
+    measures: dict[str, float] = Field(default={})
+    """Of the final weights, with a test split: see `experiments/study/measures.py`."""
     seconds: float
     """Wall time of all parts of the training, with evaluation and saving. It includes the time for
     which a process was halted from outside."""
@@ -53,10 +60,27 @@ class StudyRecord(Record):
     """Keys that the command line set."""
 
 
+class LabelRecord(Record):
+    """What a judge sees of one model's labels, at one rho."""
+
+    study: str
+    variant: str
+    seed: int
+    rho: float
+    agreement: dict[str, float | None]
+    """The fields of `experiments.study.labels.Agreement`."""
+
+
 def study_records(results: Path, study: str) -> Records[StudyRecord]:
     """The records of a study: one per variant and seed."""
     path = results / "studies" / study / RECORDS_FILE
     return Records(path, StudyRecord, lambda record: (record.variant, record.seed))
+
+
+def label_records(results: Path, study: str) -> Records[LabelRecord]:
+    """What a judge saw of a study's labels: one record per training and rho."""
+    path = results / "studies" / study / LABELS_FILE
+    return Records(path, LabelRecord, lambda record: (record.variant, record.seed, record.rho))
 
 
 def same_training(results: Path, study: str, identity: str) -> StudyRecord | None:

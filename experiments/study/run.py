@@ -25,10 +25,12 @@ from experiments.data.datasets import open_images
 from experiments.errors import CheckpointError, ConfigError, SavedAndStopped, TrainingFailed
 from experiments.files import write_atomically
 from experiments.provenance import Records, provenance
+from experiments.study.measures import measure
 from experiments.study.plan import Study, Variant
 from experiments.study.records import StudyRecord, same_training, study_records
 from experiments.study.variants import rules_of
 from experiments.training.distributed import joined_world
+from experiments.training.evaluation import Evaluation
 from experiments.training.metrics import CLOCK_VALUES, mean_of_rows, read_metrics
 from experiments.training.run import Run
 from experiments.training.stopping import StopRequests
@@ -49,16 +51,13 @@ class Training:
     config: RunConfig
     folder: Path
     """The run folder."""
+    identity: str
+    """A hash of what the result depends on."""
 
     @property
     def name(self) -> str:
         """As the command line names it."""
         return f"{self.variant.name}/{self.seed}"
-
-    @property
-    def identity(self) -> str:
-        """A hash of what the result depends on."""
-        return self.variant.identity(self.config)
 
     @property
     def log(self) -> Path:
@@ -174,16 +173,19 @@ class Runner:
             torch.set_num_threads(self.threads)
         with joined_world(config.device, config.timeout_minutes) as world:
             with _clock(training.folder) if world.is_main else nullcontext():
-                Run(config, world, rules=rules).fit(requests)
+                run = Run(config, world, rules=rules)
+                run.fit(requests)
+                result = self._test(run) if world.is_main else None
             if world.is_main:
-                record = self._measured(training, provenance(world.device))
+                record = self._recorded(training, run, result)
                 self.records.keep(record)
                 print(f"{name}: {record.top1:.2f}%, kept in {self.records.path}", flush=True)
 
     def _training(self, variant: Variant, seed: int) -> Training:
         folder = self.runs / variant.folder / f"seed{seed}"
         config = self.study.config(variant, seed, self.overrides, folder)
-        return Training(variant, seed, config, folder)
+        identity = self.study.identity(variant, seed, self.overrides)
+        return Training(variant, seed, config, folder, identity)
 
     def _take(self, training: Training) -> bool:
         found = same_training(self.results, self.study.name, training.identity)
@@ -237,7 +239,18 @@ class Runner:
             f"{reason}: {names} was running and saved itself; the same command resumes"
         )
 
-    def _measured(self, training: Training, origin: Mapping[str, Any]) -> StudyRecord:
+    def _test(self, run: Run) -> tuple[Evaluation, dict[str, float]] | None:
+        """Measure the final weights on the test split, if the study has one."""
+        if self.study.test_split is None:
+            return None
+        images = open_images(run.config.data, self.study.test_split)
+        return measure(
+            run.learner.model, images, run.batches.images, run.num_classes, run.world, run.config
+        )
+
+    def _recorded(
+        self, training: Training, run: Run, tested: tuple[Evaluation, dict[str, float]] | None
+    ) -> StudyRecord:
         """The record of a training that `Run.fit` has finished."""
         config, rows = training.config, read_metrics(training.folder)
         validation = [row for row in rows if row["split"] == "validation"]
@@ -248,7 +261,14 @@ class Runner:
                 "all; remove the folder to train anew"
             )
         last, clock = validation[-1], _read_clock(training.folder)
-        means = mean_of_rows([row for row in train if row["epoch"] == last["epoch"]])
+        result, measures = tested or (
+            Evaluation(last["top1"], last["top5"], last["loss"], run.val_batches.num_images),
+            {},
+        )
+        by_epoch = {
+            str(n): _statistics([row for row in train if row["epoch"] == n])
+            for n in (row["epoch"] for row in validation)
+        }
         command = shlex.join(["python", *self._words(training)])
         return StudyRecord(
             study=self.study.name,
@@ -256,19 +276,17 @@ class Runner:
             seed=training.seed,
             differences=self.study.differences(training.variant),
             substitutions=list(training.variant.substitutions),
-            top1=round(last["top1"], 4),
-            top5=round(last["top5"], 4),
-            loss=round(last["loss"], 6),
+            top1=round(result.top1, 4),
+            top5=round(result.top5, 4),
+            loss=round(result.loss, 6),
             epochs=last["epoch"],
             steps=last["step"],
-            train_images=len(open_images(config.data, config.data.train_split)),
-            val_images=len(open_images(config.data, config.data.val_split)),
+            train_images=run.batches.num_images,
+            val_images=result.images,
             top1_by_epoch={str(row["epoch"]): round(row["top1"], 4) for row in validation},
-            statistics={
-                name: round(value, 6)
-                for name, value in sorted(means.items())
-                if name not in _NOT_STATISTICS
-            },
+            statistics=by_epoch[str(last["epoch"])],
+            statistics_by_epoch={**by_epoch, "all": _statistics(train)},
+            measures={name: round(value, 6) for name, value in measures.items()},
             seconds=round(clock["seconds"], 1),
             cpu_seconds=round(clock["cpu_seconds"], 1),
             parts=clock["parts"],
@@ -278,8 +296,14 @@ class Runner:
             identity=training.identity,
             overrides=dict(self.overrides),
             command=command if self.processes == 1 else f"NPROC={self.processes} {command}",
-            **origin,
+            **provenance(run.world.device),
         )
+
+
+def _statistics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of what was measured in training steps."""
+    means = mean_of_rows(rows)
+    return {n: round(means[n], 6) for n in sorted(means) if n not in _NOT_STATISTICS}
 
 
 def whole_number(where: str, text: str) -> int:

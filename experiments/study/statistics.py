@@ -3,12 +3,12 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
-from experiments.study.plan import Study, Variant
-from experiments.study.records import StudyRecord
+from experiments.study.plan import Claims, Study, Variant
+from experiments.study.records import LabelRecord, StudyRecord
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Difference:
     mean: float
     half_width: float | None
     """Half of the two-sided 95% interval by Student's t; None for one seed."""
+    p_value: float | None
+    """Of the two-sided paired t-test; None for one seed."""
+    by_seed: dict[int, float] = field(default_factory=dict)
+    """The difference of each seed."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -64,15 +68,113 @@ def paired_difference(
     The interval is that of the paired t-test: mean ± t(0.975, n - 1) · s / √n, s the standard
     deviation of the n differences.
     """
-    seeds = [seed for seed in values if seed in reference]
-    if not seeds:
+    by_seed = {seed: values[seed] - reference[seed] for seed in values if seed in reference}
+    if not by_seed:
         return None
-    differences = [values[seed] - reference[seed] for seed in seeds]
-    count, mean = len(differences), statistics.fmean(differences)
+    count, mean = len(by_seed), statistics.fmean(by_seed.values())
     if count < 2:
-        return Difference(mean, None)
-    quantile = float(stdtrit(count - 1, 0.975))
-    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count))
+        return Difference(mean, None, None, by_seed)
+    error = statistics.stdev(by_seed.values()) / math.sqrt(count)
+    if error == 0:
+        p_value = 0.0 if mean else 1.0
+    else:
+        p_value = 2 * float(stdtr(count - 1, -abs(mean) / error))
+    return Difference(mean, float(stdtrit(count - 1, 0.975)) * error, p_value, by_seed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: below alpha, the chance of any error is at most alpha.
+
+    The k-th smallest of m, k from 0, becomes the largest of (m - j) p_j over j <= k, at most 1.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One pair of a study's claims, and what the records say of it.
+
+    Attributes:
+        variant: the first of the pair.
+        other: the variant that is subtracted.
+        difference: in top-1, points.
+        p_value: Holm's for a primary claim, that of the difference alone for any other.
+        verdict: of `VERDICTS`.
+    """
+
+    variant: str
+    other: str
+    difference: Difference | None
+    p_value: float | None
+    verdict: str
+
+
+ALPHA = 0.05
+VERDICTS = ("equal", "better", "worse", "undecided")
+
+
+def judge(difference: Difference | None, p_value: float | None, margin: float) -> str:
+    """One of `VERDICTS`, by the rule that a study states before its first training.
+
+    `equal` if the whole 95% interval lies within the margin, whatever the p-value; else `better` or
+    `worse` if p < 0.05; else `undecided`.
+    """
+    if difference is None or difference.interval is None or p_value is None:
+        return "undecided"
+    low, high = difference.interval
+    if -margin <= low and high <= margin:
+        return "equal"
+    if p_value >= ALPHA:
+        return "undecided"
+    return "better" if difference.mean > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a study's claims.
+
+    Attributes:
+        primary: corrected together.
+        beside: each on its own.
+        control: likewise.
+    """
+
+    primary: list[Contrast]
+    beside: list[Contrast]
+    control: Contrast
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether the study could see the effect of its positive control."""
+        return self.control.verdict == "better"
+
+
+def outcome(claims: Claims, top1: Mapping[str, Mapping[int, float]]) -> Outcome:
+    """Judge the claims of a study by variant -> seed -> top-1."""
+
+    def measured(pair: tuple[str, str]) -> Difference | None:
+        return paired_difference(top1[pair[0]], top1[pair[1]])
+
+    def contrast(pair: tuple[str, str], p_value: float | None) -> Contrast:
+        found = measured(pair)
+        return Contrast(*pair, found, p_value, judge(found, p_value, claims.margin))
+
+    def alone(pair: tuple[str, str]) -> Contrast:
+        found = measured(pair)
+        return contrast(pair, found.p_value if found else None)
+
+    found = [(pair, measured(pair)) for pair in claims.primary]
+    p_values = [1.0 if d is None or d.p_value is None else d.p_value for _, d in found]
+    return Outcome(
+        [contrast(pair, p) for pair, p in zip(claims.primary, holm(p_values), strict=True)],
+        [alone(pair) for pair in claims.beside],
+        alone(claims.control),
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +191,9 @@ class Standing:
         loss: over the seeds.
         mixed_share: share of the samples that HTM mixed in the last epoch, mean over the seeds.
         tokens_mixed: tokens replaced in an easy sample, likewise.
+        by_epoch: statistics of HTM, mean over layers and seeds, by the evaluated epoch as text, and
+            under "all" over all steps; empty for records without them.
+        measures: of the final weights, over the seeds; empty without a test split.
     """
 
     variant: Variant
@@ -100,6 +205,8 @@ class Standing:
     loss: Summary | None
     mixed_share: float | None
     tokens_mixed: float | None
+    by_epoch: dict[str, dict[str, float]]
+    measures: dict[str, Summary]
 
 
 @dataclass(frozen=True)
@@ -109,6 +216,8 @@ class Comparison:
     study: Study
     records: list[StudyRecord]
     standings: list[Standing]
+    labels: Sequence[LabelRecord] = ()
+    """What a judge saw of the labels, if one was asked."""
 
     @property
     def wanted(self) -> int:
@@ -116,18 +225,33 @@ class Comparison:
         return len(self.study.variants) * len(self.study.seeds)
 
     @property
+    def complete(self) -> bool:
+        """Whether all of them are done."""
+        return len(self.records) == self.wanted
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The study's claims judged, once all trainings are done; None without claims."""
+        if self.study.claims is None or not self.complete:
+            return None
+        return outcome(self.study.claims, {s.variant.name: s.by_seed for s in self.standings})
+
+    @property
     def has_others(self) -> bool:
         """Whether some variant is compared with another one than the plain one."""
         return any(standing.other for standing in self.standings)
 
 
-def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
+def compare(
+    study: Study, records: Sequence[StudyRecord], labels: Sequence[LabelRecord] = ()
+) -> Comparison:
     """Compare the variants over the seeds; records of removed variants and seeds are left out."""
     known = [r for r in records if r.variant in study.variants and r.seed in study.seeds]
     top1 = {name: {r.seed: r.top1 for r in known if r.variant == name} for name in study.variants}
     standings = []
     for name, variant in study.variants.items():
         own = [record for record in known if record.variant == name]
+        last_epoch = _means([record.statistics for record in own])
         other = variant.against if variant.against != study.plain else None
         plain = None if name == study.plain else paired_difference(top1[name], top1[study.plain])
         standings.append(
@@ -139,19 +263,51 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
                 to_plain=plain,
                 to_other=paired_difference(top1[name], top1[other]) if other else None,
                 loss=summarise({record.seed: record.loss for record in own}),
-                mixed_share=_mean(own, "mixed_share"),
-                tokens_mixed=_mean(own, "tokens_mixed"),
+                mixed_share=last_epoch.get("mixed_share"),
+                tokens_mixed=last_epoch.get("tokens_mixed"),
+                by_epoch=_by_epoch(own),
+                measures=_measures(own),
             )
         )
-    return Comparison(study, known, standings)
+    return Comparison(study, known, standings, labels)
 
 
-def _mean(records: list[StudyRecord], leaf: str) -> float | None:
-    """Mean of a statistic over its layers and the records."""
-    values = [
-        value
-        for record in records
-        for name, value in record.statistics.items()
-        if name.rpartition("/")[2] == leaf
-    ]
-    return statistics.fmean(values) if values else None
+def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
+    """Of each arm the variant of the best mean top-1, the first of equal ones.
+
+    None as long as not all trainings of the arm are done.
+    """
+    study, found = comparison.study, dict[str, Standing | None]()
+    for arm in study.arms:
+        own = [s for s in comparison.standings if s.variant.name in study.arm(arm)]
+        done = all(s.top1 is not None and s.top1.count == len(study.seeds) for s in own)
+        found[arm] = max(own, key=lambda s: s.top1.mean if s.top1 else 0) if done else None
+    return found
+
+
+def layers_of(comparison: Comparison) -> list[int]:
+    """The layers whose saliency was measured in the final weights."""
+    names = {n.partition("/")[0] for s in comparison.standings for n in s.measures if "/" in n}
+    return sorted(int(name.removeprefix("layer")) for name in names)
+
+
+def _means(statistics_of: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each statistic of HTM over its layers and the records."""
+    values: dict[str, list[float]] = {}
+    for given in statistics_of:
+        for name, value in given.items():
+            if name.startswith("htm/"):
+                values.setdefault(name.rpartition("/")[2], []).append(value)
+    return {leaf: statistics.fmean(found) for leaf, found in values.items()}
+
+
+def _by_epoch(records: Sequence[StudyRecord]) -> dict[str, dict[str, float]]:
+    epochs = dict.fromkeys(epoch for record in records for epoch in record.statistics_by_epoch)
+    found = {e: _means([r.statistics_by_epoch.get(e, {}) for r in records]) for e in epochs}
+    return {epoch: means for epoch, means in found.items() if means}
+
+
+def _measures(records: Sequence[StudyRecord]) -> dict[str, Summary]:
+    names = dict.fromkeys(name for record in records for name in record.measures)
+    found = {n: {r.seed: r.measures[n] for r in records if n in r.measures} for n in names}
+    return {n: s for n, values in found.items() if (s := summarise(values)) is not None}

@@ -157,8 +157,35 @@ def gradient_saliency(model: TokenMixupModel, images: Tensor, targets: Tensor) -
     finally:
         model.train()
     strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, S, S)
-    saliency = F.adaptive_avg_pool2d(strength, side).flatten(1)
+    return _summing_to_one(F.adaptive_avg_pool2d(strength, side).flatten(1))
+
+
+class RandomSaliency(Rules):
+    """Saliency that knows nothing: uniformly random among all that sum to one."""
+
+    def saliency(self, layer: int, saliency: Tensor) -> Tensor:
+        """(B, T)."""
+        return _summing_to_one(torch.empty_like(saliency).exponential_())
+
+
+class CentredSaliency(Rules):
+    """Saliency above the batch's mean at each place, which takes away sinks that do not move."""
+
+    def saliency(self, layer: int, saliency: Tensor) -> Tensor:
+        """(B, T)."""
+        return _summing_to_one((saliency - saliency.mean(0)).clamp_min(0))
+
+
+def _summing_to_one(saliency: Tensor) -> Tensor:
     return saliency / saliency.sum(1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
+
+
+class LabelsByTokens(Rules):
+    """The label's share is that of the replaced tokens, as in CutMix, whatever their saliency."""
+
+    def relabel(self, targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
+        """(B, C)."""
+        return super().relabel(targets, torch.ones_like(saliency), decision)
 
 
 RULES: dict[str, type[Rules]] = {
@@ -169,6 +196,9 @@ RULES: dict[str, type[Rules]] = {
     "random partners": RandomPartners,
     "greedy partners": GreedyPartners,
     "gradient saliency": GradientSaliency,
+    "random saliency": RandomSaliency,
+    "centred saliency": CentredSaliency,
+    "labels by tokens": LabelsByTokens,
 }
 
 

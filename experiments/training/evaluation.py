@@ -12,11 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config import RunConfig
-from experiments.data.datasets import Images, known_num_classes, open_images, stated_num_classes
+from experiments.data.datasets import (
+    Images,
+    known_num_classes,
+    open_images,
+    refuse_other_classes,
+    stated_num_classes,
+)
 from experiments.data.loading import Batch, EvalBatches
 from experiments.models.build import build_model
 from experiments.training.distributed import World
@@ -53,10 +59,12 @@ def evaluate(
     world: World,
     config: RunConfig,
     on_batch: Callable[[], object] = lambda: None,
+    on_logits: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
 ) -> Evaluation:
     """Evaluate on every image once, over all processes; restores the model's mode.
 
-    `batches` are this process's share of the images; `on_batch` is called before each.
+    `batches` are this process's share of the images; `on_batch` is called before each, and
+    `on_logits` after it, with its logits (B, C) and labels (B,).
     """
     was_training, device = model.training, world.device
     model.eval()
@@ -68,6 +76,7 @@ def evaluate(
             with autocast(device, config.eval_precision):
                 logits = model(images)
             logits = logits.float()  # (B, C)
+            on_logits(logits, labels)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             count = loss.new_tensor(len(labels))
@@ -123,6 +132,7 @@ def model_and_images(
     model = None if num_classes is None else make(num_classes)
     with world.main_first():  # downloads
         images = [open_images(config.data, split) for split in splits]
+    refuse_other_classes(config.data, splits, images)
     if num_classes is None or model is None:
         num_classes = stated_num_classes(config, images[0])
         model = make(num_classes)

@@ -1,5 +1,6 @@
 """The folder of a run: its lock, its checkpoints and how a run resumes from them, its heartbeat."""
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import filelock
 import torch
 
-import tokenmixup
+from experiments import provenance
 from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
 from experiments.config import RunConfig, as_plain, yaml_text
 from experiments.data.loading import TrainBatches
@@ -83,6 +84,20 @@ class RunFolder:
                 f"output: cannot write the run folder {self.path}: {error.strerror}"
             ) from None
 
+    def refuse_unwritable_place(self) -> None:
+        """Refuse a folder that could not be made or written, without making it.
+
+        Raises:
+            ConfigError: a file is in its way, or the rights do not suffice.
+        """
+        folders = (self.checkpoints, self.path, *self.path.absolute().parents)
+        nearest = next(folder for folder in folders if os.path.lexists(folder))
+        with self.refuse_unwritable():
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def begin(self, config: RunConfig) -> None:
         """Write the config, and remove the final weights of fewer epochs: they say "done".
 
@@ -107,24 +122,27 @@ class RunFolder:
         return f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
 
     def newest(
-        self, world: World, warn: Callable[[str], object]
+        self, world: World, warn: Callable[[str], object], set_aside: bool = True
     ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint, the same in all processes; None without any.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        found = self.newest_valid(warn) if world.is_main else None
+        found = self.newest_valid(warn, set_aside) if world.is_main else None
         step = world.from_main(-1 if found is None else _step_of(found[0]))
         if found is not None or step < 0:
             return found
         path = self._numbered(step)
         return path, load_checkpoint(path)
 
-    def newest_valid(self, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    def newest_valid(
+        self, warn: Callable[[str], object], set_aside: bool = True
+    ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint; None without any.
 
-        Damaged ones are named in warnings and set aside under another name; nothing is deleted.
+        Damaged ones are named in warnings and set aside under another name, unless `set_aside` is
+        False; nothing is deleted.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
@@ -137,6 +155,9 @@ class RunFolder:
                 damaged.append((path, str(error)))
                 continue
             for newer, reason in damaged:
+                if not set_aside:
+                    warn(reason)
+                    continue
                 warn(f"{reason}; it is set aside as *.damaged")
                 newer.rename(newer.with_name(newer.name + ".damaged"))
             if damaged:
@@ -203,7 +224,7 @@ def captured(
         "data": _data_facts(batches),
         "processes": processes,
         "config": as_plain(learner.config),
-        "versions": {"torch": str(torch.__version__), "tokenmixup": tokenmixup.__version__},
+        "versions": _versions(),
     }
 
 
@@ -217,7 +238,7 @@ def restore(
 ) -> Progress:
     """Put the state of a checkpoint into the parts of a run; gives how far it had come.
 
-    Keys of the config in `allow_changed` may differ; `warn` is told what does.
+    Keys of the config in `allow_changed` may differ; `warn` is told what does, and which versions.
 
     Raises:
         ConfigError: it is of another experiment.
@@ -228,6 +249,8 @@ def restore(
         now = as_plain(learner.config)
         for text in refuse_changed_config(path, content["config"], now, allow_changed):
             warn(f"resuming with another config: {text}")
+        if text := _changed_versions(content["versions"]):
+            warn(f"resuming with other versions: {text}; results may differ from here on")
         if content["data"] != _data_facts(batches):
             before, after = (_listed(facts) for facts in (content["data"], _data_facts(batches)))
             raise ConfigError(
@@ -248,6 +271,18 @@ def restore(
         raise CheckpointError(
             f"{path}: does not hold the state of this run's model and optimiser: {reason[:300]}"
         ) from None
+
+
+def _versions() -> dict[str, str]:
+    # torch's own version names its build, as cpu or cu128, which the package's may lack
+    return {**provenance.versions(), "torch": str(torch.__version__)}
+
+
+def _changed_versions(saved: dict[str, str]) -> str:
+    """The packages whose versions differ; older checkpoints list fewer, and tell of those alone."""
+    now = _versions()
+    texts = {name: (before, now.get(name, "not installed")) for name, before in saved.items()}
+    return ", ".join(f"{name} {b} there, {n} now" for name, (b, n) in texts.items() if b != n)
 
 
 def _restore_optimizer(

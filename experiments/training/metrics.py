@@ -26,7 +26,7 @@ CHECKED = ("training loss", "ScoreNet's loss", "norm of the gradient")
 """What must be finite at each step."""
 
 _PLACE_OF_A_ROW = ("split", "epoch", "step", "time")
-_PER_EASY_SAMPLE = ("tokens_mixed", "saliency_difference_mean")  # means over a batch's easy samples
+_PER_EASY_SAMPLE = ("tokens_mixed", "label_share", "saliency_difference_mean")  # means over those
 _PER_FINITE_STEP = "gradient_norm"  # steps that overflow in fp16 have none
 _Batch = TypeVar("_Batch")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config import RunConfig, as_plain
-from experiments.data.augment import BatchMixer
+from experiments.data.augment import BatchMixer, refuse_unreachable_tau
+from experiments.data.datasets import draw_per_class
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
@@ -41,7 +42,7 @@ from experiments.training.metrics import (
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
 from experiments.training.step import Learner
 from experiments.training.stopping import StopRequests, explain_fault
-from tokenmixup import TokenMixupOutput
+from tokenmixup import TokenMixupModel, TokenMixupOutput
 from tokenmixup.functional import soft_cross_entropy
 from tokenmixup.rules import Rules
 
@@ -81,6 +82,14 @@ def train_step(
         statistics.add_skipped_step()
 
 
+def model_to_train(
+    config: RunConfig, num_classes: int, rules: Rules | None = None
+) -> TokenMixupModel:
+    """The model of `build_model`, after a look at whether its HTM can ever mix anything."""
+    refuse_unreachable_tau(config, num_classes)
+    return build_model(config, num_classes, rules)
+
+
 class Run:
     """One training, in its run folder.
 
@@ -101,8 +110,12 @@ class Run:
         check_optimizer(config.optimizer)
         splits = (config.data.train_split, config.data.val_split)
         model, num_classes, (images, val_images) = model_and_images(
-            config, world, splits, lambda num_classes: build_model(config, num_classes, rules)
+            config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
         )
+        per_class = config.data.per_class
+        if per_class is not None:
+            images = draw_per_class(images, per_class, num_classes, config.seed)
+        self.num_classes = num_classes
         share = (world.device.type == "cuda", world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
@@ -167,9 +180,17 @@ class Run:
             self._beat("finished", at_once=True)
             self._say_summary()
 
-    def _resume(self, allow_changed: Collection[str]) -> int:
+    def check(self, allow_changed: Collection[str] = ()) -> None:
+        """Read what `fit` would begin with, and write nothing.
+
+        Raises:
+            UserError: as `fit` before its first step.
+        """
+        self._resume(allow_changed, set_aside=False)
+
+    def _resume(self, allow_changed: Collection[str], set_aside: bool = True) -> int:
         """Restore the newest checkpoint or begin; gives the rows of metrics so far."""
-        saved = self.folder.newest(self.world, self._warn)
+        saved = self.folder.newest(self.world, self._warn, set_aside)
         if saved is not None:
             parts = (self.learner, self.batches, self.statistics)
             self.progress = restore(saved, *parts, allow_changed, self._warn)
@@ -327,11 +348,7 @@ class Run:
     def _start_from(self, path: str) -> None:
         loaded = load_weights(self.learner.model, path, self.config.model.new_head)
         line = f"{self.folder.path}: starts from {path} ({loaded.kind})"
-        if loaded.left_out:
-            line += f"; as initialised: {', '.join(loaded.left_out)}"
-        if loaded.resized:
-            line += "; position embedding resized"
-        self._say(line)
+        self._say("; ".join([line, *loaded.notes]))
 
     def _say_headline(self) -> None:
         schedule, step = self.config.schedule, self.progress.step

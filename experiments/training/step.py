@@ -53,7 +53,7 @@ class Learner:
             )
         self._overflows = torch.zeros((), device=self.device)
         """Steps in a row, up to the last one, that the scaler has left out."""
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = list(self.model.parameters())
 
     def micro_batches(
         self, images: Tensor, labels: Tensor, progress: Progress
@@ -139,7 +139,7 @@ class Learner:
         if applied:
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         progress.step += 1
         if applied:
             return True

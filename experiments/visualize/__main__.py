@@ -50,6 +50,12 @@ def main(argv: Sequence[str]) -> None:
             f"{command.config_file}: there is nothing to draw, as it has neither horizontal nor "
             "vertical; take a config with one of them, or --compare RUN... for training curves"
         )
+    if command.only_check:
+        from experiments.training.check import check_evaluation
+
+        with cli.mistakes_in(command.config_file):
+            check_evaluation(config, checkpoint, needs_data="images" not in command.options)
+        return
     # slow to import, so only after the config is checked
     from experiments.training.distributed import joined_world
     from experiments.visualize.animation import write_animation
@@ -66,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     if not world.is_main:
         return
     print(scene.about)
-    if scene.left_out:
-        print(f"not in the file, left as initialised: {', '.join(scene.left_out)}")
+    for note in scene.weight_notes:
+        print(note)
     with _written_to(out):
         written = write_scene(scene, out)
     print("figures:", *written, sep="\n  ")  # before the animation, which may fail

@@ -6,24 +6,27 @@ Dimensions: T patch tokens, S side of the image in pixels, L layers below the VT
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from experiments.documents import figures as style
-from experiments.documents.figures import GROUND, INK, OWN, PARTNER
+from experiments.documents.figures import EARLIER, GROUND, INK, OWN, PARTNER
 from experiments.errors import DataError
 from experiments.files import atomic_file
 from experiments.visualize.cells import (
+    Share,
     chosen_tokens,
     heat,
+    images_at,
     label_shares,
-    mix_patches,
+    outlines,
     spotlight,
     token_grid,
 )
@@ -33,19 +36,12 @@ from experiments.visualize.scenes import Scene
 from experiments.visualize.vertical import remembered_share
 
 NAME = "tokenmixup.gif"
+_COLOURS = (GROUND, INK, OWN, PARTNER, EARLIER)
 _MOVES = 9  # frames in which tokens travel
 _INCHES, _DPI = (7.2, 4.3), 100
 _STRIP = 12  # images of the batch in the upper row
 _LEFT, _RIGHT = 0.0, 1.65  # left edges of the two large images, in units of their side
 _BARS, _BAR_LENGTH = 1.25, 1.2
-
-
-class Bar(NamedTuple):
-    """One bar of a step: a share of something."""
-
-    name: str
-    share: float
-    colour: str
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,15 @@ class Step:
     left: np.ndarray
     """(S, S, 3)."""
     left_name: str
+    framed: np.ndarray | None = None
+    """Tokens (T,) of the left image that a line surrounds."""
     partner: int | None = None
     right: np.ndarray | None = None
     """(S, S, 3)."""
     right_name: str = ""
     moving: tuple[np.ndarray, float] | None = None
     """Patches (S, S, 4), and the fraction of the way from right to left that they have moved."""
-    bars: tuple[Bar, ...] = ()
+    bars: tuple[Share, ...] = ()
     limit: float | None = None
     """Where a line crosses the bars, in the unit of their shares."""
 
@@ -82,7 +80,11 @@ def write_animation(scene: Scene, folder: Path) -> Path:
     whole = Image.new("RGB", (width, height * len(frames)), GROUND)
     for number, frame in enumerate(frames):
         whole.paste(frame, (0, height * number))
-    palette = whole.quantize(256, dither=Image.Dither.NONE)
+    # lines are few pixels: without an entry of their own, their colours would be lost
+    own = [round(255 * part) for name in _COLOURS for part in to_rgb(name)]
+    common = whole.quantize(256 - len(_COLOURS), dither=Image.Dither.NONE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*common, *own])
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     path = folder / NAME
     with atomic_file(path) as file:
@@ -134,7 +136,7 @@ def _horizontal(scene: Scene, layer: HorizontalRecord, base: Step) -> Iterator[S
     if layer.difficulty is not None and scene.tau is not None:
         value = float(layer.difficulty[sample])
         text = f"1  Difficulty {value:.3f} is at most τ = {scene.tau:g}: the image is easy."
-        bar = Bar(f"difficulty {value:.3f} (CE / 10, nats)", value, OWN)
+        bar = Share(f"difficulty {value:.3f} (CE / 10, nats)", value, OWN)
         yield replace(alone, text=text, bars=(bar,), limit=scene.tau)
 
     high = float(layer.saliency[[sample, other]].max())
@@ -157,37 +159,45 @@ def _horizontal(scene: Scene, layer: HorizontalRecord, base: Step) -> Iterator[S
     for part in np.linspace(0, 1, _MOVES):
         eased = float(part * part * (3 - 2 * part))
         yield replace(mixing, seconds=0.5 if part == 0 else 0.09, moving=(patches, eased))
-    mixed = mix_patches(scene.images, layer.partner, layer.mask)[sample]
-    mixing = replace(mixing, left=mixed, left_name="mixed")
+    mixing = replace(_as_mixed(scene, mixing, layer.layer), framed=None)
     yield replace(mixing, seconds=1.6)
 
-    labels = int(scene.labels[sample]), int(scene.labels[other])
-    bars = tuple(
-        Bar("others" if label is None else scene.class_text(label), share, colour)
-        for label, share, colour in label_shares(layer.targets[sample], *labels)
-    )
+    bars = tuple(label_shares(scene, layer, sample))
     text = "6  Label: mixed by the saliency that came from each."
     yield replace(mixing, text=text, seconds=3.0, right=None, bars=bars)
 
 
 def _vertical(scene: Scene, attention: AttentionRecord, base: Step) -> Iterator[Step]:
-    sample, image, number = base.sample, base.left, attention.layer
+    sample, number = base.sample, attention.layer
     base = replace(base, title=f"Vertical TokenMixup, layer {number}")
     sources = scene.recording.vertical[:number]
     patches = sources[0].saliency.shape[1]
     for source in sources:
         positions = source.positions[sample]
         text = f"Layer {source.layer} remembers its {len(positions)} most salient tokens."
-        left = spotlight(image, chosen_tokens(positions, patches), PARTNER)
-        yield replace(base, text=text, left=left)
+        step = _as_mixed(scene, base, source.layer)
+        left = spotlight(step.left, chosen_tokens(positions, patches), PARTNER)
+        yield replace(step, text=text, left=left)
     looks = remembered_share(attention, patches)[sample]
     own, *others = (float(share) for share in attention.shares[sample].mean((0, 1)))  # 1 + L
-    bars = [Bar(f"own tokens of layer {number}", own, OWN)]
+    bars = [Share(f"own tokens of layer {number}", own, OWN)]
     for source, share in zip(sources, others, strict=True):
-        bars.append(Bar(f"remembered by layer {source.layer}", share, PARTNER))
-    text = f"Layer {number} attends to them beside its own tokens (bright: more)."
-    left = heat(image, looks, float(looks.max()))
-    yield replace(base, text=text, seconds=3.2, left=left, bars=tuple(bars))
+        bars.append(Share(f"remembered by layer {source.layer}", share, PARTNER))
+    step = _as_mixed(scene, base, number)
+    pink = "" if step.framed is None else "; pink: queries from a partner"
+    text = f"Layer {number} attends to them beside its own tokens (bright: more{pink})."
+    left = heat(step.left, looks, float(looks.max()))
+    yield replace(step, text=text, seconds=3.2, left=left, bars=tuple(bars))
+
+
+def _as_mixed(scene: Scene, step: Step, layer: int) -> Step:
+    """A step whose image is that of a layer, after HTM."""
+    sample, mixed = step.sample, scene.recording.foreign(layer)[step.sample]
+    if not mixed.any():
+        return step
+    name = f"{scene.label_text(sample)} with {', '.join(scene.givers(sample, layer))}"
+    left = images_at(scene, layer)[sample]
+    return replace(step, left=left, left_name=name, framed=mixed)
 
 
 # How a frame is drawn
@@ -201,6 +211,13 @@ def _frame(scene: Scene, step: Step) -> Image.Image:
     _draw_batch(figure.add_axes((0.03, 0.68, 0.94, 0.16)), scene, step)
     axes = figure.add_axes((0.03, 0.02, 0.94, 0.64))
     _draw_image(axes, step.left, _LEFT, step.left_name, OWN)
+    if step.framed is not None:
+        size = len(step.left)
+        lines = [
+            [(_LEFT + (x + 0.5) / size, 1 - (y + 0.5) / size) for x, y in line]
+            for line in outlines(step.framed, size)
+        ]
+        axes.add_collection(LineCollection(lines, colors=EARLIER, linewidths=2.0, zorder=3))
     if step.right is not None:
         _draw_image(axes, step.right, _RIGHT, step.right_name, PARTNER)
     if step.moving is not None:
@@ -237,7 +254,7 @@ def _draw_image(axes: Axes, image: np.ndarray, x: float, name: str, colour: str)
     axes.imshow(image, extent=(x, x + 1, 0, 1), interpolation="none", vmin=0, vmax=1)
     frame = Rectangle((x, 0), 1, 1, fill=False, edgecolor=colour, linewidth=2.5, zorder=2)
     axes.add_patch(frame)
-    axes.text(x + 0.5, -0.04, name, fontsize=9.5, ha="center", va="top", color=INK)
+    axes.text(x, -0.04, name, fontsize=9.5, va="top", color=INK)
 
 
 def _draw_bars(axes: Axes, step: Step) -> None:

@@ -4,6 +4,8 @@ Dimensions: B batch, T patch tokens, S side of the image in pixels, C classes.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,9 +15,12 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import FigureBase
 
-from experiments.documents.figures import GROUND, INK, MAP, OWN, PARTNER, REST, SOFT
+from experiments.documents.figures import EARLIER, GROUND, INK, MAP, OWN, PARTNER, REST, SOFT
 from experiments.errors import ConfigError
+from experiments.visualize.recording import HorizontalRecord
 from experiments.visualize.scenes import Scene
+
+_MOST_NAMED = 4  # classes of a mixed label with a bar of their own
 
 # Functions of arrays
 
@@ -33,10 +38,10 @@ def token_grid(values: np.ndarray, size: int) -> np.ndarray:
     return values[..., along[:, None] * side + along]
 
 
-def mix_patches(images: np.ndarray, partner: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Images (B, S, S, 3) whose masked tokens (B, T) are the patches of the partner (B,)."""
-    pixels = token_grid(mask, images.shape[1])[..., None]
-    return np.where(pixels, images[partner], images)
+def patchwork(images: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """Images (B, S, S, 3) whose tokens are the patches of the samples in `origin` (B, T)."""
+    rows, columns = np.indices(images.shape[1:3])
+    return images[token_grid(origin, images.shape[1]), rows, columns]
 
 
 def heat(image: np.ndarray, values: np.ndarray, high: float) -> np.ndarray:
@@ -76,14 +81,35 @@ def chosen_tokens(positions: np.ndarray, tokens: int) -> np.ndarray:
     return mask
 
 
-def label_shares(target: np.ndarray, own: int, other: int) -> list[tuple[int | None, float, str]]:
-    """Class, share and colour: the own class, the partner's if it differs, all others (None)."""
-    shares: list[tuple[int | None, float, str]] = [(own, float(target[own]), OWN)]
-    if other != own:
-        shares.append((other, float(target[other]), PARTNER))
-    rest = float(target.sum()) - sum(share for _, share, _ in shares)
-    if rest > 0.005:
-        shares.append((None, rest, REST))
+class Share(NamedTuple):
+    """A bar of a mixed label: what some classes have of it."""
+
+    name: str
+    share: float
+    colour: str
+
+
+def label_shares(scene: Scene, layer: HorizontalRecord, index: int) -> list[Share]:
+    """The bars of a sample's label after an HTM layer.
+
+    The first is of its own class, the second of the partner's, further ones of the classes that
+    came at earlier layers, in the order of what came, and the last of what label smoothing gave to
+    all others.
+    """
+    target, labels = layer.targets[index], scene.labels
+    givers = np.argsort(-layer.parts[index], kind="stable")[: np.count_nonzero(layer.parts[index])]
+    colours = {int(labels[index]): OWN}
+    if layer.mask[index].any():
+        colours.setdefault(int(labels[layer.partner[index]]), PARTNER)
+    for giver in givers:
+        colours.setdefault(int(labels[giver]), EARLIER)
+    named, many = list(colours)[:_MOST_NAMED], list(colours)[_MOST_NAMED:]
+    shares = [Share(scene.class_text(one), float(target[one]), colours[one]) for one in named]
+    if many:
+        shares.append(Share(f"{len(many)} more, earlier", float(target[many].sum()), EARLIER))
+    others = np.delete(target, list(colours))
+    if others.sum() > 0.005:
+        shares.append(Share(f"{len(others)} others (smoothing)", float(others.sum()), REST))
     return shares
 
 
@@ -91,18 +117,23 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return (image @ np.array([0.299, 0.587, 0.114]))[..., None]
 
 
+def images_at(scene: Scene, layer: int) -> np.ndarray:
+    """The images (B, S, S, 3) as HTM has mixed them up to a layer, its own included."""
+    return patchwork(scene.images, scene.recording.origin(layer))
+
+
 # Cells of a figure
 
 
 def show(cell: Axes, image: np.ndarray, below: str = "") -> None:
-    """An image (S, S, 3) in a thin frame, with a line of text below."""
+    """An image (S, S, 3) in a thin frame, with lines of text below."""
     # no interpolation, so that an SVG keeps the pixels as they are
     cell.imshow(image, interpolation="none", vmin=0, vmax=1)
     cell.set(xticks=[], yticks=[])
     for spine in cell.spines.values():
         spine.set(visible=True, color=SOFT, linewidth=0.5)
     if below:
-        cell.set_xlabel(below, fontsize=7.5, labelpad=2.5)
+        cell.set_xlabel(below, fontsize=7, labelpad=2.5)
 
 
 def show_chosen(cell: Axes, image: np.ndarray, chosen: np.ndarray, below: str = "") -> None:
@@ -111,27 +142,23 @@ def show_chosen(cell: Axes, image: np.ndarray, chosen: np.ndarray, below: str = 
     outline(cell, chosen, len(image))
 
 
-def outline(cell: Axes, chosen: np.ndarray, size: int) -> None:
+def outline(cell: Axes, chosen: np.ndarray, size: int, colour: str = PARTNER) -> None:
     """A line around the chosen tokens (T,) of an image of S pixels."""
-    for ink, width in ((GROUND, 2.2), (PARTNER, 1.1)):  # readable on any image
+    for ink, width in ((GROUND, 2.2), (colour, 1.1)):  # readable on any image
         lines = LineCollection(outlines(chosen, size), colors=ink, linewidths=width)
         lines.set(capstyle="projecting", clip_on=False)
         cell.add_collection(lines)
     cell.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
 
 
-def show_shares(cell: Axes, scene: Scene, target: np.ndarray, own: int, other: int) -> None:
-    """Bars of a mixed label (C,), per cent."""
-    shares = label_shares(target, own, other)
-    for row, (label, share, colour) in enumerate(shares):
-        if label is None:
-            name = f"{len(target) - len(shares) + 1} others (smoothing)"
-        else:
-            name = scene.class_text(label)
+def show_shares(cell: Axes, shares: Sequence[Share]) -> None:
+    """Bars of a mixed label, per cent."""
+    for row, (name, share, colour) in enumerate(shares):
         cell.barh(row, 100 * share, color=colour, height=0.4)
         cell.text(2, row - 0.22, name, fontsize=7, va="bottom", ha="left", color=INK)
         cell.text(100 * share + 2, row, f"{100 * share:.0f}%", fontsize=7, va="center", color=INK)
-    cell.set(xlim=(0, 122), ylim=(2.4, -0.75), xticks=[0, 50, 100], yticks=[])
+    low = max(2.4, len(shares) - 0.6)
+    cell.set(xlim=(0, 122), ylim=(low, -0.75), xticks=[0, 50, 100], yticks=[])
     cell.spines["left"].set_color(SOFT)
 
 

@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from experiments.documents import figures as style
-from experiments.documents.figures import BLUE, GROUND, INK, MAP, VERMILION
+from experiments.documents.figures import BLUE, EARLIER, GROUND, INK, MAP, VERMILION
 from experiments.visualize import cells
-from experiments.visualize.cells import heat, mix_patches
+from experiments.visualize.cells import heat, images_at, label_shares
 from experiments.visualize.recording import HorizontalRecord
 from experiments.visualize.scenes import Scene
 
@@ -27,27 +27,29 @@ COLUMNS = (
     "mixed image",
     "mixed label",
 )
-_ROW_INCHES, _HEAD_INCHES, _FOOT_INCHES = 1.22, 0.75, 0.95
+_ROW_INCHES, _LINE_INCHES, _HEAD_INCHES, _FOOT_INCHES = 1.22, 0.13, 0.75, 0.95
 _THUMBNAILS_UP_TO, _NUMBERS_UP_TO = 16, 12  # images, beyond which a cell is too small
 
 
 def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
     """For each HTM layer, `htm_layerN` and `htm_layerN_gain`."""
     for layer in scene.recording.horizontal:
-        figure = style.make_figure(rows_height(len(scene.images)))
+        figure = style.make_figure(rows_height(scene, layer, len(scene.images)))
         draw_rows(figure, scene, layer, list(range(len(scene.images))))
         yield f"htm_layer{layer.layer}", figure
         yield f"htm_layer{layer.layer}_gain", gain_figure(scene, layer)
 
 
-def rows_height(rows: int) -> float:
+def rows_height(scene: Scene, layer: HorizontalRecord, rows: int) -> float:
     """Inches that `draw_rows` needs."""
-    return _ROW_INCHES * rows + _HEAD_INCHES + _FOOT_INCHES
+    row = _ROW_INCHES + _LINE_INCHES * scene.lines_below(layer.layer - 1)
+    return row * rows + _HEAD_INCHES + _FOOT_INCHES
 
 
 def draw_rows(panel: FigureBase, scene: Scene, layer: HorizontalRecord, chosen: list[int]) -> None:
     """One row per chosen image, one column per step of the method, in a figure or a part of one."""
-    mixed = mix_patches(scene.images, layer.partner, layer.mask)
+    images, mixed = (images_at(scene, number) for number in (layer.layer - 1, layer.layer))
+    given = scene.recording.foreign(layer.layer - 1)  # (B, T)
     taking = layer.mask.sum(1) > 0
     shown = [*chosen, *(layer.partner[index] for index in chosen if taking[index])]
     high = float(layer.saliency[shown].max())
@@ -55,24 +57,28 @@ def draw_rows(panel: FigureBase, scene: Scene, layer: HorizontalRecord, chosen: 
         len(chosen), len(COLUMNS), squeeze=False, width_ratios=[1, 1, 1, 1, 1, 1, 1.25]
     )
     for row, index in zip(grid, chosen, strict=True):
-        other, image, mask = int(layer.partner[index]), scene.images[index], layer.mask[index]
-        cells.show(row[0], image, scene.label_text(index))
+        other, image, mask = int(layer.partner[index]), images[index], layer.mask[index]
+        cells.show(row[0], image, scene.mixed_text(index, layer.layer - 1))
+        cells.outline(row[0], given[index], len(image), EARLIER)
         _show_difficulty(row[1], scene, layer, index)
         cells.show(row[2], heat(image, layer.saliency[index], high))
         if taking[index]:
-            picture = heat(scene.images[other], layer.saliency[other], high)
-            cells.show(row[3], picture, scene.label_text(other))
+            picture = heat(images[other], layer.saliency[other], high)
+            cells.show(row[3], picture, scene.mixed_text(other, layer.layer - 1))
             cells.show_chosen(row[4], image, mask, f"{mask.sum()} of {len(mask)} tokens")
             cells.show(row[5], mixed[index])
+            cells.outline(row[5], given[index] & ~mask, len(image), EARLIER)
             cells.outline(row[5], mask, len(image))
         else:
             worthless = "no token of\nany partner is\nworth more"
             cells.empty(row[3], worthless if layer.easy[index] else "not easy,\nso not mixed")
             cells.empty(row[4], "")
             cells.show(row[5], image, "unchanged")
-        labels = int(scene.labels[index]), int(scene.labels[other])
-        cells.show_shares(row[6], scene, layer.targets[index], *labels)
-    for cell, text in zip(grid[0], COLUMNS, strict=True):
+            cells.outline(row[5], given[index], len(image), EARLIER)
+        cells.show_shares(row[6], label_shares(scene, layer, index))
+    earlier = scene.recording.mixed_text(layer.layer - 1)
+    first = f"image, mixed\nat {earlier}" if earlier else COLUMNS[0]
+    for cell, text in zip(grid[0], (first, *COLUMNS[1:]), strict=True):
         # a fixed height, so that titles of one and two lines have the same baseline
         cell.set_title(text, fontsize=8, fontweight="bold", linespacing=1.25, pad=5, y=1.0)
     for column, unit in ((1, "CE / 10 (nats)"), (6, "share (%)")):
@@ -88,7 +94,8 @@ def draw_rows(panel: FigureBase, scene: Scene, layer: HorizontalRecord, chosen: 
         f"{scene.about} {100 * layer.easy.mean():.0f}% of the batch of {len(scene.images)} is "
         "easy. Saliency is the share of this layer's attention that a token gets; a token comes "
         "from the partner where the partner's saliency is greater by more than ρ. A square of the "
-        f"image is where a token stands{seen}.",
+        f"image is where a token stands{seen}."
+        + (f" Pink: what it or its partner had taken from others at {earlier}." * bool(earlier)),
     )
 
 
@@ -118,13 +125,16 @@ def gain_figure(scene: Scene, layer: HorizontalRecord) -> Figure:
         for (row, column), value in np.ndenumerate(gain):
             text = axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7.5)
             text.set_color(GROUND if value < 0.55 * high else INK)
-    _name_samples(axes, scene, np.flatnonzero(layer.easy).tolist())
+    _name_samples(axes, scene, layer)
     total = sum(gain[pair] for pair in pairs)
+    earlier = scene.recording.mixed_text(layer.layer - 1)
     style.small_print(
         figure,
         f"{scene.about} Rows are the {rows} easy images of the batch, columns all {columns}. "
         "Framed: the partners, each used at most once, so that their gains sum to the greatest "
-        f"possible total, here {total:.1f}%. A row without a frame gains nothing.",
+        f"possible total, here {total:.1f}%. A row without a frame gains nothing."
+        + f" The images are shown as HTM had mixed them at {earlier}."
+        * bool(earlier),
     )
     return figure
 
@@ -161,8 +171,10 @@ def _show_difficulty(cell: Axes, scene: Scene, layer: HorizontalRecord, index: i
     cell.text(scene.tau, -0.9, f" τ = {scene.tau:g}", fontsize=6.5, va="bottom", color=INK)
 
 
-def _name_samples(axes: Axes, scene: Scene, easy: list[int]) -> None:
+def _name_samples(axes: Axes, scene: Scene, layer: HorizontalRecord) -> None:
+    easy = np.flatnonzero(layer.easy).tolist()
     count = len(scene.images)
+    images = images_at(scene, layer.layer - 1)
     axes.set_ylabel("easy image that takes tokens")
     axes.set_xlabel("image that gives tokens")
     axes.xaxis.set_label_position("top")
@@ -179,9 +191,9 @@ def _name_samples(axes: Axes, scene: Scene, easy: list[int]) -> None:
     axes.set_xticks(range(count), [str(number) for number in range(count)])
     axes.set_yticks(range(len(easy)), [str(number) for number in easy])
     for column in range(count):
-        _thumbnail(axes, scene.images[column], column, -1.05)
+        _thumbnail(axes, images[column], column, -1.05)
     for row, sample in enumerate(easy):
-        _thumbnail(axes, scene.images[sample], -1.05, row)
+        _thumbnail(axes, images[sample], -1.05, row)
     axes.set(xlim=(-1.55, count - 0.5), ylim=(len(easy) - 0.5, -1.55))
 
 

@@ -37,11 +37,11 @@ def overview(htm: Scene | None, vtm: Scene | None) -> Figure:
     if htm is not None:
         layer = htm.recording.horizontal[0]
         rows = horizontal.most_mixed(layer, htm.labels, _OVERVIEW_ROWS)
-        heights.append(horizontal.rows_height(len(rows)))
+        heights.append(horizontal.rows_height(htm, layer, len(rows)))
     if vtm is not None:
         attention = vtm.recording.attention[-1]
         columns = vertical.spread_over_classes(vtm.labels, vertical.MOST_COLUMNS)
-        heights.append(vertical.tokens_height(attention))
+        heights.append(vertical.tokens_height(vtm, attention))
     figure = style.make_figure(sum(heights))
     panels = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat)
     if htm is not None:

@@ -36,6 +36,9 @@ class HorizontalRecord:
     """(B, T) bool: tokens that come from the partner."""
     targets: np.ndarray
     """(B, C) after mixing."""
+    parts: np.ndarray
+    """(B, B): of each sample's label after mixing, the share that each sample of the batch gave,
+    here or at an earlier HTM layer; rows sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,32 @@ class Recording:
     vertical: list[VerticalRecord] = field(default_factory=list)
     attention: list[AttentionRecord] = field(default_factory=list)
 
+    def origin(self, layer: int) -> np.ndarray:
+        """(B, T): the sample whose image stands where a token stands, after HTM up to a layer.
+
+        A sample takes from a partner what the partner holds then, which may be a third sample's.
+        """
+        batch, tokens = (self.horizontal or self.vertical)[0].saliency.shape
+        origin = np.repeat(np.arange(batch)[:, None], tokens, axis=1)
+        for record in self.horizontal:
+            if record.layer <= layer:
+                origin = np.where(record.mask, origin[record.partner], origin)
+        return origin
+
+    def foreign(self, layer: int) -> np.ndarray:
+        """(B, T): the tokens in whose place another sample's stand, after HTM up to a layer."""
+        origin = self.origin(layer)
+        return origin != np.arange(len(origin))[:, None]
+
+    def mixed_at(self, layer: int) -> list[int]:
+        """The HTM layers up to a layer that mixed anything."""
+        return [one.layer for one in self.horizontal if one.layer <= layer and one.mask.any()]
+
+    def mixed_text(self, layer: int) -> str:
+        """The same for a caption, "" where there is none."""
+        layers = self.mixed_at(layer)
+        return f"layer{'s' * (len(layers) > 1)} {' and '.join(map(str, layers))}" * bool(layers)
+
 
 class _Call(NamedTuple):
     """The tokens (B, N, D) that enter a layer, and the arguments of its call."""
@@ -92,6 +121,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
     layers, rules = model.adapter.layers(model.backbone), model.rules
     prefix = model.layout.num_prefix_tokens
     recording = Recording()
+    parts = torch.eye(len(targets), dtype=torch.float64, device=targets.device)
     memory: list[tuple[Tensor, Tensor]] = []
     for index, call in enumerate(_calls(model, layers, images, targets)):
         layer, htm, vtm = layers[index], model.horizontal, model.vertical
@@ -104,7 +134,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
                 difficulty = sample_difficulty(logits, targets)
                 easy = difficulty <= htm.tau
             decision = rules.decide(index, saliency, targets, easy, htm.rho)
-            targets = rules.relabel(targets, saliency, decision)
+            targets, parts = (rules.relabel(one, saliency, decision) for one in (targets, parts))
             call = call._replace(tokens=rules.mix(call.tokens, decision, prefix))
             recording.horizontal.append(
                 HorizontalRecord(
@@ -116,6 +146,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
                     partner=_array(decision.partner),
                     mask=_array(decision.mask),
                     targets=_array(targets),
+                    parts=_array(parts),
                 )
             )
         if vtm is not None and index in vtm.layers:

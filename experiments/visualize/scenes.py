@@ -27,6 +27,7 @@ from experiments.visualize.recording import Recording, record
 from tokenmixup import TokenMixupModel
 
 _SHOWN_PIXELS = 168  # side of a large image, as many as a cell of a PNG has
+_MOST_NAMES = 3  # of mixed images below one
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Scene:
     tau: float | None = None
     """Greatest difficulty of an easy sample, None where every sample is mixed."""
     class_token: bool = False
-    left_out: tuple[str, ...] = ()
-    """Parameters that the weights file does not have."""
+    weight_notes: tuple[str, ...] = ()
+    """What became of the names in the weights file, `Loaded.notes`."""
 
     def class_text(self, label: int) -> str:
         """Name of a class, short enough for a cell."""
@@ -62,6 +63,28 @@ class Scene:
         note = self.label_notes[index]
         return self.class_text(int(self.labels[index])) + (f" ({note})" if note else "")
 
+    def givers(self, index: int, layer: int) -> list[str]:
+        """Classes of the images whose tokens an image has after HTM up to a layer, most first."""
+        origin = self.recording.origin(layer)
+        count = np.bincount(origin[index], minlength=len(self.labels))
+        count[index] = 0
+        givers = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
+        names = list(dict.fromkeys(self.class_text(int(self.labels[giver])) for giver in givers))
+        if len(names) > _MOST_NAMES:
+            names = [*names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1} more"]
+        return names
+
+    def mixed_text(self, index: int, layer: int) -> str:
+        """The same below an image, with a line for each class that HTM mixed in up to a layer."""
+        mixed = [f"+ {name}" for name in self.givers(index, layer)]
+        note = [f"({self.label_notes[index]})"] if self.label_notes[index] else []
+        return "\n".join([self.class_text(int(self.labels[index])), *note, *mixed])
+
+    def lines_below(self, layer: int) -> int:
+        """Lines that `mixed_text` may have beyond the first."""
+        mixed = self.recording.mixed_at(layer)
+        return any(self.label_notes) + min(_MOST_NAMES, 2 ** len(mixed) - 1)
+
 
 def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, count: int) -> Scene:
     """Show the model of a weights file `count` images of its validation split, evenly spread."""
@@ -72,8 +95,8 @@ def scene_of_split(config: RunConfig, checkpoint: str, world: World, run: str, c
     split = config.data.val_split
     about = f"{_some(len(chosen), len(images))} of the split {split!r}, as in evaluation"
     pictures, labels = [image for image, _ in samples], [label for _, label in samples]
-    model, left_out = assessment.model, assessment.loaded.left_out
-    return _scene(config, model, left_out, pictures, labels, run, about, images.class_names)
+    model, notes = assessment.model, assessment.loaded.notes
+    return _scene(config, model, notes, pictures, labels, run, about, images.class_names)
 
 
 def scene_of_folder(
@@ -105,9 +128,7 @@ def scene_of_folder(
     name = folder.resolve().name
     about = f"{_some(len(chosen), len(paths))} of {name}/, resized as in evaluation"
     pictures = [read_image(path) for path in chosen]
-    return _scene(
-        config, model, loaded.left_out, pictures, labels, run, about, names, note="folder"
-    )
+    return _scene(config, model, loaded.notes, pictures, labels, run, about, names, note="folder")
 
 
 def spread(available: int, wanted: int) -> list[int]:
@@ -123,7 +144,7 @@ def _some(shown: int, available: int) -> str:
 def _scene(
     config: RunConfig,
     model: TokenMixupModel,
-    left_out: tuple[str, ...],
+    weight_notes: list[str],
     images: Sequence[Image.Image],
     labels: Sequence[int | None],
     run: str,
@@ -167,7 +188,7 @@ def _scene(
         names=readable_names(names) if names else None,
         tau=htm.tau if htm is not None and htm.scorenet is not None else None,
         class_token=model.layout.class_token,
-        left_out=left_out,
+        weight_notes=tuple(weight_notes),
     )
 
 
@@ -192,10 +213,14 @@ def _image_paths(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image, upright and in RGB."""
+    """An image, upright, in RGB, on white where it is transparent."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            white = Image.new("RGBA", upright.size, "white")
+            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
     except Exception as error:  # whatever a decoder raises: name the file
         raise DataError(f"--images: cannot read {path}: {error!r}") from None
 

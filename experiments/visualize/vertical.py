@@ -13,14 +13,14 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 
 from experiments.documents import figures as style
-from experiments.documents.figures import DASHES, GROUND, INK, SERIES, SOFT
+from experiments.documents.figures import DASHES, EARLIER, GROUND, INK, SERIES, SOFT
 from experiments.visualize import cells
-from experiments.visualize.cells import chosen_tokens, heat
+from experiments.visualize.cells import chosen_tokens, heat, images_at
 from experiments.visualize.recording import AttentionRecord
 from experiments.visualize.scenes import Scene
 
 MOST_COLUMNS = 8
-_ROW_INCHES, _HEAD_INCHES, _FOOT_INCHES = 1.3, 0.35, 0.95
+_ROW_INCHES, _LINE_INCHES, _HEAD_INCHES, _FOOT_INCHES = 1.3, 0.13, 0.35, 0.95
 _KEY_COLUMNS = 5
 _HATCHES = ("", "///", "...", "+++")
 _PAPER = {"facecolor": GROUND, "edgecolor": "none", "pad": 1.2}  # behind a number
@@ -34,15 +34,18 @@ def figures(scene: Scene) -> Iterator[tuple[str, Figure]]:
         for first in range(0, count, MOST_COLUMNS):
             chosen = list(range(first, min(count, first + MOST_COLUMNS)))
             width = min(style.WIDTH, 0.75 + 1.25 * max(len(chosen), 4))
-            figure = style.make_figure(tokens_height(attention), width)
+            figure = style.make_figure(tokens_height(scene, attention), width)
             draw_tokens(figure, scene, attention, chosen)
             yield f"{name}_from{first}" if first else name, figure
         yield f"{name}_attention", attention_figure(scene, attention)
 
 
-def tokens_height(attention: AttentionRecord) -> float:
+def tokens_height(scene: Scene, attention: AttentionRecord) -> float:
     """Inches that `draw_tokens` needs."""
-    return _ROW_INCHES * (2 + attention.layer) + _HEAD_INCHES + _FOOT_INCHES
+    # of text below the first row and the last one, which has a share as well
+    lines = scene.lines_below(-1) + 1 + scene.lines_below(attention.layer)
+    rows = _ROW_INCHES * (2 + attention.layer) + _LINE_INCHES * lines
+    return rows + _HEAD_INCHES + _FOOT_INCHES
 
 
 def draw_tokens(
@@ -50,22 +53,30 @@ def draw_tokens(
 ) -> None:
     """One column per chosen image, in a figure or a part of one.
 
-    A row for each lower layer shows the tokens that it remembers, the last row who attends to them.
+    A row for each lower layer shows the tokens that it remembers, the last row who attends to them,
+    each on the images as HTM has mixed them up to that layer.
     """
     sources = scene.recording.vertical[: attention.layer]
     patches, kappa = sources[0].saliency.shape[1], sources[0].positions.shape[1]
     by_source = 100 * attention.shares.mean((1, 2))  # (B, 1 + L), per cent
     looks = remembered_share(attention, patches)
     high = float(looks[chosen].max())
+    seen = [images_at(scene, layer) for layer in range(1 + attention.layer)]
+    mixed = scene.recording.foreign(attention.layer).sum(1) > 0
     grid = panel.subplots(2 + len(sources), len(chosen), squeeze=False)
     for column, index in zip(grid.T, chosen, strict=True):
         image = scene.images[index]
-        cells.show(column[0], image, scene.label_text(index))
+        cells.show(column[0], image, scene.mixed_text(index, -1))
         for cell, layer, share in zip(column[1:-1], sources, by_source[index, 1:], strict=True):
             tokens = chosen_tokens(layer.positions[index], patches)
-            cells.show_chosen(cell, image, tokens, f"{share:.1f}%")
-        below = f"{100 - by_source[index, 0]:.1f}%" if len(sources) > 1 else ""
-        cells.show(column[-1], heat(image, looks[index], high), below)
+            _outline_mixed(cell, scene, layer.layer, index)
+            cells.show_chosen(cell, seen[layer.layer][index], tokens, f"{share:.1f}%")
+        below = [f"{100 - by_source[index, 0]:.1f}%"] if len(sources) > 1 else []
+        if mixed[index]:
+            below.append(scene.mixed_text(index, attention.layer))
+        picture = heat(seen[attention.layer][index], looks[index], high)
+        cells.show(column[-1], picture, "\n".join(below))
+        _outline_mixed(column[-1], scene, attention.layer, index)
     names = [f"layer {source.layer}\nremembers" for source in sources]
     names = ["image", *names, f"layer {attention.layer}\nattends"]
     for cell, name in zip(grid[:, 0], names, strict=True):
@@ -77,7 +88,25 @@ def draw_tokens(
         panel,
         f"{scene.about} Each lower layer remembers the κ = {kappa} tokens of its input that have "
         f"most of its attention (orange). Below them: the share of layer {attention.layer}'s "
-        "attention that goes to them, mean over its queries and heads.",
+        "attention that goes to them, mean over its queries and heads."
+        + _about_mixing(scene, attention, mixed[chosen]),
+    )
+
+
+def _outline_mixed(cell: Axes, scene: Scene, layer: int, index: int) -> None:
+    """A line around the tokens that came from another image up to a layer."""
+    foreign = scene.recording.foreign(layer)[index]
+    cells.outline(cell, foreign, len(scene.images[0]), EARLIER)
+
+
+def _about_mixing(scene: Scene, attention: AttentionRecord, mixed: np.ndarray) -> str:
+    """What HTM had done to the images before, where it had; `mixed` says which of them."""
+    layers = scene.recording.mixed_text(attention.layer)
+    if not layers:
+        return ""
+    return (
+        f" HTM at {layers} mixed {mixed.sum()} of these {len(mixed)} images: from there on each is "
+        "drawn as mixed. Outlined in pink: tokens, in the last row queries, from another image."
     )
 
 
@@ -85,6 +114,8 @@ def attention_figure(scene: Scene, attention: AttentionRecord) -> Figure:
     """How much of a VTM layer's attention goes to remembered tokens, head by head."""
     _, heads, own, entries = attention.shares.shape
     remembered = attention.layer * scene.recording.vertical[0].positions.shape[1]
+    layers = scene.recording.mixed_text(attention.layer)
+    mixed = np.count_nonzero(scene.recording.foreign(attention.layer).any(1))
     panels = [("all queries", shares_by_head(attention.shares))]
     if scene.class_token:
         panels.append(("class token's query", shares_by_head(attention.shares[:, :, :1])))
@@ -114,7 +145,8 @@ def attention_figure(scene: Scene, attention: AttentionRecord) -> Figure:
     style.small_print(
         body,
         f"{scene.about} Mean over the {len(scene.images)} images; the rest of the attention goes "
-        f"to the layer's own {own} tokens.",
+        f"to the layer's own {own} tokens."
+        + (f" HTM at {layers} has mixed {mixed} of the images before." if layers else ""),
     )
     return figure
 

@@ -37,7 +37,9 @@ options:
                      somebody signed in
   --config FILE      convert: the config whose model the file fits, if neither the file nor the
                      zoo tells it
-  --output FILE      convert: the file to write (default: FILE with the ending .safetensors)
+  --averaged         convert: the averaged weights (EMA) that FILE holds besides the last ones
+  --output FILE      convert: the file to write (default: FILE with the ending .safetensors, or
+                     .averaged.safetensors)
 """
 _OPTIONS = {
     "weights": cli.Option("folder of the weights"),
@@ -45,13 +47,14 @@ _OPTIONS = {
     "all": cli.Option("every checkpoint", takes_value=False),
     "cookies": cli.Option("cookies for Google Drive"),
     "config": cli.Option("config of the file"),
+    "averaged": cli.Option("averaged weights", takes_value=False),
     "output": cli.Option("file to write"),
 }
 _OPTIONS_OF = {
     "list": (),
     "download": ("all", "cookies"),
     "verify": (),
-    "convert": ("config", "output"),
+    "convert": ("config", "averaged", "output"),
 }
 
 
@@ -161,9 +164,13 @@ def convert_file(manifest: Manifest, zoo: "Zoo", words: list[str], options: dict
             f"{path}: carries no config, and the zoo does not know a file of this name; name one: "
             "--config configs/NAME.yaml"
         )
-    output = Path(options.get("output", path.with_name(f"{path.name.split('.')[0]}.safetensors")))
-    convert(path, config, output, entry)
+    averaged = "averaged" in options
+    ending = "averaged.safetensors" if averaged else "safetensors"
+    output = Path(options.get("output", path.with_name(f"{path.name.split('.')[0]}.{ending}")))
+    loaded = convert(path, config, output, entry, averaged)
     print(f"{output}: the weights of {path}, with their config and provenance")
+    for note in loaded.notes:
+        print(f"  {note}")
 
 
 def _named(manifest: Manifest, names: list[str]) -> list[Checkpoint]:

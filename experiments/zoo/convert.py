@@ -10,6 +10,7 @@ from safetensors.torch import save
 import tokenmixup
 from experiments.checkpoint import (
     RUN_FORMAT,
+    Loaded,
     file_hash,
     load_plain,
     load_weights,
@@ -61,7 +62,13 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: cannot read the metadata: {error}") from None
 
 
-def convert(path: Path, config: RunConfig, output: Path, entry: Checkpoint | None = None) -> None:
+def convert(
+    path: Path,
+    config: RunConfig,
+    output: Path,
+    entry: Checkpoint | None = None,
+    averaged: bool = False,
+) -> Loaded:
     """Write a file's weights as safetensors, under the names of this project's models.
 
     Equal files give equal bytes.
@@ -71,15 +78,21 @@ def convert(path: Path, config: RunConfig, output: Path, entry: Checkpoint | Non
         config: of the model that the weights fit.
         output: written atomically.
         entry: what the zoo knows of the file.
+        averaged: write the averaged weights that the file holds besides.
+
+    Returns:
+        What was left out.
 
     Raises:
         UserError: the file is not the one of the zoo, or does not fit the config's model.
     """
     if output.resolve() == path.resolve():
         raise ConfigError(f"command line: --output: {output} is the file to be converted")
-    num_classes = known_num_classes(config) or config.model.num_classes or _classes_in(path)
+    num_classes = (
+        known_num_classes(config) or config.model.num_classes or _classes_in(path, averaged)
+    )
     model = build_model(config, num_classes)
-    loaded = load_weights(model, path)
+    loaded = load_weights(model, path, averaged=averaged)
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     provenance = {
         "file": path.name,
@@ -87,6 +100,8 @@ def convert(path: Path, config: RunConfig, output: Path, entry: Checkpoint | Non
         "sha256": file_hash(path),
         "bytes": path.stat().st_size,
         "left_as_initialised": list(loaded.left_out),
+        "not_used": list(loaded.unused),
+        "averaged": averaged,
         "converted_by": f"tokenmixup {tokenmixup.__version__}",
     }
     if entry is not None:
@@ -107,11 +122,12 @@ def convert(path: Path, config: RunConfig, output: Path, entry: Checkpoint | Non
         write_atomically(output, _in_one_order(save(state, metadata=metadata)))
     except OSError as error:
         raise ConfigError(f"{output}: cannot write: {error.strerror}") from None
+    return loaded
 
 
-def _classes_in(path: Path) -> int:
+def _classes_in(path: Path, averaged: bool) -> int:
     """The number of classes of a file's classifier, for a config that does not tell it."""
-    state = read_weights(path).state_dict
+    state = read_weights(path, averaged).state_dict
     for name in _HEADS:
         if name in state:
             return len(state[name])

@@ -110,8 +110,7 @@ class Zoo:
 
     def command(self, verb: str, checkpoint: Checkpoint) -> str:
         """The command line that does something with a checkpoint of this folder."""
-        folder = "" if self.folder == Path("weights") else f" --weights {self.folder}"
-        return f"python -m experiments.zoo {verb} {checkpoint.name}{folder}"
+        return weights.zoo_command(verb, checkpoint.name, self.folder)
 
     def _fetch(self, checkpoint: Checkpoint) -> None:
         incoming, source = self._incoming(checkpoint), checkpoint.link

@@ -5,21 +5,25 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, report
+from benchmarks import gpu, report, solver
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
 from benchmarks.faults import RESULTS as RELIABILITY
-from benchmarks.pairing import peak_extra_bytes
+from benchmarks.pairing import KINDS, RHO, easy_samples, peak_extra_bytes, saliency
 from benchmarks.row import RESULTS, Row, Settings
 from benchmarks.steps import Steps, Workload, time_steps
 from benchmarks.timing import Timing, added, interleaved, ratio
 from experiments import cli
+from experiments.config import load_config
 from experiments.errors import DataError
+from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from tests.helpers.memory_helper import MIB, make_temporaries
 from tests.helpers.others_warnings import forks
+from tokenmixup.functional import saliency_gain
 
 TINY = Workload("CCT-7/3×1", 4, quick=True)
 
@@ -77,24 +81,115 @@ def test_the_newest_full_record_of_each_row_counts(tmp_path):
 
 def test_documents_are_those_of_the_records(tmp_path):
     """The committed pages are what `python -m benchmarks.report` makes of the committed records."""
-    names = ("performance.md", "reliability.md")
+    names = ("README.md", "docs/performance.md", "docs/reliability.md")
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     for name in names:
-        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        text = (ROOT / name).read_text(encoding="utf-8")
         changed = re.sub(
-            r"(<!-- generated: benchmark .* -->\n).*?(<!-- end)", r"\1\2", text, flags=re.S
+            r"(<!-- generated: benchmark \S+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.S
         )
-        (tmp_path / "docs" / name).write_text(changed)
+        assert changed != text
+        (tmp_path / name).write_text(changed)
     report.update(tmp_path, shared.latest(RESULTS), shared.latest(RELIABILITY))
     for name in names:
-        expected = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        assert (tmp_path / "docs" / name).read_text(encoding="utf-8") == expected
+        expected = (ROOT / name).read_text(encoding="utf-8")
+        assert (tmp_path / name).read_text(encoding="utf-8") == expected, (
+            "python -m benchmarks.report"
+        )
     for path in (tmp_path / "docs" / "figures").iterdir():
         assert path.read_bytes() == (ROOT / "docs" / "figures" / path.name).read_bytes()
 
 
+def test_readme_s_figures_are_those_of_the_newest_records():
+    """Read here from the lines themselves."""
+    newest = {}
+    for folder in (RESULTS, RELIABILITY):
+        for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            if not one["quick"] and one["time"] >= newest.get(one["row"], one)["time"]:
+                newest[one["row"]] = one
+    text = report.in_short(shared.latest(RESULTS), shared.latest(RELIABILITY))
+    for model in newest["steps"]["values"]["models"]:
+        (line,) = [one for one in text.splitlines() if one.startswith(f"| {model['model']}")]
+        for cell, name in zip(line.split("|")[2:5], ("HTM", "VTM", "HVTM"), strict=True):
+            found = [float(number) for number in re.findall(r"[\d.]+", cell)]
+            over = model["over_plain"][name]
+            assert found == [round(over[key], 3) for key in ("ratio", "low", "high")]
+    cases = sorted(c["speed_up"]["ratio"] for c in newest["solver"]["values"]["cases"])
+    assert f"{cases[0]:.1f} to {cases[-1]:.1f} times as fast as lapx" in text
+    for model in newest["saliency"]["values"]["models"]:
+        first, second = model["speed_up"]["ratio"], model["step_ratio"]["ratio"]
+        assert f"{first:.0f} times as fast as from gradients" in text
+        assert f"step {second:.2f} times ({model['model']}, batch {model['batch']})" in text
+    kills = [newest[f"kills-{processes}"]["values"] for processes in (1, 2)]
+    survived, total = (sum(kill[key] for kill in kills) for key in ("survived", "total"))
+    assert f"the same bytes: {survived} of {total}." in text
+
+
+def test_lapx_is_timed_itself_and_finds_the_same_total(monkeypatch):
+    """On the same gains, and nothing of ours around it."""
+    seen, solve = [], solver.lap.lapjvr
+    monkeypatch.setattr(
+        solver.lap, "lapjvr", lambda cost, **o: seen.append(cost) or solve(cost, **o)
+    )
+    values = solver.measure(Settings(quick=True))
+    gains = [saliency_gain(saliency(kind, 16, 25), easy_samples(16, 1), RHO) for kind in KINDS]
+    costs = [-gain.double().numpy() for gain in gains]
+    times = len(seen) // len(costs)
+    assert times > 2 and len(values["cases"]) == len(costs)
+    for number, cost in enumerate(seen):
+        assert (cost == costs[number // times]).all()
+    monkeypatch.setattr(solver.lap, "lapjvr", lambda cost, **options: solve(-cost, **options))
+    with pytest.raises(AssertionError, match="both are exact"):
+        solver.measure(Settings(quick=True))
+
+
+MEASURED = re.compile(
+    r"\d[\d,.]*(?: × | ?(?:times|points?|ms|µs|s|min|MiB|GFLOP|images/s)\b)"
+    r"|\d[\d.]* ?%|\d+ of \d+|± ?\d|\b\d\.\d{3}\b"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("README.md", {"95%"}),
+        ("docs/performance.md", {"95%", "1%", "3%", "5%"}),  # two of a test below, and a target
+    ],
+)
+def test_no_measured_figure_is_typed_by_hand(name, known):
+    """Outside of the generated blocks and of code, numbers are settings and targets alone."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- generated: .*?<!-- end of what is generated -->", "", text, flags=re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    found = {match[0] for match in MEASURED.finditer(" ".join(text.split()))}
+    assert found <= known, "let a block of a record say it"
+
+
+def test_the_page_s_shares_of_parameters_and_arithmetic():
+    """ScoreNet's part of the parameters, and what 160 more keys and values cost (CIFAR-100)."""
+    plain, htm = (
+        build_model(load_config(ROOT / "configs" / f"cct_7-3x1_cifar100_{name}.yaml"), 100)
+        for name in ("baseline", "HTM")
+    )
+    count = sum(parameter.numel() for parameter in htm.parameters())
+    scorenet = sum(parameter.numel() for parameter in htm.scorenets.parameters())
+    assert 0 < scorenet / count < 0.01
+    with FlopCounterMode(display=False) as flops:
+        plain.backbone.train()(torch.zeros(1, 3, 32, 32))  # with dropout, all products are seen
+    more = 2 * (160 * 2 * 256**2 + 256 * 160 * 2 * 256)  # a multiplication and an addition each
+    assert 0.03 < more / flops.get_total_flops() < 0.04
+
+
+def test_rows_that_were_measured_on_a_busy_machine_are_named():
+    calm, busy = (record(name, "2026-01-01T00:00:00", {}) for name in ("pairing", "solver"))
+    assert "other programs" not in report.sources([calm])
+    busy = busy.model_copy(update={"load_before": 9.0})
+    assert "while other programs ran: solver.\n" in report.sources([calm, busy])
+
+
 def test_an_unknown_block_is_named():
-    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, pairing, "):
+    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, in-short, pairing, "):
         report.block("pairings", {}, {})
 
 

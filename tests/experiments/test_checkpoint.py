@@ -23,6 +23,7 @@ from experiments.config import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, write_atomically
 from experiments.models.build import build_model
+from experiments.zoo.manifest import read_manifest
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 
@@ -131,12 +132,58 @@ def test_a_plain_hosts_weights_leave_the_scorenets_and_say_so(tmp_path, model):
     assert loaded.left_out == tuple(f"scorenets.{name}" for name in before)
 
 
+def test_a_model_without_scorenets_leaves_those_of_the_file_and_says_so(tmp_path, model):
+    save_final_weights(tmp_path / "final.safetensors", model)
+    plain = other_model(tmp_path)
+    loaded = load_weights(plain, tmp_path / "final.safetensors")
+    assert same(plain.backbone.state_dict(), model.backbone.state_dict())
+    assert sorted(loaded.unused) == sorted(n for n in model.state_dict() if "scorenets." in n)
+    (note,) = loaded.notes
+    assert note.startswith("in the file, not used by the model: scorenets.1.")
+
+
+@pytest.mark.parametrize(
+    ("last", "averaged"), [("state_dict", "state_dict_ema"), ("model", "model_ema")]
+)
+def test_checkpoints_of_timm_and_deit_may_hold_averaged_weights(tmp_path, last, averaged):
+    """The last weights are loaded unless the averaged ones are asked for; notes name these."""
+    states = {
+        key: other_model(tmp_path, seed=n).state_dict() for n, key in ((1, last), (2, averaged))
+    }
+    path, without = tmp_path / "both.pth", tmp_path / "last.pth"
+    torch.save({**states, "epoch": 3, "optimizer": {"state": {}}}, path)
+    torch.save({last: states[last]}, without)
+    model = other_model(tmp_path)
+    loaded = load_weights(model, path)
+    assert same(model.state_dict(), states[last])
+    (note,) = loaded.notes
+    assert f"({averaged}) are not used; experiments.zoo convert FILE --averaged" in note
+    loaded = load_weights(model, path, averaged=True)
+    assert same(model.state_dict(), states[averaged]) and averaged in loaded.kind
+    assert loaded.notes == []
+    assert load_weights(model, without).notes == []
+    save_final_weights(tmp_path / "final", model)
+    for other in (without, tmp_path / "final"):
+        with pytest.raises(CheckpointError, match="holds no averaged weights"):
+            load_weights(model, other, averaged=True)
+
+
+def test_a_missing_file_of_the_zoo_is_named_with_the_command_that_fetches_it(tmp_path):
+    for name, entry in read_manifest().checkpoints.items():
+        with pytest.raises(CheckpointError) as caught:
+            read_weights(tmp_path / entry.file)
+        command = f"fetch it: python -m experiments.zoo download {name} --weights {tmp_path}"
+        assert str(caught.value).endswith(f"No such file or directory; {command}")
+
+
 def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path, model):
     state = model.state_dict()
     path = tmp_path / "a.bin"
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"without a place in the model: scorenets\.1\."):
-        load_weights(other_model(tmp_path), path)
+    with pytest.raises(
+        CheckpointError, match=r"place in the model: scorenets\.1\..*missing.*\.0\."
+    ):
+        load_weights(other_model(tmp_path, horizontal={**HTM, "layers": [0]}), path)
     torch.save({k: v for k, v in state.items() if k != "backbone.head.bias"}, path)
     with pytest.raises(CheckpointError, match=r"missing in the file: backbone\.head\.bias"):
         load_weights(model, path)

@@ -1,5 +1,6 @@
 """Any content of a config gives a valid RunConfig or one line that names the file.
 
+Any valid RunConfig gives a model or one line that names the key.
 The generators cover every key, and YAML that no config should be written in.
 """
 
@@ -7,6 +8,7 @@ import json
 import time
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from experiments.config import (
     yaml_text,
 )
 from experiments.errors import ConfigError
+from experiments.models.build import build_model
 
 KEYS = sorted(known_keys())
 SECONDS = 5.0  # a case takes about 20 ms; a machine may be busy
@@ -137,6 +140,53 @@ def test_values_of_every_kind_under_every_key(tmp_path, flat, near):
 @given(flat=st.dictionaries(FIELDS, VALUES.map(str) | WORDS, min_size=1, max_size=3))
 def test_overrides_of_every_kind(tmp_path, flat):
     check(tmp_path, b"", flat)
+
+
+HOSTS = {
+    "vit_tiny_patch16_224": {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "beit_base_patch16_224": {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "eva02_tiny_patch14_224": {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8},
+    "cct_2_3x2_32": {"embed_dim": 8, "depth": 2, "num_heads": 2},
+}
+"""Hosts that are built in milliseconds with these arguments."""
+ARGUMENTS = [
+    *("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "global_pool", "class_token"),
+    *("norm_layer", "act_layer", "pos_embed", "reg_tokens", "init_values", "qkv_bias", "in_chans"),
+    *("drop_path", "pos_drop_rate", "patch_drop_rate", "weight_init", "dynamic_img_size", "colour"),
+    *("checkpoint_path", "pretrained", "features_only", "dtype", "self", "model_name", "kwargs"),
+]
+ODD = st.sampled_from(
+    [0, 1, 2, 3, 8, -1, 2.5, 1e308, True, False, None, "", "x", "avg", "token", "none", "8"]
+) | st.sampled_from([[], [8, 8], [0, 0], [8, 8, 8], {}, {"a": 1}])
+
+
+@settings(quick, max_examples=150)
+@given(
+    name=st.sampled_from(sorted(HOSTS)),
+    kwargs=st.dictionaries(st.sampled_from(ARGUMENTS), ODD, max_size=2),
+    image_size=st.sampled_from([16, 16, 16, 1, 7, 15]),
+    horizontal=st.none() | st.fixed_dictionaries({"layers": st.sampled_from([[0], [1], [0, 1]])}),
+    kappa=st.none() | st.sampled_from([1, 4, 999]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_valid_config_gives_a_model_or_one_line(name, kwargs, image_size, horizontal, kappa):
+    content: dict = {
+        "model": {"name": name, "image_size": image_size, "kwargs": HOSTS[name] | kwargs}
+    }
+    if horizontal is not None:
+        content["horizontal"] = {**horizontal, "tau": 0.1, "rho": 0.01}
+    if kappa is not None:
+        content["vertical"] = {"layers": [1], "kappa": kappa}
+    config = build_config(settings_of(content, "file"), "file")
+    try:
+        model = build_model(config, 3)
+    except ConfigError as error:
+        message = str(error)
+        assert message.startswith(("model", "horizontal", "vertical")), message
+        assert "\n" not in message and len(message) < 1500, message
+        return
+    logits = model.eval()(torch.rand(2, 3, image_size, image_size))
+    assert logits.shape == (2, 3)
 
 
 FRAGMENTS = st.sampled_from(

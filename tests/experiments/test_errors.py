@@ -34,6 +34,7 @@ IN_THE_FILE = {
     "data: " + "[" * 3000: "nested too deeply",
     "schedule: {epochs: many}": "schedule.epochs: got 'many'; allowed: a whole number",
     "seed: 010": "seed: got '010'; allowed: a whole number from 0",
+    "schedule: {epochs: 1:30}": "schedule.epochs: got '1:30'; allowed: a whole number from 1",
     "schedule: {lr: 1:30.5}": "schedule.lr: got '1:30.5'; allowed: a finite number above 0",
     "compile: yes": "compile: got 'yes'; allowed: true or false",
     "data: {root: }": "data.root: got None; allowed: text of 1 to",
@@ -74,7 +75,40 @@ IN_THE_FILE = {
     ),
     "model: {name: resnet18}": "model.name: got 'resnet18'",
     "model: {name: cct_2_3x2_32, kwargs: {colour: 3}}": (
-        "model: 'cct_2_3x2_32' cannot be built with image_size 32, colour 3"
+        "model: 'cct_2_3x2_32' cannot be built with image_size 32, kwargs.colour 3: TypeError: "
+    ),
+    **{
+        f"model: {{name: vit_tiny_patch16_224, kwargs: {{depth: 1, {key}: {value}}}}}": (
+            "model: 'vit_tiny_patch16_224' cannot be built with image_size 32, kwargs.depth 1, "
+            f"kwargs.{key} {value}: {reason}"
+        )
+        for key, value, reason in (
+            ("patch_size", 0, "ZeroDivisionError: "),
+            ("num_heads", 0, "ZeroDivisionError: "),
+            ("embed_dim", 0, ""),  # torch warns first, which is an error in tests,
+            ("norm_layer", "'evil'", "KeyError: 'evil'"),
+            ("patch_size", 64, "RuntimeError: Calculated padded input size"),
+            ("global_pool", "''", "for one image it gives (1, 5, 10), not logits of 10 classes"),
+        )
+    },
+    **{
+        f"model: {{name: vit_tiny_patch16_224, kwargs: {{{key}: {value}}}}}": (
+            f"model.kwargs: got '{key}'; allowed: arguments of the model's constructor"
+        )
+        for key, value in (
+            ("checkpoint_path", "/nonexistent"),
+            ("pretrained", "true"),
+            ("pretrained_cfg", "{file: a}"),
+            ("pretrained_cfg_overlay", "{file: a}"),
+            ("cache_dir", "a"),
+            ("scriptable", "true"),
+            ("features_only", "true"),
+            ("in_chans", 1),
+        )
+    },
+    "model: {name: vit_tny}": "which timm does not know; the nearest is vit_tiny_patch16_",
+    "horizontal: {layers: [1], tau: 0.05, rho: 0}\nmixup: {label_smoothing: 0.1}": (
+        "horizontal.tau: got 0.05; allowed: above 0.0500, the least difficulty"
     ),
     "model: {num_classes: 7}": "model.num_classes: got 7; allowed: 10",
     "optimizer: {name: adamx}": "optimizer.name: got 'adamx', which timm does not know",
@@ -105,9 +139,11 @@ IN_THE_FILE = {
 def test_mistakes_in_the_file(content, message, tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     path.write_text(content)
-    error = fails(capsys, train, "--config", path, "--output", tmp_path / "run")
+    words = ("--config", path, "--output", tmp_path / "run")
+    error = fails(capsys, train, *words)
     assert str(path) in error
     assert message in error
+    assert fails(capsys, train, *words, "--check") == error
     assert not (tmp_path / "run").exists()
 
 
@@ -126,6 +162,8 @@ ON_THE_COMMAND_LINE = {
     "--config FILE --seed --device cpu": "--seed: a value must follow",
     "--config FILE --seed 1 --seed=2": "--seed: given twice",
     "--config FILE --seed 010": "command line: seed: got '010'; allowed: a whole number",
+    "--config FILE --schedule.epochs 1:30": "command line: schedule.epochs: got '1:30'; allowed:",
+    "--config FILE --schedule.lr 1:30.5": "command line: schedule.lr: got '1:30.5'; allowed:",
     "--config FILE --seed x": "command line: seed: got 'x'; allowed: a whole number",
     "--config FILE --schedule.epochs -3": "command line: schedule.epochs: got -3",
     "--config FILE --schedule 3": "--schedule: unknown option",
@@ -150,15 +188,17 @@ def test_a_config_that_is_no_text(tmp_path, capsys):
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     path = write_config(tmp_path)
-    error = fails(capsys, train, "--config", path, "--output", tmp_path / "file" / "run")
-    assert "output: cannot write the run folder" in error
+    for more in ((), ("--check",)):
+        error = fails(capsys, train, "--config", path, "--output", tmp_path / "file" / "run", *more)
+        assert "output: cannot write the run folder" in error and "Not a directory" in error
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = write_config(tmp_path)
-    error = fails(capsys, train, "--config", path, "--device", "cuda")
-    assert "torch finds no CUDA device" in error
+    for more in ((), ("--check",)):
+        error = fails(capsys, train, "--config", path, "--device", "cuda", *more)
+        assert "torch finds no CUDA device" in error
 
 
 @pytest.mark.parametrize(
@@ -173,4 +213,6 @@ def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
 def test_mistakes_in_evaluation(words, message, tmp_path, capsys):
     path = write_config(tmp_path, horizontal=HTM)
     words = [path if word == "FILE" else word for word in words]
-    assert message in fails(capsys, evaluate, "--config", path, *words)
+    error = fails(capsys, evaluate, "--config", path, *words)
+    assert message in error
+    assert message in fails(capsys, evaluate, "--config", path, *words, "--check")

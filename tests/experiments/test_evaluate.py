@@ -57,9 +57,20 @@ def test_a_plain_hosts_file_says_what_it_left_out(trained, capsys, tmp_path):
     assert "top-1" in out and "355 images" in out
 
 
+def test_a_plain_model_takes_the_host_and_says_so(trained, capsys, tmp_path):
+    config, folder = trained
+    baseline, weights = write_config(tmp_path), folder / "final.safetensors"
+    out = evaluated(capsys, baseline, weights)
+    note = "in the file, not used by the model: scorenets.1.head.bias, scorenets.1.head.weight, "
+    assert note in out
+    plain, own = (json.loads(evaluated(capsys, c, weights, "--json")) for c in (baseline, config))
+    assert plain["notes"][0].startswith(note) and own["notes"] == []
+    assert (plain["top1"], plain["loss"]) == (own["top1"], own["loss"])
+
+
 def test_weights_without_a_place_are_an_error(trained, capsys, tmp_path):
     _, folder = trained
-    baseline, weights = write_config(tmp_path), folder / "final.safetensors"
-    error = evaluated(capsys, baseline, weights, code=2)
+    other = write_config(tmp_path, horizontal={**HTM, "layers": [0]})
+    error = evaluated(capsys, other, folder / "final.safetensors", code=2)
     assert "without a place in the model: scorenets.1.head.bias" in error
     assert error.count("\n") == 1

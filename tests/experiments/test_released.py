@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import load_checkpoint
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 import experiments.models  # registers CCT
 import tokenmixup
@@ -25,13 +27,12 @@ def cct(**kwargs):
 def vit(**kwargs):
     return timm.create_model(
         "vit_base_patch16_224",
-        img_size=64,
         embed_dim=48,
         depth=4,
         num_heads=3,
         mlp_ratio=2,
         num_classes=10,
-        **kwargs,
+        **{"img_size": 64, **kwargs},
     )
 
 
@@ -116,6 +117,20 @@ def test_what_cannot_be_accounted_for_is_named(family, edit, message):
     state_dict = released(family)
     with pytest.raises(ValueError, match=message):
         load_released(attached(family), edit(state_dict))
+
+
+@pytest.mark.parametrize("make", ["plain", "attached"])
+def test_a_released_vit_is_resized_to_other_images_as_timm_does(tmp_path, make):
+    path, plain = tmp_path / "plain.pth", vit()
+    load_released(plain, released("vit"))
+    torch.save(plain.state_dict(), path)
+    theirs, ours = vit(img_size=96), vit(img_size=96)
+    load_checkpoint(theirs, str(path), filter_fn=checkpoint_filter_fn)
+    model = ours if make == "plain" else tokenmixup.attach(ours)
+    loaded = load_released(model, released("vit"))
+    assert loaded.resized and any("resized" in note for note in loaded.notes)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
 def test_released_learned_embedding_does_not_fit_an_honest_sine_model():

@@ -64,6 +64,29 @@ def test_a_head_of_other_classes_is_left_out_only_when_asked(tmp_path):
     assert not torch.equal(model.norm.weight, before["norm.weight"])
 
 
+@pytest.mark.parametrize("kind", ["npz", "state dict"])
+def test_a_classifier_with_a_hidden_layer_is_replaced_only_when_asked(tmp_path, kind):
+    """Google's ImageNet-21k files have `pre_logits`, as timm's first conversions of them."""
+    hidden = {"pre_logits/kernel": np.ones((24, 24)), "pre_logits/bias": np.ones(24)}
+    path = write(tmp_path, google_arrays(classes=5) | hidden)
+    theirs, ours = vit(), vit()
+    theirs.load_pretrained(str(path))  # leaves the hidden layer out, without a word
+    names = ("pre_logits.weight", "pre_logits.bias")
+    if kind == "state dict":
+        names = ("pre_logits.fc.weight", "pre_logits.fc.bias")
+        path = tmp_path / "vit.pth"
+        torch.save({**theirs.state_dict(), **dict.fromkeys(names, torch.ones(24))}, path)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{names[0]}.*set model\.new_head: true"):
+        load_weights(ours, path)
+    loaded = load_weights(ours, path, new_head=True)
+    assert loaded.unused == names and loaded.left_out == ("head.weight", "head.bias")
+    assert f"not used by the model: {', '.join(names)}" in loaded.notes[1]
+    for name, value in theirs.state_dict().items():
+        expected = before[name] if name in loaded.left_out else value
+        assert torch.equal(ours.state_dict()[name], expected), name
+
+
 def without(name):
     return lambda arrays: {key: value for key, value in arrays.items() if name not in key}
 

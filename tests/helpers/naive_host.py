@@ -23,23 +23,30 @@ from tests.helpers.cases import array
 
 def layers_of(host: nn.Module) -> list[nn.Module]:
     kind = type(host).__name__
-    if kind == "Dinov2ForImageClassification":
-        return list(host.dinov2.encoder.layer)
-    if kind in ("ViTForImageClassification", "DeiTForImageClassification"):
-        return list((host.vit if kind.startswith("ViT") else host.deit).layers)
+    family, transformers, _ = kind.partition("ForImageClassification")
+    if transformers:
+        encoder = getattr(host, family.lower())
+        return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
     return list(host.blocks) if hasattr(host, "blocks") else list(host.encoder.layers)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    for name in ("attn", "self_attention", "attention"):
+    for name in ("attn", "self_attention", "self_attn", "attention"):
         if hasattr(layer, name):
             return getattr(layer, name)
     raise AssertionError(type(layer))
 
 
+def attending(attention: nn.Module) -> nn.Module:
+    """The part that makes the map: of some versions of transformers, a module inside."""
+    return getattr(attention, "attention", attention)
+
+
 def norm_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a layer does to its tokens before it attends to them."""
     if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+        return nn.Identity()
+    if isinstance(layer, nn.TransformerEncoderLayer) and not layer.norm_first:
         return nn.Identity()
     for name in ("norm1", "ln_1", "layernorm_before"):
         if hasattr(layer, name):
@@ -122,7 +129,8 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
         def keep(_: Any, __: Any, output: Any) -> None:
             found.append(output[1] if isinstance(output, tuple) else output)
 
-        handle = (attention if hf else attention.attn_drop).register_forward_hook(keep)
+        maker = attending(attention) if hf else attention.attn_drop
+        handle = maker.register_forward_hook(keep)
         try:
             layer(tokens, *args[1:], **kwargs)
         finally:
@@ -160,9 +168,12 @@ def weights_of(attention: nn.Module) -> Weights:
         parts = thirds(attention.in_proj_weight, attention.in_proj_bias)
         return Weights(*parts, of(attention.out_proj), attention.num_heads, attention.num_heads)
     if type(attention).__module__.startswith("transformers."):
-        parts = [of(getattr(attention, f"{name}_proj")) for name in "qkvo"]
-        heads = attention.num_attention_heads
-        return Weights(*parts, heads, heads)
+        inner = attending(attention)
+        if inner is attention:
+            linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+        else:
+            linears = [inner.query, inner.key, inner.value, attention.output.dense]
+        return Weights(*map(of, linears), inner.num_attention_heads, inner.num_attention_heads)
     heads, out = attention.num_heads, of(attention.proj)
     if attention.qkv is None:
         parts = [of(getattr(attention, f"{name}_proj")) for name in "qkv"]

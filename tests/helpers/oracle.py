@@ -138,9 +138,24 @@ def mix(tokens, targets, saliency, partner, rho, num_prefix_tokens=0):
     return out
 
 
-def horizontal_mixup(tokens, targets, saliency, easy, rho, num_prefix_tokens=0):
-    """Assignment, mixing and relabelling together."""
-    partner = partners_of(saliency, easy, rho)
+def assert_optimal(partner, saliency, easy, rho):
+    """Partners (B,), its own of a sample that takes nothing, gain as much as any can."""
+    gain = saliency_gain(saliency, easy, rho)
+    chosen = [int(partner[i]) for i in range(len(saliency)) if easy[i]]
+    taken = [column for row, column in enumerate(chosen) if gain[row, column] > 0]
+    assert len(set(taken)) == len(taken), "a column twice"
+    best = total_gain(gain, best_assignment(gain))
+    assert math.isclose(total_gain(gain, chosen), best, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def horizontal_mixup(tokens, targets, saliency, easy, rho, num_prefix_tokens=0, partner=None):
+    """Assignment, mixing and relabelling together.
+
+    Of partners that are given only the optimality is checked: several assignments may be as good.
+    """
+    if partner is None:
+        partner = partners_of(saliency, easy, rho)
+    assert_optimal(partner, saliency, easy, rho)
     return mix(tokens, targets, saliency, partner, rho, num_prefix_tokens)
 
 

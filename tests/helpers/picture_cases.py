@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from torch import Tensor
 
 from experiments.checkpoint import save_final_weights
 from experiments.config import RunConfig
@@ -33,7 +34,7 @@ from experiments.visualize.recording import (
 )
 from experiments.visualize.scenes import Scene
 from tokenmixup import TokenMixupModel
-from tokenmixup.functional import horizontal_mixup, saliency_gain, salient_positions
+from tokenmixup.functional import decide_mixing, mix_targets, saliency_gain, salient_positions
 
 REFERENCES = Path(__file__).parent.parent / "data" / "pictures"
 B, SIZE, T, CLASSES, HEADS, KAPPA, RHO, TAU = 4, 16, 16, 10, 2, 3, 0.01, 0.1
@@ -45,35 +46,46 @@ def fixed(*shape: int, shift: float = 0.0) -> np.ndarray:
     return (np.sin(np.arange(1, count + 1) * 12.9898 + shift) * 43.758 % 1).reshape(shape)
 
 
-def horizontal_record() -> HorizontalRecord:
-    saliency = torch.from_numpy(fixed(B, T))
+def smoothed_labels() -> Tensor:
+    """(B, C), each image of its own class."""
+    return torch.nn.functional.one_hot(torch.arange(B), CLASSES).double() * 0.9 + 0.01
+
+
+def horizontal_record(layer: int = 1, below: HorizontalRecord | None = None) -> HorizontalRecord:
+    """HTM at a layer, after that of a lower layer."""
+    saliency = torch.from_numpy(fixed(B, T, shift=layer - 1.0))
     saliency = saliency / saliency.sum(1, keepdim=True)
-    labels = torch.arange(B)
-    targets = torch.nn.functional.one_hot(labels, CLASSES).double() * 0.9 + 0.01
     difficulty = torch.tensor([0.05, 0.09, 0.15, 0.07])
     easy = difficulty <= TAU
-    result = horizontal_mixup(torch.zeros(B, T, 2), targets, saliency, easy, RHO)
+    # no label depends on another one: the parts are mixed as labels of B classes are
+    targets, parts = smoothed_labels(), torch.eye(B, dtype=torch.float64)
+    if below is not None:
+        targets, parts = torch.from_numpy(below.targets), torch.from_numpy(below.parts)
+    decision = decide_mixing(saliency, targets, easy, RHO)
+    targets, parts = (mix_targets(one, saliency, decision) for one in (targets, parts))
     return HorizontalRecord(
-        layer=1,
+        layer=layer,
         saliency=saliency.numpy(),
         difficulty=difficulty.numpy(),
         easy=easy.numpy(),
         gain=saliency_gain(saliency, easy, RHO).numpy(),
-        partner=result.partner.numpy(),
-        mask=result.mask.numpy(),
-        targets=result.targets.numpy(),
+        partner=decision.partner.numpy(),
+        mask=decision.mask.numpy(),
+        targets=targets.numpy(),
+        parts=parts.numpy(),
     )
 
 
-def vertical_records() -> tuple[list[VerticalRecord], AttentionRecord]:
+def vertical_records(top: int = 2) -> tuple[list[VerticalRecord], AttentionRecord]:
+    """VTM at a layer."""
     below = []
-    for layer in (0, 1):
+    for layer in range(top):
         saliency = torch.from_numpy(fixed(B, T, shift=1.0 + layer))
         positions = salient_positions(saliency, KAPPA)
         below.append(VerticalRecord(layer, saliency.numpy(), positions.numpy()))
-    shares = fixed(B, HEADS, T, 3, shift=5.0)
+    shares = fixed(B, HEADS, T, 1 + top, shift=5.0)
     shares[..., 0] += 4.0
-    return below, AttentionRecord(2, shares / shares.sum(-1, keepdims=True))
+    return below, AttentionRecord(top, shares / shares.sum(-1, keepdims=True))
 
 
 def scene(**changes: Any) -> Scene:
@@ -90,6 +102,14 @@ def scene(**changes: Any) -> Scene:
         "tau": TAU,
     }
     return Scene(**{**parts, **changes})
+
+
+def deep_scene() -> Scene:
+    """HTM at layers 1 and 3, VTM at layers 2 and 4."""
+    first = horizontal_record()
+    below, last = vertical_records(4)
+    middle = vertical_records(2)[1]
+    return scene(recording=Recording([first, horizontal_record(3, first)], below, [middle, last]))
 
 
 def weights_of(config: RunConfig, classes: int, path: Path) -> TokenMixupModel:
@@ -132,6 +152,8 @@ FIGURES: dict[str, Callable[[Scene], Figure]] = {
     "htm": lambda case: next(horizontal.figures(case))[1],
     "htm_gain": lambda case: horizontal.gain_figure(case, case.recording.horizontal[0]),
     "vtm": lambda case: next(vertical.figures(case))[1],
+    "htm_second": lambda _: dict(horizontal.figures(deep_scene()))["htm_layer3"],
+    "vtm_second": lambda _: dict(vertical.figures(deep_scene()))["vtm_layer4"],
     "vtm_attention": lambda case: vertical.attention_figure(case, case.recording.attention[0]),
     "training_curves": lambda _: draw_curves(groups()),
 }

@@ -38,12 +38,65 @@ def finish(*processes):
     return "".join(text for text, _ in texts)
 
 
-def test_a_mistake_is_reported_once_and_not_retried(tmp_path):
-    process = start(tmp_path / "run", "--schedule.epoch", "3", NPROC="2", MAX_RESTARTS="3")
+@pytest.mark.parametrize(
+    ("words", "processes", "message"),
+    [
+        (("--schedule.epoch", "3"), "2", "command line: --schedule.epoch: unknown option"),
+        (("--model.name", "vit_tny"), "2", "model.name: got 'vit_tny'"),
+        ((), "3", "data.batch_size: got 700; allowed with 3 processes: a multiple of 3"),
+    ],
+)
+def test_a_mistake_is_reported_once_and_not_retried(tmp_path, words, processes, message):
+    process = start(tmp_path / "run", *words, NPROC=processes, MAX_RESTARTS="3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     (line,) = errors.splitlines()
-    assert line.startswith("error: command line: --schedule.epoch: unknown option")
+    assert line.startswith("error: ") and message in line
+
+
+def words_of(tmp_path, script, *words, **environment):
+    """The arguments that a script gives to Python."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "TOKENMIXUP_PYTHON": str(python), **environment}
+    command = ["sh", f"run/{script}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", ["train_vit_imagenet_HTM.sh", "eval_vit_imagenet_HTM.sh"])
+def test_the_command_line_goes_before_the_environment(tmp_path, script):
+    """Each option reaches Python once; twice on the command line stays twice, an error there."""
+    there = {"DATA": "/the data", "WEIGHTS": "/weights"}
+    options = {"--data.root": "/the data"}
+    if script.startswith("train"):
+        options["--model.weights"] = "/weights/ViT-B_16-224.npz"
+    words = words_of(tmp_path, script, **there)
+    for option, value in options.items():
+        assert words.count(option) == 1 and words[words.index(option) + 1] == value
+        for given in ([option, "/my own"], [f"{option}=/my own"]):
+            found = words_of(tmp_path, script, *given, **there)
+            assert found[-len(given) :] == given
+            assert [w for w in found if w.startswith(option)] == given[:1]
+            assert value not in found
+        assert words_of(tmp_path, script, option, "a", option, "b", **there).count(option) == 2
+    assert not set(options) & set(words_of(tmp_path, script, DATA="", WEIGHTS=""))
+
+
+def test_a_missing_checkpoint_is_named_with_the_command_that_fetches_it(tmp_path):
+    done = subprocess.run(
+        ["sh", "run/eval_cct_7-3x1_cifar10_HTM.sh", "--device", "cpu"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    command = f"python -m experiments.zoo download cct_cifar10_htm --weights {tmp_path}"
+    assert done.stderr.endswith(f"No such file or directory; fetch it: {command}\n")
 
 
 @pytest.mark.slow

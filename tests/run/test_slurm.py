@@ -68,6 +68,16 @@ def test_torchruns_exit_code_does_not_hide_a_stop(submit, tmp_path):
     assert (tmp_path / "run" / "final.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_the_command_line_names_the_run_folder(submit, tmp_path):
+    folder = tmp_path / "another"
+    done, requeued = submit("--max-minutes", "0.0001", "--output", str(folder))
+    assert (done.returncode, requeued) == (0, ["requeue 7"]), done.stderr
+    done, requeued = submit(f"--output={folder}")
+    assert (done.returncode, requeued) == (0, []), done.stderr
+    assert (folder / "final.safetensors").exists() and not (tmp_path / "run").exists()
+
+
 def test_it_needs_sbatch(submit):
     done, requeued = submit(SLURM_JOB_ID="")
     assert done.returncode != 0

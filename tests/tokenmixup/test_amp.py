@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.helpers.host_cases import batch, every_host
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, VerticalConfig, functional
+from tokenmixup.hosts import base
 from tokenmixup.rules import Rules
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
@@ -14,7 +15,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 def build(case, dtype=torch.float32, rules=None):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build().to(dtype), horizontal=HTM, vertical=VTM, rules=rules).train()
+    return case.attach(case.build().to(dtype), horizontal=HTM, vertical=VTM, rules=rules).train()
 
 
 def step(model, images, targets):
@@ -34,7 +35,10 @@ def assert_finite(model, out):
 
 
 # torch's word on a host with an RMS norm under autocast, with or without TokenMixup
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+rms_norm_warns = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
+
+@rms_norm_warns
 @every_host
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_autocast(case, dtype):
@@ -68,6 +72,43 @@ def test_autocast(case, dtype):
     )
 
 
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "query", "key", "in_proj")
+
+
+@rms_norm_warns
+@every_host
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "half-precision model"])
+def test_saliency_is_not_rounded(case, autocast, monkeypatch):
+    """Peaked maps: against float64, from the very queries and keys that the layer has."""
+    calls = []
+
+    def noting(query, key, scale, prefix, *, class_token, bias):
+        arguments = {"class_token": class_token, "bias": bias}
+        found = functional.query_key_saliency(query, key, scale, prefix, **arguments)
+        calls.append((query, key, scale, prefix, class_token, bias, found))
+        return found
+
+    monkeypatch.setattr(base, "query_key_saliency", noting)
+    model = build(case, torch.float32 if autocast else torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if any(part in name for part in PROJECTIONS) and parameter.dim() > 1:
+                parameter.mul_(2.5)  # six times those of a fresh ViT
+    images, targets = batch(case, dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        step(model, images, targets)
+
+    assert len(calls) == 3  # HTM at layer 1, VTM at 0 and 1
+    for query, key, scale, prefix, class_token, bias, found in calls:
+        scores = query.double() @ key.double().mT * scale + (0 if bias is None else bias.double())
+        probabilities = scores.softmax(-1)
+        assert scores.abs().max() > 2  # some hosts have norms that bound them
+        rows = probabilities[:, :, 0] if class_token else probabilities.mean(2)
+        expected = rows.mean(1)[:, prefix:]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+
 @every_host
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_whole_model_in_one_type(case, dtype):
@@ -80,4 +121,5 @@ def test_whole_model_in_one_type(case, dtype):
     assert out.logits.dtype == dtype
     assert out.targets.dtype == dtype
     wide = torch.promote_types(dtype, torch.float32)
+    assert out.stats["vtm/layer2/remembered_tokens"].dtype == torch.float32
     assert out.scorenet_loss.dtype == out.stats["htm/layer1/saliency_difference_max"].dtype == wide

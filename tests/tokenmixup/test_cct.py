@@ -109,6 +109,32 @@ def test_drop_path_rises_linearly():
     assert rates == pytest.approx([0.1 * layer / 6 for layer in range(7)])
 
 
+def test_every_rate_reaches_its_dropout():
+    rates = {"drop_rate": 0.1, "pos_drop_rate": 0.2, "proj_drop_rate": 0.3, "attn_drop_rate": 0.4}
+    model = timm.create_model("cct_2_3x2_32", num_classes=5, **rates)
+    assert (model.head_drop.p, model.pos_drop.p) == (0.1, 0.2)
+    for block in model.blocks:
+        dropouts = (block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2, block.attn.attn_drop)
+        assert [dropout.p for dropout in dropouts] == [0.3, 0.3, 0.3, 0.4]
+    attention, x = model.blocks[0].attn, torch.randn(1, 9, 128)
+    attention.proj_drop.eval()
+    assert not torch.equal(attention(x), attention(x))
+    assert torch.equal(attention.eval()(x), attention(x))
+
+
+def test_checkpointing_runs_each_block_again():
+    model = timm.create_model("cct_4_3x2_32", num_classes=5)
+    model.set_grad_checkpointing()
+    calls = []
+    for number, block in enumerate(model.blocks):
+        block.norm1.register_forward_hook(lambda *_, number=number: calls.append(number))
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert calls == [0, 1, 2, 3, 3, 2, 1, 0]
+    model.set_grad_checkpointing(False)
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert calls[8:] == [0, 1, 2, 3]
+
+
 def test_initialisation():
     model = timm.create_model("cct_7_3x1_32")
     assert model.pos_embed.std().item() == pytest.approx(0.2, rel=0.02)
@@ -126,6 +152,12 @@ def test_classifier_interface():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 128)
     model.reset_classifier(4)
     assert model.get_classifier().out_features == 4 and model.num_classes == 4
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not model.head.bias.any()
+    tokens = torch.randn(2, 9, 128)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(pooled[0], model.pool(tokens[0]).softmax(0)[:, 0] @ tokens[0])
+    torch.testing.assert_close(model.forward_head(tokens), model.head(pooled))
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
     with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(4, global_pool="avg")

@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.host_cases import BY_NAME, batch, every_host, some_hosts
 from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
-from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig
 
 pytestmark = uses_inductor
 needs_cpp = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def fresh_compiler():
 
 def build(case, horizontal=HTM, vertical=VTM):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build(), horizontal=horizontal, vertical=vertical).train()
+    return case.attach(case.build(), horizontal=horizontal, vertical=vertical).train()
 
 
 def step(model, run, images, targets):
@@ -115,6 +115,32 @@ def check_evaluation(case, backend):
 def test_training_and_evaluation_compile_to_one_graph(case):
     check(case, "aot_eager")
     check_evaluation(case, "aot_eager")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.5])
+def test_compiled_code_finds_targets_that_are_no_distribution(value):
+    """It checks no values itself: the solver does, as on an accelerator."""
+    case = BY_NAME["vit"]
+    images, targets = batch(case)
+    compiled = torch.compile(build(case), fullgraph=True, backend="aot_eager")
+    compiled(images, targets)
+    targets[3] = value
+    with pytest.raises(ValueError, match=r"gain\[3, 0\] is nan: .*targets are no distribution"):
+        compiled(images, targets)
+
+
+@some_hosts("vit", "cct")
+def test_under_autocast_one_graph_has_the_same_saliency(case):
+    """Compiled code switches autocast off for the scores as eager code does."""
+    model = build(case, vertical=None)
+    images, targets = batch(case)
+
+    def greatest_difference(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(images, targets).stats["htm/layer1/saliency_difference_max"]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(greatest_difference(compiled), greatest_difference(model))
 
 
 @pytest.mark.slow

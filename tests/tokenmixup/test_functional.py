@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers import oracle
 from tests.helpers.cases import DTYPES, TOLERANCE, Case, array, cases, same_bits, soft_targets
 from tokenmixup import functional
+from tokenmixup._targets import are_distributions
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -70,6 +71,28 @@ def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
     # A cross-entropy near zero is a difference of large logits: the error is relative to those.
     slack = TOLERANCE[dtype] * (1 + scale / 10)
     np.testing.assert_allclose(array(difficulty), expected, rtol=TOLERANCE[dtype], atol=slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_least_difficulty_is_that_of_the_best_logits(dtype):
+    """Known for smoothing 0.1 and for one class; otherwise found by descent over the logits."""
+    smoothed = torch.full((1000,), 0.1 / 1000, dtype=torch.float64)
+    smoothed[3] += 0.9
+    known = torch.stack((smoothed, torch.eye(1000, dtype=torch.float64)[7])).to(dtype)
+    tolerance = TOLERANCE[dtype] / 10
+    least = functional.least_difficulty(known)
+    assert least.dtype == torch.promote_types(dtype, torch.float32)
+    np.testing.assert_allclose(array(least), [0.1015, 0], atol=5e-5 + tolerance)
+
+    targets = torch.tensor(soft_targets(np.random.default_rng(0), 6, 4)).clamp_min(0).to(dtype)
+    logits = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+    for _ in range(2000):
+        difficulty = functional.soft_cross_entropy(logits, targets) / 10
+        (gradient,) = torch.autograd.grad(difficulty.sum(), logits)
+        logits.data.sub_(20 * gradient)
+    least = array(functional.least_difficulty(targets))
+    assert (least <= array(difficulty) + tolerance).all()
+    np.testing.assert_allclose(least, array(difficulty), atol=1e-4 + tolerance)
 
 
 @given(cases())
@@ -215,10 +238,16 @@ def test_select_salient_tokens(case, data):
     assert chosen.shape == (batch, kappa, 1) and chosen.dtype == tokens.dtype
     for i in range(batch):
         found = [int(position) - prefix for position in chosen[i, :, 0].tolist()]
-        assert len(set(found)) == kappa and min(found) >= 0
-        best = oracle.salient_positions(case.saliency[i], kappa)
-        # Among equal saliencies any order is right.
-        assert case.saliency[i, found].tolist() == case.saliency[i, best].tolist()
+        assert found == list(oracle.salient_positions(case.saliency[i], kappa))
+
+
+@pytest.mark.parametrize("levels", [1, 3, 50])
+def test_equal_saliencies_come_in_order_of_position(levels):
+    """So many tokens that a sort which is not stable changes their order."""
+    saliency = torch.randint(0, levels, (4, 577)) / 64
+    found = functional.salient_positions(saliency, 400)
+    for row, positions in zip(saliency.tolist(), found.tolist(), strict=True):
+        assert positions == sorted(range(577), key=lambda t: -row[t])[:400]
 
 
 def test_select_salient_tokens_matches_oracle_and_routes_gradient():
@@ -253,6 +282,14 @@ def test_any_chunk_gives_the_reference(samples, tokens, seed, most):
     )
     expected = oracle.saliency_gain(array(saliency), easy, rho)
     np.testing.assert_allclose(gain.numpy(), expected, rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("device, most", [("cpu", 2**20), ("meta", 2**24)])
+@given(elements=st.integers(0, 2**25))
+def test_a_chunk_is_the_largest_that_fits(device, most, elements):
+    rows = functional._rows_at_once(torch.empty(3, device=device), elements)
+    assert rows >= 1 and (rows == 1 or rows * elements <= most)
+    assert elements == 0 or (rows + 1) * elements > most
 
 
 def test_no_gain_is_exactly_zero():
@@ -292,3 +329,51 @@ def test_each_part_gets_its_own_bias(monkeypatch, shared):
     monkeypatch.setattr(functional, "_CPU_CHUNK", 3 * 25)
     found = functional.query_key_saliency(query, key, 0.3, class_token=False, bias=bias)
     torch.testing.assert_close(found.double(), of_whole_map(query, key, bias), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_saliency_on_a_device_without_autocast(class_token):
+    """Shapes alone, as tools that count operations want them."""
+    query, key = torch.empty(2, 3, 2, 5, 8, dtype=torch.bfloat16, device="meta")
+    found = functional.query_key_saliency(query, key, 0.3, class_token=class_token)
+    assert found.shape == (3, 5) and found.dtype == torch.float32
+
+
+BAD_ROWS = {
+    "nan": [float("nan"), 0, 0],
+    "infinite": [float("inf"), 0, 0],
+    "zeros": [0, 0, 0],
+    "twice": [1, 0, 1],
+    "negative": [0.8, 0.4, -0.2],
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("easy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_targets_that_are_no_distribution_are_found_in_the_gains(row, easy, dtype):
+    """What every device does: `decide_mixing` itself looks at no value, the solver does."""
+    saliency = torch.rand(4, 6, dtype=torch.promote_types(dtype, torch.float32)).softmax(1)
+    targets = torch.eye(3, dtype=dtype)[[0, 1, 2, 0]]
+    targets[2] = torch.tensor(row, dtype=dtype)
+    easy = torch.full((4,), easy)
+    seen = []
+    functional.decide_mixing(
+        saliency, targets, easy, 0.0, partners=lambda gain: seen.append(gain) or torch.arange(4)
+    )
+    assert seen[0].isfinite().all(1).tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match=r"gain\[2, 0\] is nan: .*targets are no distribution"):
+        functional.decide_mixing(saliency, targets, easy, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 100, 21_843])
+def test_smoothed_and_mixed_targets_are_distributions(dtype, classes):
+    """Label smoothing and Mixup carried out in the targets' type; and a softmax."""
+    soft = (torch.randn(20, classes) * 3).softmax(1).to(dtype)
+    labels = torch.randint(classes, (20,))
+    smooth = torch.full((20, classes), 0.1 / classes, dtype=dtype)
+    smooth[torch.arange(20), labels] += 0.9
+    for targets in (soft, smooth, 0.3 * smooth + 0.7 * smooth.flip(0), 0.37 * soft + 0.63 * smooth):
+        assert targets.dtype == dtype
+        assert are_distributions(targets).all()

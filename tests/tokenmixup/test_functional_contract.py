@@ -25,11 +25,17 @@ def test_no_gradient_flows_through_the_decision():
     case = random_case()
     saliency = case.saliency.requires_grad_()
     tokens = case.tokens.requires_grad_()
+    targets = case.targets.requires_grad_()
     out = functional.horizontal_mixup(*case.arguments())
     assert not out.targets.requires_grad
-    assert not functional.saliency_gain(saliency, case.easy, case.rho).requires_grad
+    gain = functional.saliency_gain(saliency, case.easy, case.rho)
+    assert not gain.requires_grad
+    assert not functional.query_key_saliency(tokens[None], tokens[None], 0.5).requires_grad
+    partners = functional.assign_partners(gain)
+    assert torch.equal(functional.assign_partners(gain.requires_grad_()), partners)
+    functional.soft_cross_entropy(torch.randn(9, 5, requires_grad=True), targets).sum().backward()
     out.tokens.sum().backward()
-    assert saliency.grad is None
+    assert saliency.grad is None and targets.grad is None
     assert tokens.grad is not None
 
 
@@ -105,6 +111,11 @@ def select(kappa=2, num_prefix_tokens=1):
         (lambda: functional.horizontal_mixup(**shape_case(rho=-0.01)), "rho.*-0.01"),
         (lambda: functional.horizontal_mixup(**shape_case(rho=math.nan)), "rho.*nan"),
         (lambda: functional.saliency_gain(torch.rand(4, 6), EASY, -math.inf), "rho.*-inf"),
+        (lambda: functional.attention_saliency(torch.rand(2, 6, 6)), r"\(2, 6, 6\)"),
+        (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), 6), "6 tokens.*got 6"),
+        (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), -1), "got -1"),
+        (lambda: functional.query_key_saliency(*torch.rand(2, 2, 3, 6, 4), 0.5, 6), "got 6"),
+        (lambda: functional.saliency_gain(torch.rand(4, 6), EASY.float(), 0.1), "float32"),
         (lambda: functional.assign_partners(torch.rand(4, 3)), "4, 3"),
         (lambda: functional.assign_partners(torch.rand(4)), "4"),
         (lambda: select(kappa=0), "kappa.*got 0"),

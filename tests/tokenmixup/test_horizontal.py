@@ -7,6 +7,7 @@ Q queries, K keys.
 import dataclasses
 import inspect
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -28,7 +29,10 @@ from tests.helpers.toy_encoder import (
     random_batch,
     scorenet_of,
 )
-from tokenmixup import HorizontalTokenMixupLayer
+from tokenmixup import HorizontalConfig, HorizontalTokenMixupLayer
+from tokenmixup.functional import MixingDecision
+from tokenmixup.horizontal import horizontal_step
+from tokenmixup.rules import Rules
 
 POOLS = {
     "average_pooling": "average",
@@ -215,10 +219,40 @@ def test_pooled_keys_are_resized_to_the_query_grid(aspect_ratio, grid, has_cls):
     np.testing.assert_allclose(array(targets), expected.mixed.targets, rtol=1e-9)
 
 
-def test_grid_that_does_not_fit_the_aspect_ratio():
-    layer = StubLayer(random_map(2, 1 + 12, 1 + 3))
-    with pytest.raises(ValueError, match=r"^3 patch tokens .*aspect.ratio"):
-        wrap(layer, use_scorenet=False, aspect_ratio=1.0)(*random_batch(2, 13))
+@pytest.mark.parametrize(
+    "aspect_ratio, queries, keys",
+    [
+        (10 / 13, (13, 10), (7, 5)),  # sides that pooling rounds
+        (4 / 3, (14, 19), (7, 9)),  # the ratio of the image, 2% off that of the grid
+        (2.0, (5, 10), (3, 5)),
+        (0.5, (7, 3), (1, 1)),
+    ],
+)
+def test_pooled_grids_of_nearly_one_aspect_ratio(aspect_ratio, queries, keys):
+    attention = random_map(6, math.prod(queries), math.prod(keys))
+    wrapper = wrap(StubLayer(attention), has_cls=False, aspect_ratio=aspect_ratio)
+    x, _ = random_batch(6, math.prod(queries))
+    found = wrapper._saliency(attention, x)
+    expected = [
+        oracle.resize(sample.reshape(keys), *queries).reshape(-1)
+        for sample in oracle.attention_saliency(array(attention))
+    ]
+    np.testing.assert_allclose(array(found), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, aspect_ratio, message",
+    [
+        (16, 3, 1.0, r"^3 patch tokens of the keys form no grid .* near 1: the nearest is"),
+        (13, 4, 1.0, "^13 patch tokens of the queries form no grid"),
+        (16, 12, 1.0, r"^12 patch tokens of the keys form a grid of (3 x 4|4 x 3) or of .*exact"),
+        (130, 35, 1.0, r"^130 patch tokens of the queries form a grid of .*pass the exact"),
+    ],
+)
+def test_grids_that_cannot_be_told(queries, keys, aspect_ratio, message):
+    layer = StubLayer(random_map(2, 1 + queries, 1 + keys))
+    with pytest.raises(ValueError, match=message):
+        wrap(layer, use_scorenet=False, aspect_ratio=aspect_ratio)(*random_batch(2, 1 + queries))
 
 
 # How y travels, what the layer is given
@@ -307,3 +341,26 @@ def test_under_autocast(scorenet_type):
     assert not torch.equal(targets, y)
     (out.sum() + loss.sum()).backward()
     assert all(p.grad is not None for p in own_parameters(wrapper))
+
+
+# Statistics
+
+
+def test_label_and_sink_statistics_by_hand():
+    saliency = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.6, 0.1, 0.1, 0.2], [0.1, 0.2, 0.1, 0.6]])
+    # 0 takes the last token of 2: a = 0.9, b = 0.6; 1 two tokens of 0: a = 0.8, b = 0.4; 2 nothing
+    partner = torch.tensor([2, 0, 2])
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+
+    class Given(Rules):
+        def decide(self, layer, saliency, targets, easy, rho):
+            return MixingDecision(partner, mask)
+
+    config = HorizontalConfig(layers=(1,), rho=0.1, scorenet=None)
+    step = horizontal_step(Given(), 1, torch.eye(3), saliency, None, config)
+    shares = [0.6 / (0.9 + 0.6), 0.4 / (0.8 + 0.4), 0]
+    taken = torch.stack([step.targets[0, 2], step.targets[1, 0]])
+    assert taken.tolist() == pytest.approx(shares[:2])
+    assert step.stats["label_share"].item() == pytest.approx(sum(shares) / 3)
+    assert step.stats["largest_saliency_share"].item() == pytest.approx((0.5 + 0.6 + 0.6) / 3)
+    assert step.stats["same_place_share"].item() == pytest.approx(2 / 3)

@@ -1,9 +1,12 @@
 """Hosts and settings that are refused, and what the refusal says."""
 
+import importlib.metadata
+
 import pytest
 import timm
 import torch
 import torchvision
+from packaging.version import Version
 from torch import nn
 
 from tests.helpers.host_cases import BY_NAME, batch, timm_host
@@ -35,7 +38,7 @@ def test_a_host_of_another_class(build):
     caught.match(
         f"^{base.class_name(type(host))} is no supported host: register an adapter with "
         ".*register_adapter.*HorizontalTokenMixupLayer.*A host needs one sequence of tokens"
-        ".*Supported: timm VisionTransformer, timm Eva, timm Beit, torchvision VisionTransformer"
+        ".*Supported: timm VisionTransformer, Eva, Beit; torchvision VisionTransformer; tr"
     )
 
 
@@ -95,6 +98,8 @@ def test_distilled_training():
 def test_masks_are_refused_in_training(name, call, settings):
     case = BY_NAME[name]
     host = case.build()
+    if name == "hf_vit" and Version(importlib.metadata.version("transformers")) < Version("5.9"):
+        pytest.skip("the host takes any argument, and its layers get no mask")
     inner = host.forward
     model = attach(host, **settings)
     host.forward = lambda images: inner(images, **call)

@@ -50,6 +50,60 @@ def test_what_training_returns():
     assert out.stats["vtm/layer2/remembered_tokens"] == 2 * 2
 
 
+def test_loss():
+    model = attach(vit(), horizontal=HTM, vertical=VTM).train()
+    images, targets = batch()
+    out = model(images, targets)
+    expected = -(out.targets * out.logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(out.loss(), expected + out.scorenet_loss)
+    torch.testing.assert_close(
+        out.loss(lambda logits, mixed: 2 * (logits.sum() + mixed[0, 0])),
+        2 * (out.logits.sum() + out.targets[0, 0]) + out.scorenet_loss,
+    )
+    with pytest.raises(ValueError, match=r"must return a 0-d loss, but returned \(6,\)"):
+        out.loss(torch.nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match=r"no targets .*: call model\(images, targets\)"):
+        attach(vit(), vertical=VTM).train()(images).loss()
+
+
+def test_half_precision_logits_have_a_float32_loss():
+    model = attach(vit(), horizontal=HTM).bfloat16().train()
+    images, _ = batch()
+    for model.enabled in (True, False):
+        out = model(images.bfloat16(), torch.arange(6) % 5)
+        assert out.logits.dtype == torch.bfloat16 and out.loss().dtype == torch.float32
+
+
+@HOSTS
+def test_a_model_that_is_not_enabled_trains_as_its_plain_host(host):
+    torch.manual_seed(5)
+    model = attach(host(drop_path_rate=0.3), horizontal=HTM, vertical=VTM).train()
+    plain = copy.deepcopy(model).detach()
+    images, soft = batch()
+    for targets in (soft, torch.arange(6) % 5, None):
+        model.zero_grad()
+        plain.zero_grad()
+        model.enabled = False
+        torch.manual_seed(3)
+        out = model(images, targets)
+        torch.manual_seed(3)
+        logits = plain(images)
+        assert torch.equal(out.logits, logits)
+        assert out.targets is targets and out.scorenet_loss == 0 and out.stats == {}
+        if targets is not None:
+            expected = torch.nn.functional.cross_entropy(logits, targets)
+            torch.testing.assert_close(out.loss(), expected)
+            out.loss().backward()
+            expected.backward()
+            for name, parameter in plain.named_parameters():
+                torch.testing.assert_close(model.backbone.get_parameter(name).grad, parameter.grad)
+            # DistributedDataParallel waits for these
+            assert all((p.grad == 0).all() for p in model.scorenets.parameters())
+    assert not copy.deepcopy(model).enabled
+    model.enabled = True
+    assert model(images, soft).stats["htm/layer1/tokens_mixed"] > 0
+
+
 def test_class_indices_are_made_one_hot():
     model = attach(vit(), horizontal=HTM).train()
     images, _ = batch()
@@ -86,6 +140,13 @@ def test_attaching_twice_is_an_error_and_detach_undoes_it():
     attach(host, horizontal=HTM)
 
 
+def test_hooks_of_others_do_not_matter():
+    host = vit()
+    host.blocks[1].register_forward_pre_hook(lambda *_: None)
+    assert attach(host, horizontal=HTM).detach() is host
+    assert len(host.blocks[1]._forward_pre_hooks) == 1
+
+
 @pytest.mark.parametrize(
     "host, arguments, message",
     [
@@ -99,6 +160,8 @@ def test_attaching_twice_is_an_error_and_detach_undoes_it():
         (vit, {"horizontal": {"layers": (1,)}}, "must be a HorizontalConfig"),
         (vit, {"vertical": HTM}, "must be a VerticalConfig"),
         (vit, {"num_classes": 7}, "num_classes is 7, but the model's classifier has 5"),
+        (lambda: "vit_tiny_patch16_224", {}, r"timm.create_model\('vit_tiny_patch16_224'\)"),
+        (lambda: vit, {}, r"must be a model \(torch.nn.Module\).*got <function vit"),
     ],
 )
 def test_what_cannot_be_attached(host, arguments, message):
@@ -153,7 +216,10 @@ def test_impossible_settings(kind, arguments, message):
         (None, "call model\\(images, targets\\)"),
         (torch.rand(6, 4), r"\(6, 5\), got shape \(6, 4\)"),
         (torch.rand(5, 5), r"\(6, 5\), got shape \(5, 5\)"),
-        (torch.full((6, 5), float("nan")), r"targets\[0, 0\] is nan"),
+        (torch.full((6, 5), float("nan")), r"targets\[0\] has sum nan"),
+        (torch.eye(6)[:, :5], r"targets\[5\] has sum 0 and minimum 0"),  # one row is bad
+        (torch.full((6, 5), 0.22), r"targets\[0\] has sum 1.1 "),
+        (torch.tensor([[1.1, 0, 0, -0.1, 0]] * 6), r"targets\[0\] has sum 1 and minimum -0.1"),
         (torch.tensor([0, 1, 2, 3, 4, 5]), r"targets\[5\] is 5"),
         (torch.tensor([0, 1, 2, -1, 4, 0]), r"targets\[3\] is -1"),
         (torch.ones(6, 5, dtype=torch.bool), "torch.bool"),
@@ -165,6 +231,26 @@ def test_impossible_targets(targets, message):
     model = attach(vit(), horizontal=HTM).train()
     with pytest.raises(ValueError, match=message):
         model(batch()[0], targets)
+
+
+@pytest.mark.parametrize("targets", [torch.empty(0, 5), torch.empty(0, dtype=torch.long)])
+def test_an_empty_batch(targets):
+    """HTM has nothing to mix and no mean loss; what VTM alone does is what the host does."""
+    images = torch.empty(0, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"has no samples.*Leave empty batches out"):
+        attach(vit(), horizontal=HTM).train()(images, targets)
+    assert attach(vit(), vertical=VTM).train()(images, targets).logits.shape == (0, 5)
+
+
+def test_mode_is_the_hosts():
+    """Also where parts of the host are in another mode, as frozen ones often are."""
+    for training in (True, False):
+        host = vit().train(training)
+        host.norm.train(not training)
+        model = attach(host, horizontal=HTM)
+        modes = {model.training, *(module.training for module in model.scorenets.modules())}
+        assert modes == {training} and host.training is training
+        assert host.norm.training is not training
 
 
 def test_targets_in_evaluation_are_an_error():
@@ -209,16 +295,17 @@ def test_a_model_inside_itself_is_told():
 
 
 @HOSTS
-def test_a_projection_that_was_exchanged_after_attach_is_told(host):
-    """Layer 0 then has nothing to remember by, and layer 2 would attend to less than it should."""
+def test_a_projection_that_was_exchanged_after_attach_takes_part(host):
+    """Its hook is on the old one, from whose output layer 0 cannot choose any more."""
     model = attach(host(), vertical=VTM).train()
+    images, targets = batch()
+    expected = model(images, targets)
     attention = model.backbone.blocks[0].attn
     attention.qkv = copy.deepcopy(attention.qkv)
     attention.qkv._forward_hooks.clear()
-    with pytest.raises(
-        RuntimeError, match=r"VTM's remembering was not carried out at layer\(s\) 0"
-    ):
-        model(*batch())
+    out = model(images, targets)
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert out.stats == expected.stats
 
 
 def test_gradients_by_torch_func():

@@ -1,7 +1,8 @@
 """A whole training step against a naive one: loss, targets and the gradient of every parameter.
 
 The naive step keeps every attention map, loops over layers by the equations, and takes its
-decisions from the oracle (plain Python). Dropout is off. float64 throughout.
+decisions from the oracle (plain Python). Of several best assignments it takes the model's. Dropout
+is off. float64 throughout.
 """
 
 import pytest
@@ -13,6 +14,7 @@ import tokenmixup
 from tests.helpers import oracle
 from tokenmixup import HorizontalConfig, VerticalConfig
 from tokenmixup.models import CCT
+from tokenmixup.rules import Rules
 
 
 def cct():
@@ -46,8 +48,20 @@ def attention(block, tokens, memory=None):
     return F.linear(out, block.attn.proj.weight, block.attn.proj.bias), probabilities
 
 
+class Noting(Rules):
+    """Keeps the partners of each layer."""
+
+    def __init__(self):
+        self.partners_of = {}
+
+    def decide(self, layer, *args):
+        decision = super().decide(layer, *args)
+        self.partners_of[layer] = decision.partner
+        return decision
+
+
 def naive_step(model, images, targets):
-    """Logits, mixed targets, ScoreNet loss of a TokenMixupModel by the equations."""
+    """Logits, mixed targets, ScoreNet loss of a TokenMixupModel that has made this step."""
     host, horizontal, vertical = model.backbone, model.horizontal, model.vertical
     is_cct = isinstance(host, CCT)
     prefix = 0 if is_cct else host.num_prefix_tokens
@@ -74,8 +88,9 @@ def naive_step(model, images, targets):
                 loss = loss + horizontal.scorenet_lambda * sample_loss.mean()
                 difficulty = oracle.sample_difficulty(logits.detach(), targets)
                 easy = difficulty <= horizontal.tau
+            partner = model.rules.partners_of[layer]
             mixed = oracle.horizontal_mixup(
-                x.detach(), targets, saliency(x), easy, horizontal.rho, prefix
+                x.detach(), targets, saliency(x), easy, horizontal.rho, prefix, partner
             )
             mask = F.pad(torch.from_numpy(mixed.mask), (prefix, 0)).unsqueeze(-1)
             assert mask.any(), "a case in which nothing is mixed proves nothing"
@@ -145,7 +160,8 @@ def test_training_step_in_which_some_samples_are_easy(host):
 
 
 def compare_step(host, horizontal, vertical):
-    model = tokenmixup.attach(host(), horizontal=horizontal, vertical=vertical).double().train()
+    model = tokenmixup.attach(host(), horizontal=horizontal, vertical=vertical, rules=Noting())
+    model.double().train()
     with torch.no_grad():  # larger weights: maps that differ from token to token
         for name, parameter in model.named_parameters():
             if "qkv" in name or "scorenet" in name:
@@ -154,13 +170,13 @@ def compare_step(host, horizontal, vertical):
     images = torch.randn(6, 3, size, size, dtype=torch.float64)
     targets = torch.rand(6, 5, dtype=torch.float64).softmax(-1)
 
+    out = model(images, targets)
     logits, mixed, scorenet_loss = naive_step(model, images, targets)
     expected = -(mixed * logits.log_softmax(-1)).sum(-1).mean() + scorenet_loss
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    out = model(images, targets)
     loss = -(out.targets * out.logits.log_softmax(-1)).sum(-1).mean() + out.scorenet_loss
     loss.backward()
     torch.testing.assert_close(out.logits, logits, rtol=1e-9, atol=1e-9)

@@ -1,5 +1,7 @@
 """Adapters: one small file per family of hosts, chosen by the host's class."""
 
+from typing import Any, cast
+
 from torch import nn
 
 from tokenmixup.hosts.base import (
@@ -10,6 +12,7 @@ from tokenmixup.hosts.base import (
     class_name,
 )
 from tokenmixup.hosts.cct import CCTAdapter
+from tokenmixup.hosts.encoder_layers import LAYER, encoder_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -21,9 +24,13 @@ __all__ = [
     "Remembered",
     "TokenLayout",
     "UnsupportedHostError",
+    "encoder_layers",
     "find_adapter",
     "register_adapter",
+    "unwrapped",
 ]
+
+PEFT = ("peft.peft_model.PeftModel", "peft.mixed_model.PeftMixedModel")
 
 _adapters: list[HostAdapter] = [
     TimmViT(),
@@ -56,6 +63,13 @@ def register_adapter(adapter: HostAdapter) -> None:
     _adapters[:] = [*others, adapter]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The host in what `attach` was given: peft's models call the host that they hold."""
+    if any(class_name(base) in PEFT for base in type(model).__mro__):
+        return cast(Any, model).get_base_model()
+    return model
+
+
 def find_adapter(host: nn.Module) -> HostAdapter:
     """The adapter for a host, after it has checked the host's internals.
 
@@ -71,7 +85,7 @@ def find_adapter(host: nn.Module) -> HostAdapter:
         f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs one "
         "sequence of tokens, of one length, through all its layers, with one attention map per "
         "layer. "
-        f"Supported: {', '.join(known.family for known in _adapters)}"
+        f"Supported: {_families()}"
     )
 
 
@@ -85,6 +99,17 @@ def _check(adapter: HostAdapter, host: nn.Module) -> None:
         ) from error
 
 
+def _families() -> str:
+    """The families of hosts, each library's name once."""
+    libraries: dict[str, list[str]] = {}
+    for adapter in _adapters:
+        library, _, kind = adapter.family.partition(" ")
+        libraries.setdefault(library, []).append(kind)
+    return "; ".join(
+        f"{library} {', '.join(kinds)}".strip() for library, kinds in libraries.items()
+    )
+
+
 def _advice(host: nn.Module) -> str:
     """What to do with a host of an unknown class."""
     if isinstance(host, nn.DataParallel):
@@ -94,6 +119,11 @@ def _advice(host: nn.Module) -> str:
         return (
             f"attach TokenMixup to the {class_name(type(inner[0]))} inside it, then wrap what "
             "attach returns"
+        )
+    if any(class_name(type(module)) == LAYER for module in host.modules()):
+        return (
+            "name its encoder layers: attach(model, layers=model.encoder.layers, "
+            "num_prefix_tokens=..., class_token=...), or wherever they are"
         )
     return (
         "register an adapter with tokenmixup.hosts.register_adapter (docs/adding_a_host.md), or "

@@ -16,6 +16,7 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     UnsupportedHostError,
     linear_outputs,
+    project,
     refuse_masks,
     require_part,
     split_heads,
@@ -25,12 +26,16 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 """Attention implementations that the tests cover."""
 ARGUMENTS = ("hidden_states", "attention_mask")
 """Of layers and of their attention."""
-READ = ("q_proj", "k_proj", "num_attention_heads", "scaling")
-"""Attributes of the attention."""
+READ = ("num_attention_heads", "scaling")
+"""Attributes of the attention besides its projections."""
 
 
 class TransformersViT(HostAdapter):
-    """`ViTForImageClassification`: a class token, then the patches."""
+    """`ViTForImageClassification`: a class token, then the patches.
+
+    Before version 5.9 (Dinov2 before 5.18) a layer's attention has the module that projects and
+    attends inside it, with other names, and the layers are those of an encoder inside the model.
+    """
 
     family = "transformers ViTForImageClassification"
     host_classes = ("transformers.models.vit.modeling_vit.ViTForImageClassification",)
@@ -55,13 +60,15 @@ class TransformersViT(HostAdapter):
         for index, layer in enumerate(self.layers(host)):
             where = f"layers[{index}]"
             require_part(layer, where, (self.layer_class,), (self.norm, "attention"), ARGUMENTS)
-            attention = cast(Any, layer).attention
-            where = f"{where}.attention"
-            require_part(attention, where, (self.attention_class,), READ, ARGUMENTS)
+            attention = self.attention(layer)
+            inner = self.attention_class.replace("Attention", "SelfAttention")
+            classes, names = (self.attention_class, inner), (*_projections(attention), *READ)
+            require_part(attention, f"{where}.attention", classes, names, ARGUMENTS)
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The encoder's layers."""
-        return list(cast(Any, self.encoder(host)).layers)
+        encoder: Any = self.encoder(host)
+        return list(encoder.layers if "layers" in encoder._modules else encoder.encoder.layer)
 
     def layout(self, host: nn.Module) -> TokenLayout:
         """From the host's config."""
@@ -78,8 +85,9 @@ class TransformersViT(HostAdapter):
         return cast(Any, self.encoder(host)).embeddings.patch_embeddings.num_patches
 
     def attention(self, layer: nn.Module) -> nn.Module:
-        """The layer's `attention`."""
-        return cast(Any, layer).attention
+        """The module that projects and attends."""
+        attention: Any = cast(Any, layer).attention
+        return attention.attention if "attention" in attention._modules else attention
 
     def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         """The layer's first norm."""
@@ -90,10 +98,11 @@ class TransformersViT(HostAdapter):
     ) -> tuple[Tensor, Tensor, float]:
         """From the separate projections."""
         refuse_masks(args, kwargs, attention_mask=1)
-        attention = cast(Any, layer).attention
+        attention: Any = self.attention(layer)
+        to_query, to_key = (getattr(attention, name) for name in _projections(attention))
         tokens = self.normalise(layer, tokens)
-        query = attention.q_proj(tokens[:, :1] if class_row else tokens)
-        key = attention.k_proj(tokens)
+        query = project(to_query, tokens, class_row)
+        key = project(to_key, tokens)
         heads = attention.num_attention_heads
         return split_heads(query, heads), split_heads(key, heads), attention.scaling
 
@@ -146,10 +155,11 @@ class TransformersDinov2(TransformersViT):
         """The model without its classifier."""
         return cast(Any, host).dinov2
 
-    def layers(self, host: nn.Module) -> Sequence[nn.Module]:
-        """The encoder's layers."""
-        return list(cast(Any, self.encoder(host)).encoder.layer)
-
     def num_patch_tokens(self, host: nn.Module) -> int | None:
         """None: the host resizes its position embedding to any image."""
         return None
+
+
+def _projections(attention: nn.Module) -> tuple[str, str]:
+    """The names of the projections to queries and keys."""
+    return ("query", "key") if "query" in attention._modules else ("q_proj", "k_proj")

@@ -1,11 +1,24 @@
 """Transforms, Mixup and CutMix, label smoothing."""
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from timm.data.mixup import Mixup
 
-from experiments.config import DataConfig, MixupConfig
-from experiments.data.augment import BatchMixer, eval_transform
+from experiments.config import DataConfig, MixupConfig, load_config
+from experiments.data.augment import (
+    BatchMixer,
+    eval_transform,
+    least_difficulty,
+    refuse_unreachable_tau,
+    train_transform,
+)
+from experiments.errors import ConfigError
+from experiments.seeding import derive_seed, seeded
+from tests.helpers.runs_helper import HTM, ROOT, small_config
+from tokenmixup.functional import sample_difficulty
 
 
 def test_evaluation_transform_normalises_the_image():
@@ -14,6 +27,43 @@ def test_evaluation_transform_normalises_the_image():
     expected = (np.asarray(image).transpose(2, 0, 1) / 255 - 0.5) / 0.25
     actual = eval_transform(config, 32)(image).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_every_setting_reaches_its_transform():
+    crop = {"scale": (0.3, 0.6), "ratio": (0.8, 1.2), "train_interpolation": "bilinear"}
+    flips = {"hflip": 0.3, "vflip": 0.2}
+    erasing = {"re_prob": 0.4, "re_mode": "const", "re_count": 3}
+    colours = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "color_jitter": 0.25}
+    transform = train_transform(DataConfig(**crop, **flips, **erasing, **colours), 24)
+    by_name = {type(step).__name__: step for step in transform.transforms}
+    cropping = by_name["RandomResizedCropAndInterpolation"]
+    assert (cropping.size, cropping.scale, cropping.ratio) == ((24, 24), (0.3, 0.6), (0.8, 1.2))
+    assert str(cropping.interpolation).lower().endswith("bilinear")
+    assert by_name["RandomHorizontalFlip"].p == 0.3 and by_name["RandomVerticalFlip"].p == 0.2
+    assert by_name["ColorJitter"].brightness == (0.75, 1.25)
+    normalising, blotting = by_name["Normalize"], by_name["RandomErasing"]
+    assert normalising.mean.tolist() == pytest.approx((0.1, 0.2, 0.3))
+    assert normalising.std.tolist() == pytest.approx((0.4, 0.5, 0.6))
+    assert (blotting.probability, blotting.max_count) == (0.4, 3)
+    assert not blotting.rand_color and not blotting.per_pixel
+    policy = train_transform(DataConfig(auto_augment="rand-m5-n3", color_jitter=0.0), 24)
+    names = {type(step).__name__ for step in policy.transforms}
+    assert "RandAugment" in names and "ColorJitter" not in names
+    evaluation = eval_transform(DataConfig(crop_pct=0.5, interpolation="bilinear"), 24)
+    resize = evaluation.transforms[0]
+    assert resize.size == 48 and resize.interpolation.value == "bilinear"
+
+
+def test_every_setting_reaches_mixup():
+    settings = {"mixup_alpha": 0.3, "cutmix_alpha": 0.7, "prob": 0.6, "switch_prob": 0.3}
+    settings |= {"mode": "elem", "label_smoothing": 0.2}
+    ours, reference = BatchMixer(MixupConfig(**settings), 6, 7), Mixup(num_classes=6, **settings)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 6
+    for epoch, step in ((0, 0), (0, 1), (1, 0), (5, 9)):
+        found = ours(images.clone(), labels, epoch, step, 2)
+        with seeded(derive_seed(7, "mixup", epoch, step, 2)):
+            wanted = reference(images.clone(), labels)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 def test_mixup_is_a_function_of_the_step():
@@ -38,3 +88,47 @@ def test_label_smoothing_without_mixup():
     expected = torch.full((2, 4), 0.05)
     expected[0, 1] = expected[1, 3] = 0.85
     torch.testing.assert_close(targets, expected)
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_no_logits_are_easier_than_the_least_difficulty(classes, mixup_alpha):
+    """The best logits are the target's logarithm; any others are more difficult."""
+    config = MixupConfig(label_smoothing=0.1, mixup_alpha=mixup_alpha)
+    least = least_difficulty(config, classes)
+    labels = torch.arange(64) % classes
+    _, targets = BatchMixer(config, classes, 0)(torch.zeros(64, 3, 4, 4), labels, 0, 0, 0)
+    best = sample_difficulty(targets.log(), targets)
+    if mixup_alpha:
+        assert (best >= least - 1e-6).all() and best.max() > least
+    else:
+        torch.testing.assert_close(best, torch.full((64,), least), rtol=1e-5, atol=0)
+        one_hot = F.one_hot(labels, classes)
+        sharpness = torch.linspace(1, 20, 64)  # of confident logits: none gets below
+        assert (sample_difficulty(one_hot * sharpness.unsqueeze(1), targets) > least - 1e-6).all()
+    assert least_difficulty(MixupConfig(mixup_alpha=mixup_alpha), classes) == 0
+
+
+def test_a_tau_below_the_least_difficulty_is_refused(tmp_path):
+    def check(tau, classes=10, **horizontal):
+        config = small_config(
+            tmp_path, horizontal={**HTM, "tau": tau, **horizontal}, mixup={"label_smoothing": 0.1}
+        )
+        refuse_unreachable_tau(config, classes)
+
+    check(0.0501)
+    check(0.078, classes=100)
+    check(0.0, scorenet=None)  # every sample is mixed
+    for tau, classes, least in ((0.05, 10, "0.0500"), (0.07, 100, "0.0778")):
+        with pytest.raises(ConfigError, match=rf"horizontal\.tau: got {tau}; .*above {least}, "):
+            check(tau, classes)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_tau_of_each_shipped_config_can_be_reached(path):
+    config = load_config(path)
+    if "imagenet" in path.stem:
+        classes = 1000
+    else:
+        classes = 100 if config.data.dataset == "torch/cifar100" else 10
+    refuse_unreachable_tau(config, classes)

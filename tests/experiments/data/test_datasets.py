@@ -1,16 +1,29 @@
 """Data sets: their splits, images and classes; what is missing is named."""
 
+import shutil
 import struct
+import tarfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from experiments import cli, evaluate, train
+from experiments.checkpoint import save_final_weights
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import normalisation
-from experiments.data.datasets import DigitImages, digits_split, open_images, stated_num_classes
+from experiments.data.datasets import (
+    DigitImages,
+    digits_split,
+    draw_per_class,
+    open_images,
+    refuse_other_classes,
+    stated_num_classes,
+)
 from experiments.errors import ConfigError, DataError
-from tests.helpers.runs_helper import small_config
+from experiments.models.build import build_model
+from tests.helpers.runs_helper import small_config, write_config
 
 
 def write_idx(path, values):
@@ -58,6 +71,52 @@ def test_a_folder_of_images(tmp_path, folder_of_images):
         stated_num_classes(wrong, images)
 
 
+def test_a_split_is_never_taken_from_another(tmp_path, folder_of_images):
+    config = DataConfig(dataset="", root=str(folder_of_images))
+    shutil.rmtree(folder_of_images / "validation")
+    with pytest.raises(DataError, match=r"split validation: .* there is train, but not this"):
+        open_images(config, "validation")
+    # a folder without splits is itself the place of each
+    inner = DataConfig(dataset="", root=str(folder_of_images / "train"))
+    assert len(open_images(inner, "validation")) == 6
+    (folder_of_images / "train" / "dog").rename(folder_of_images / "train" / "train")
+    images = open_images(config, "train")
+    assert len(images) == 6 and images.class_names == ("cat", "train")
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_a_local_hugging_face_data_set(tmp_path, folder_of_images, form):
+    """Images in files, and images inside the table, which have no file's name."""
+    import datasets
+    from pyarrow import Table, parquet
+
+    place = folder_of_images
+    if form == "parquet":
+        place = tmp_path / "tables"
+        place.mkdir()
+        classes = datasets.ClassLabel(names=["cat", "dog"])
+        schema = datasets.Features(image=datasets.Image(), label=classes).arrow_schema
+        for split in ("train", "validation"):
+            files = sorted((folder_of_images / split).rglob("*.png"))
+            images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+            labels = [classes.str2int(file.parent.name) for file in files]
+            table = Table.from_pydict({"image": images, "label": labels}, schema=schema)
+            parquet.write_table(table, place / f"{split}.parquet")
+    config = DataConfig(dataset=f"hfds/{place}", root=str(tmp_path / "cache"))
+    images = open_images(config, "train")
+    reference = open_images(DataConfig(dataset="", root=str(folder_of_images)), "train")
+    assert len(images) == len(reference) == 6 and images.class_names == ("cat", "dog")
+    for index in range(6):
+        (image, label), (same, its_label) = images[index], reference[index]
+        assert image.tobytes() == same.tobytes() and label == its_label
+    named = {"folder": reference.describe(5), "parquet": "image 5"}
+    assert images.describe(5) == named[form]
+    part = open_images(config, "validation[1:3]")
+    assert [part[index][1] for index in range(len(part))] == [0, 1]
+    with pytest.raises(DataError, match=r'Unknown split "test".*; name a data set of the Hugging'):
+        open_images(config, "test")
+
+
 def test_fashion_mnist_through_timm_is_rgb(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -92,3 +151,72 @@ def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
 def test_a_part_that_is_not_there(tmp_path, split):
     with pytest.raises(DataError, match="of the 1442 of 'train'"):
         open_images(small_config(tmp_path).data, split)
+
+
+def images_named(*names):
+    return SimpleNamespace(class_names=names or None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("abc", "ac", "'val' lacks 'b'"),
+        ("ac", "abc", "'train' lacks 'b'"),
+        ("abc", "abd", "'val' lacks 'c'; 'train' lacks 'd'"),
+        ("abc", "acb", "class 1 is 'b' in 'train' and 'c' in 'val'"),
+        ("abcdefgh", "h", "'val' lacks 'a', 'b', 'c', 'd', 'e' and 2 more"),
+        ("abc", "abc", ""),
+        ("abc", "", ""),  # not named, as in WebDataset shards
+        ("", "abc", ""),
+    ],
+)
+def test_splits_must_have_the_same_classes_in_the_same_order(first, second, told):
+    opened = [images_named(*first), images_named(*second)]
+    if not told:
+        refuse_other_classes(DataConfig(), ("train", "val"), opened)
+        return
+    with pytest.raises(DataError, match=f"differ: {told}; allowed: the same classes"):
+        refuse_other_classes(DataConfig(), ("train", "val"), opened)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar per split", "torch/image_folder"])
+def test_a_class_that_validation_lacks_stops_the_training(kind, tmp_path, folder_of_images, capsys):
+    """timm numbers the folders of each split: a third class would become the second."""
+    shutil.rmtree(folder_of_images / "validation" / "cat")
+    if kind == "tar per split":
+        for split in ("train", "validation"):
+            with tarfile.open(folder_of_images / f"{split}.tar", "w") as archive:
+                archive.add(folder_of_images / split, ".")
+            shutil.rmtree(folder_of_images / split)
+    dataset = kind if kind.startswith("torch") else ""
+    data = {"dataset": dataset, "root": str(folder_of_images), "batch_size": 2}
+    words = ["--config", str(write_config(tmp_path, data=data)), "--output", str(tmp_path / "run")]
+    assert cli.run(train.main, words) == 2
+    assert "'validation' lacks 'cat'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_number_of_classes_are_refused(tmp_path, folder_of_images, capsys):
+    """Evaluation sees one split alone, and the weights know how many classes they tell apart."""
+    path, weights = write_config(tmp_path), tmp_path / "weights.safetensors"
+    save_final_weights(weights, build_model(small_config(tmp_path), 3))
+    words = ["--config", str(path), "--checkpoint", str(weights), "--data.dataset", ""]
+    assert cli.run(evaluate.main, [*words, "--data.root", str(folder_of_images)]) == 2
+    error = capsys.readouterr().err
+    assert str(weights) in error and "(3, 32) in the file and (2, 32) in the model" in error
+
+
+def test_images_of_each_class_are_drawn_by_the_seed(tmp_path):
+    data = small_config(tmp_path).data
+    whole = open_images(data, "train[100:900]")
+    drawn = draw_per_class(whole, 20, 10, seed=3)
+    assert Counter(drawn[index][1] for index in range(200)) == dict.fromkeys(range(10), 20)
+    assert sorted(set(drawn.indices)) == list(drawn.indices)
+    assert drawn.describe(0) == whole.describe(drawn.indices[0])
+    assert draw_per_class(whole, 20, 10, seed=3).indices == drawn.indices
+    # fewer images are among the more, and each image is as likely: 20 of about 80 in 40 draws
+    assert set(draw_per_class(whole, 5, 10, seed=3).indices) < set(drawn.indices)
+    times = Counter(i for seed in range(40) for i in draw_per_class(whole, 20, 10, seed).indices)
+    assert len(times) > 790 and max(times.values()) < 25
+    with pytest.raises(DataError, match=r"data.per_class: got 100; allowed: up to \d\d, as many"):
+        draw_per_class(whole, 100, 10, seed=3)

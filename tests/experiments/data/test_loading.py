@@ -1,5 +1,6 @@
 """Batches depend on (seed, epoch, index) alone; bad images are named."""
 
+import itertools
 import random
 
 import numpy as np
@@ -90,6 +91,55 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
     images = DigitImages("validation")
     found = [label for _, labels in EvalBatches(config, images, 10) for label in labels.tolist()]
     assert found == [images[index][1] for index in range(len(images))]
+
+
+@pytest.mark.parametrize("size, length", [(1, 7), (2, 100), (3, 50), (4, None)])
+def test_processes_share_the_evaluation(tmp_path, size, length):
+    config = small_config(tmp_path, data={"eval_batch_size": length, "batch_size": 64})
+    images = DigitImages("tune_validation")
+    shares = [EvalBatches(config, images, 10, False, rank, size) for rank in range(size)]
+    labels = [[labels.tolist() for _, labels in share] for share in shares]
+    assert [len(share) for share in shares] == [len(share) for share in labels]
+    assert shares[0].common_batches == min(map(len, labels))
+    assert max(len(part) for share in labels for part in share) == (length or 64)
+    every = [list(itertools.chain(*share)) for share in labels]
+    in_order = [label for group in itertools.zip_longest(*every) for label in group]
+    wanted = [images[index][1] for index in range(len(images))]
+    assert in_order[: len(images)] == wanted and set(in_order[len(images) :]) <= {None}
+
+
+class Damaged:
+    """Ten images, each its own number, of which some cannot be read."""
+
+    def __init__(self, *bad):
+        self.bad = bad
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise OSError("broken")
+        return torch.tensor(index), 0
+
+    def describe(self, index):
+        return f"image {index}"
+
+
+def test_another_image_stands_in_for_one_that_cannot_be_read():
+    def sample(epoch, index, seed=1, bad=(0, 1, 2, 3), allowed=True):
+        return SeededImages(Damaged(*bad), lambda image: image, seed, 1, allowed)[(epoch, index)]
+
+    assert sample(0, 4) == (4, 0, "")
+    found = {(e, i, s): sample(e, i, s) for e in range(9) for i in (0, 1) for s in (1, 2)}
+    for (epoch, index, seed), (image, _, problem) in found.items():
+        assert image >= 4 and problem == f"cannot read image {index}: OSError: broken"
+        assert sample(epoch, index, seed)[0] == image
+    of_0, of_1 = ([im for (_, i, _), (im, *_) in found.items() if i == index] for index in (0, 1))
+    assert of_0 != of_1 and {*map(int, of_0 + of_1)} == {*range(4, 10)}
+    for settings in ({"allowed": False}, {"bad": range(10)}):
+        with pytest.raises(DataError, match=r"^cannot read image 2: OSError: broken$"):
+            sample(0, 2, **settings)
 
 
 def test_a_class_beyond_the_models_is_named(folder_of_images):

@@ -145,16 +145,31 @@ def test_an_unknown_split_lists_the_known_ones(tmp_path):
 
 # timm's reader keeps the archive open for the life of the process
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("root", ["", "train.tar"])
-def test_a_tar_file_of_one_folder_per_class(tmp_path, root):
+@pytest.mark.parametrize("root, split", [("", "train"), ("train.tar", "train"), ("", "training")])
+def test_a_tar_file_of_one_folder_per_class(tmp_path, root, split):
     files = {f"{name}/{k}.png": png(s + k) for name, s in (("a", 10), ("b", 99)) for k in range(2)}
     write_tar(tmp_path / "train.tar", files)
     config = RunConfig(data=DataConfig(dataset="", root=str(tmp_path / root)))
-    images = open_images(config.data, "train")
+    images = open_images(config.data, split)
     assert len(images) == 4 and stated_num_classes(config, images) == 2
     found = [(images[index][0].getpixel((0, 0)), images[index][1]) for index in range(4)]
     assert list(tmp_path.iterdir()) == [tmp_path / "train.tar"], "no pickled index beside it"
     assert found == [((10,) * 3, 0), ((11,) * 3, 0), ((99,) * 3, 1), ((100,) * 3, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "eval", "evaluation"])
+def test_a_tar_file_is_found_under_the_names_of_a_folder(tmp_path, name):
+    config = DataConfig(dataset="", root=str(tmp_path))
+    write_tar(tmp_path / f"{name}.tar", {"a/1.png": png(1), "b/1.png": png(2)})
+    assert len(open_images(config, "validation")) == 2
+    if name == "validation":
+        return
+    # the split's own name comes first, be it a folder or a tar file
+    (tmp_path / "validation" / "a").mkdir(parents=True)
+    (tmp_path / "validation" / "a" / "1.png").write_bytes(png(3))
+    images = open_images(config, "validation")
+    assert len(images) == 1 and images[0][0].getpixel((0, 0)) == (3, 3, 3)
 
 
 def test_a_tar_file_that_is_none_is_named(tmp_path):

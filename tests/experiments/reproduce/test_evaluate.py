@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import cli, evaluate
-from experiments.checkpoint import LOCK_FILE
+from experiments.checkpoint import LOCK_FILE, load_plain
 from experiments.data.loading import EvalBatches
 from experiments.reproduce import __main__ as reproduce
 from experiments.training.evaluation import Assessment
@@ -65,6 +66,8 @@ def test_both_tables_from_end_to_end(world, run, capsys):
     # what these weights really reach, by the other entry point
     config = read_manifest(world.manifest).config_path("cifar10_VTM")
     checkpoint = world.weights / "cct_cifar10_vtm.pth.tar"
+    content = load_plain(checkpoint)
+    torch.save({**content, "state_dict_ema": content["state_dict"]}, checkpoint)
     words = ["--config", str(config), "--checkpoint", str(checkpoint), "--json"]
     assert cli.run(evaluate.main, words) == 0
     expected = json.loads(capsys.readouterr().out)
@@ -72,6 +75,7 @@ def test_both_tables_from_end_to_end(world, run, capsys):
     world.change("cct_cifar10_vtm", published_top1=round(expected["top1"] + 0.1, 2))
     world.change("cct_cifar10_htm", published_top1=99.0)
     out = run()
+    assert f"{checkpoint}: the averaged weights in the file (state_dict_ema) are not used" in out
 
     rows = rows_of(world)
     vtm = rows["cct_cifar10_vtm"]

@@ -4,8 +4,8 @@ import pytest
 
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
-from experiments.study import page
-from experiments.study.page import makers, markdown, table, verdict, write_report
+from experiments.study import page, tables
+from experiments.study.page import makers, markdown, summary, table, verdict, write_report
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import compare
@@ -89,10 +89,124 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         name = file.parent.name
         found = read_study(f"configs/studies/{name}.yaml")
         records = study_records(ROOT / "results", name).read()
-        made = markdown(compare(found, records))
+        made = markdown(page.comparison_of(found, ROOT / "results"))
         assert (file.parent / "README.md").read_text() == made, f"{name}: --report makes it anew"
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
-    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert fill_blocks(document, makers(ROOT / "results")) == document, "--report makes it anew"
+    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        text = document.read_text(encoding="utf-8")
+        assert "generated: study digits" in text
+        assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
+
+
+def test_the_summary_has_every_study_of_htm_vtm_and_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert summary(tmp_path).count("\n") == 2, "no study has a record"
+    for name in ("digits", "ablations"):  # the second compares other variants
+        found = read_study(f"configs/studies/{name}.yaml")
+        for seed in (1, 2):
+            for variant, top1 in (("plain", 90.0), ("HTM", 91.0 + seed), ("VTM", 90.0)):
+                study_records(tmp_path, name).keep(record_of(found, variant, seed, top1))
+    (line,) = summary(tmp_path).splitlines()[2:]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:3] == ["Handwritten digits", "90.00 ± 0.00", "2"]
+    assert cells[3].startswith("+2.50 [−3.85, +8.85]") and cells[4].startswith("0.00 [")
+    assert cells[5] == "–"
+
+
+def test_readings_quote_the_records(monkeypatch):
+    """What docs/results.md says in words about fewer tokens, differences in images and doses."""
+    monkeypatch.chdir(ROOT)
+    words = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+
+    def standings(name):
+        records = study_records(ROOT / "results", name).read()
+        compared = compare(read_study(f"configs/studies/{name}.yaml"), records)
+        return {one.variant.name: one for one in compared.standings}
+
+    vit, cct = standings("released"), standings("released_cct")
+    fewer = [
+        1 - found[mask].tokens_mixed / found[right].tokens_mixed
+        for found, mask, right in (
+            (vit, "released mask", "HTM + VTM"),
+            (cct, "HTM, released mask", "HTM"),
+            (cct, "both, released mask", "HTM + VTM"),
+        )
+    ]
+    assert f"{100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer tokens" in words
+    own, released = cct["HTM"].by_seed, cct["HTM, released mask"].by_seed
+    images = [round((released[seed] - own[seed]) * 3.55) for seed in sorted(own)]
+    assert images == [0, -1, 0, 0, 0] and "0, −1, 0, 0 and 0 of 355 images" in words
+    found = standings("ablations")
+    doses = [100 * found[name].mixed_share for name in ("HTM, layer 0", "HTM")]
+    assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words
+
+
+def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
+    figures = {name: [90.0, 91.0, 92.0] for name in ("plain", "HTM", "mask")}
+    comparison = judged(tmp_path, ["HTM", "plain"], **figures)
+    for record in comparison.records:
+        study_records(tmp_path, "tiny").keep(record)
+    paths = write_report(comparison.study, tmp_path)
+    pictures = [path for path in paths if path.name.startswith("saliency")]
+    contents = [path.read_bytes() for path in pictures]
+    assert len(pictures) == 2 and contents[0].startswith(b"\x89PNG")
+    write_report(comparison.study, tmp_path)
+    assert [path.read_bytes() for path in pictures] == contents
+
+
+def judged(folder, control, **figures):
+    """A study with claims whose trainings are all done: the page's words."""
+    pair = {"primary": [["HTM", "plain"]], "beside": [["mask", "HTM"]], "control": control}
+    path = write_study(folder, seeds=[1, 2, 3], claims={"margin": 0.3, **pair})
+    study = read_study(path)
+    names = ("largest_share", "same_place_share", "border_share")
+    sinks = {f"layer{layer}/{n}": 0.1 + 0.2 * layer for layer in range(3) for n in names}
+    records = [
+        record_of(study, variant, seed, top1).model_copy(
+            update={
+                "measures": dict.fromkeys(tables.MEASURES, seed + 90.0) | sinks,
+                "statistics_by_epoch": {
+                    epoch: {f"htm/layer1/{n}": 0.25 for n in tables.DOSE} for epoch in ("2", "all")
+                },
+            }
+        )
+        for variant, values in figures.items()
+        for seed, top1 in enumerate(values, start=1)
+    ]
+    return compare(study, records)
+
+
+def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
+    figures = {"plain": [90.0, 91.0, 92.0], "HTM": [91.0, 92.1, 93.0], "mask": [91.1, 92.0, 93.0]}
+    comparison = judged(tmp_path, ["HTM", "plain"], **figures)
+    words = verdict(comparison)
+    assert "positive control: +1.03 [+0.89, +1.18], p = 0.001. It is better, so" in words
+    # differences 1, 1.1, 1: t = 31 of 2 degrees of freedom, by tables p = 0.00104
+    assert "**HTM against plain**: +1.03 [+0.89, +1.18], p = 0.001, corrected" in words
+    assert (
+        "mask against HTM, beside them: 0.00 [−0.25, +0.25], p = 1.000: equal within 0.3" in words
+    )
+    insensitive = verdict(judged(tmp_path, ["mask", "HTM"], **figures))
+    assert "**the study is insensitive**" in insensitive
+    text = markdown(comparison)
+    assert "| HTM     |    92.000 ± 1.000 |" in text, "of the measures"
+    assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
+    assert "| HTM     | 10%, 10%, 10% | 30%, 30%, 30% | 50%, 50%, 50% |" in text, "of the sinks"
+    some = {**figures, "mask": [91.1]}
+    unfinished = judged(tmp_path, ["HTM", "plain"], **some)
+    assert verdict(unfinished) == "- The claims are judged when all trainings are done.\n"
+    assert unfinished.outcome is None
+
+
+def test_a_search_tells_the_best_of_each_arm(tmp_path):
+    path = write_study(tmp_path, arms=["plain", "HTM", "mask"])
+    study = read_study(path)
+    records = [record_of(study, "plain", seed, 50.0 + seed) for seed in (1, 2)]
+    words = verdict(compare(study, [*records, record_of(study, "HTM", 1, 60.0)]))
+    assert words.splitlines() == [
+        "- Best of plain: plain, 51.50 ± 0.71.",
+        "- HTM: not all of its trainings are done.",
+        "- mask: not all of its trainings are done.",
+    ]

@@ -9,6 +9,8 @@ from experiments.config import load_config
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study.plan import read_study
+from experiments.study.records import study_records
+from experiments.study.statistics import best_of_arms, compare
 from tests.helpers.runs_helper import HTM
 from tests.helpers.study_helper import ROOT, write_study
 
@@ -51,7 +53,10 @@ def test_what_a_training_is_does_not_depend_on_where_its_data_lie(tmp_path):
     htm = found.variants["HTM"]
     same = {"data.root": "elsewhere", "data.workers": "3", "logging.interval": "7"}
     assert found.identity(htm, 1, same) == found.identity(htm, 1)
-    assert found.identity(htm, 1, {"horizontal.tau": "0.31"}) != found.identity(htm, 1)
+    others = ({"horizontal.tau": "0.31"}, {"data.per_class": "3"})
+    tested = dataclasses.replace(found, test_split="validation")
+    different = {found.identity(htm, 1), tested.identity(htm, 1)}
+    assert len(different | {found.identity(htm, 1, other) for other in others}) == 4
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,14 @@ def test_what_a_training_is_does_not_depend_on_where_its_data_lie(tmp_path):
         ({"variants": {"plain": {}, "x": {"like": "plain"}}}, ["variants.x", "same training as"]),
         ({"variants": {"plain": {"against": "y"}}}, ["against: got 'y'"]),
         ({"about": 3}, ["about: got 3"]),
+        ({"test_split": 3}, ["test_split: got 3"]),
+        ({"claims": {"margin": 1}}, ["claims.margin: got 1"]),
+        (
+            {"claims": {"margin": 0.3, "primary": [["HTM", "x"]]}},
+            ["claims.primary: got ['HTM', 'x']", "names of plain, HTM, mask"],
+        ),
+        ({"claims": {"margin": 0.3}}, ["claims.control: got None"]),
+        ({"arms": ["plain"]}, ["arms: got ['plain']", "['plain', 'HTM', 'mask']"]),
         ({"config": "nowhere.yaml"}, ["nowhere.yaml: cannot read"]),
     ],
 )
@@ -119,7 +132,7 @@ def test_shipped_studies_are_valid_and_say_how_to_run_them(path, monkeypatch):
     found = read_study(path)
     head = path.read_text().split("\n\n")[0]
     assert f"python -m experiments.study --study configs/studies/{path.name}" in head
-    assert len(found.seeds) >= 3 or path.stem.endswith("_tuning")
+    assert len(found.seeds) >= 3 or path.stem.endswith(("_tuning", "_search"))
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "released"])
@@ -132,6 +145,26 @@ def test_values_are_chosen_on_other_images_and_seeds(name, monkeypatch):
         data = search.config(variant, 1).data
         assert data.val_split not in evaluated and data.train_split not in evaluated
         assert data.val_split.startswith(("tune_validation", "train["))
+
+
+def test_small_data_takes_what_its_search_found_best(monkeypatch):
+    """Until an arm's trainings are done, its first setting stands in the study."""
+    monkeypatch.chdir(ROOT)
+    names = ("small_data_search", "small_data")
+    search, found = (read_study(f"configs/studies/{name}.yaml") for name in names)
+    assert set(search.arms) == {*found.variants} and not set(search.seeds) & set(found.seeds)
+    assert {len(search.arm(arm)) for arm in search.arms} == {8}, "each has the same budget"
+    records = study_records(ROOT / "results", search.name).read()
+    assert len({record.commit for record in records}) <= 1, "all trainings are from one commit"
+    best = best_of_arms(compare(search, records))
+    for arm, standing in best.items():
+        chosen = standing.variant if standing else search.variants[search.arm(arm)[0]]
+        theirs, ours = search.config(chosen, 1), found.config(found.variants[arm], 1)
+        for section in ("model", "mixup", "optimizer", "horizontal", "vertical"):
+            assert getattr(ours, section) == getattr(theirs, section), arm
+        assert ours.schedule.lr == theirs.schedule.lr and ours.schedule.epochs == 100
+        assert dataclasses.replace(ours.data, val_split=theirs.data.val_split) == theirs.data
+    assert found.test_split == "test" and search.test_split is None
 
 
 def test_the_digits_are_the_quickstarts(monkeypatch):

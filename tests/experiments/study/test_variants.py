@@ -249,6 +249,37 @@ def test_gradient_saliency_decides_in_a_model(batch):
     assert torch.equal(model(images), model.backbone(images))
 
 
+# Other saliency, other labels
+
+
+def test_centred_saliency_by_hand():
+    centred = RULES["centred saliency"]().saliency
+    # a sink at the first place, of all samples; what is left tells the samples apart
+    saliency = torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [0.6, 0.2, 0.2]])
+    expected = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(centred(0, saliency), expected, atol=1e-6)
+
+
+def test_random_saliency_is_uniform_and_follows_the_seed():
+    random_saliency = RULES["random saliency"]().saliency
+    torch.manual_seed(3)
+    found = random_saliency(0, torch.zeros(4000, 5))
+    torch.manual_seed(3)
+    assert torch.equal(found, random_saliency(0, torch.ones(4000, 5)))
+    assert torch.allclose(found.sum(1), torch.ones(4000))
+    # uniform on the simplex of T = 5: mean 1/T, variance (T - 1) / (T^2 (T + 1))
+    assert torch.allclose(found.mean(0), torch.full((5,), 0.2), atol=0.01)
+    assert torch.allclose(found.var(0), torch.full((5,), 4 / 150), atol=0.002)
+
+
+def test_labels_by_tokens_by_hand():
+    decision = Rules().decide(0, torch.eye(3, 4), torch.eye(3), torch.ones(3).bool(), 0.5)
+    assert decision.mask.sum(1).tolist() == [1, 1, 1]
+    targets = RULES["labels by tokens"]().relabel(torch.eye(3), torch.eye(3, 4), decision)
+    taken = targets[torch.arange(3), decision.partner]
+    assert taken.tolist() == [0.25] * 3, "one token of four, whatever its saliency"
+
+
 # All of them in a model
 
 
@@ -259,7 +290,9 @@ def test_each_changes_its_model_alone(names, batch):
     before = vit(horizontal=settings)(images, targets)
     torch.manual_seed(8)
     output = vit(*names, horizontal=settings)(images, targets)
-    assert not torch.equal(output.logits, before.logits)
+    changed = not torch.equal(output.logits, before.logits)
+    assert changed == (names != ["labels by tokens"])
+    assert changed or not torch.equal(output.targets, before.targets)
     assert torch.allclose(output.targets.sum(1), torch.ones(BATCH))
     output.logits.sum().backward()
     after = vit(horizontal=settings)(images, targets)

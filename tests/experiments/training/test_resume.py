@@ -6,9 +6,10 @@ import pkgutil
 import random
 
 import pytest
+import timm
 import torch
 
-from experiments.checkpoint import load_checkpoint
+from experiments.checkpoint import load_checkpoint, save_checkpoint
 from experiments.errors import CheckpointError, ConfigError, SavedAndStopped
 from experiments.training import run as runs
 from experiments.training.distributed import ONE_PROCESS
@@ -58,7 +59,7 @@ def test_a_run_that_stops_when_asked_goes_on_to_the_same_bytes(tmp_path, undistu
     assert outcome(fit(tmp_path)) == undisturbed
 
 
-def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed):
+def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed, capsys):
     for _ in range(10):
         try:
             folder = fit(tmp_path, AtLook(7))
@@ -66,6 +67,7 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed):
         except SavedAndStopped:
             continue
     assert outcome(folder) == undisturbed
+    assert "warning" not in capsys.readouterr().err
 
 
 class Crash(Exception):
@@ -141,6 +143,30 @@ def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):
     decays = {group["weight_decay"] for group in newest["optimizer"]["param_groups"]}
     assert decays == {0.0, 0.1}
     assert newest["config"]["optimizer"]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        # also a package that a checkpoint of an earlier version does not list
+        ({"torch": "2.0.0", "timm": None}, f"torch 2.0.0 there, {torch.__version__} now"),
+        (
+            {"timm": "0.9.0", "cuda": "9.9"},
+            f"timm 0.9.0 there, {timm.__version__} now, cuda 9.9 there, "
+            f"{torch.version.cuda or 'not installed'} now",
+        ),
+    ],
+    ids=["torch", "timm and cuda"],
+)
+def test_a_run_that_resumes_under_other_versions_says_so(cut, undisturbed, capsys, others, told):
+    newest = RunFolder(cut / "output" / "run").saved()[0]
+    content = load_checkpoint(newest)
+    assert {"torch", "timm", "tokenmixup"} <= content["versions"].keys()
+    content["versions"] = {k: v for k, v in (content["versions"] | others).items() if v is not None}
+    save_checkpoint(newest, content)
+    assert outcome(fit(cut)) == undisturbed
+    line = f"warning: resuming with other versions: {told}; results may differ from here on\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("allowed", [(), ("optimizer.name",), ("optimizer.name", "seed")])

@@ -99,27 +99,29 @@ def spoil_gradient(*steps):
     return prepare
 
 
-def test_a_step_is_the_naive_one(tmp_path):
-    """Loss, gradient norm and new weights of a plain model, by a loop written out."""
+@pytest.mark.parametrize("horizontal", [None, HTM | {"scorenet_lambda": 0.5}])
+def test_a_step_is_the_naive_one(tmp_path, horizontal):
+    """Losses, gradient norm and new weights, by a loop written out."""
     optimizer = {"name": "momentum", "momentum": 0.9, "weight_decay": 0.0, "clip_grad": 0.5}
-    config = small_config(
-        tmp_path, optimizer=optimizer, mixup={"label_smoothing": 0.1}, schedule={"lr": 0.1}
-    )
+    sections = {"optimizer": optimizer, "horizontal": horizontal, "schedule": {"lr": 0.1}}
+    config = small_config(tmp_path, mixup={"label_smoothing": 0.1}, **sections)
     learner = learner_of(config)
-    reference = build_model(config, 10).backbone
-    assert torch.equal(reference.head.weight, learner.model.backbone.head.weight)
+    reference = build_model(config, 10).train()
     images, labels = batch()
+    targets = F.one_hot(labels, 10) * 0.9 + 0.01
     momentum = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
-    reference.train()
     for step in range(3):
         measured = step_of(learner, images, labels, step)
+        assert ("scorenet_loss" in measured) == (horizontal is not None)
         rate = learner.optimizer.param_groups[0]["lr"]
-        loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1)
+        out = reference(images, targets)
+        loss = -(out.targets * out.logits.log_softmax(1)).sum(1).mean()
         reference.zero_grad()
-        loss.backward()
+        (loss + out.scorenet_loss).backward()
         gradients = {name: p.grad for name, p in reference.named_parameters()}
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert measured.get("scorenet_loss", 0) == pytest.approx(out.scorenet_loss.item(), rel=1e-5)
         assert measured["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
         with torch.no_grad():
             for name, parameter in reference.named_parameters():
@@ -127,8 +129,18 @@ def test_a_step_is_the_naive_one(tmp_path):
                 momentum[name] = 0.9 * momentum[name] + clipped
                 parameter -= rate * momentum[name]
     for name, parameter in reference.named_parameters():
-        actual = learner.model.backbone.get_parameter(name)
-        torch.testing.assert_close(actual, parameter, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(learner.model.get_parameter(name), parameter, msg=name)
+
+
+def test_bf16_computes_in_bf16_and_no_statistic_keeps_the_graph(tmp_path):
+    learner = learner_of(small_config(tmp_path, precision="bf16", horizontal=HTM))
+    seen = []
+    measured = learner.measured
+    learner.measured = lambda *of: seen.append((measured(*of), of[1])) or seen[-1][0]
+    step_of(learner, *batch())
+    ((values, output),) = seen
+    assert output.logits.dtype == torch.bfloat16
+    assert not any(value.requires_grad for value in values.values())
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path):
@@ -160,6 +172,22 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1])
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(divided.model.state_dict()[name], value)
+
+
+def test_each_part_of_each_step_draws_its_own_numbers(tmp_path):
+    """Dropout, as Mixup, depends on (seed, step, part), whichever process computes the part."""
+    config = small_config(tmp_path, data={"batch_size": 8, "micro_batch": 2})
+
+    def drawn(step, seed=0, first=0, count=4):
+        learner = learner_of(dataclasses.replace(config, seed=seed))
+        learner.division = Division(2, first, count)
+        images, labels = batch(2 * count)
+        parts = learner.micro_batches(images, labels, Progress(step=step))
+        return [torch.rand(()).item() for _ in parts]
+
+    first, second, other_seed = drawn(0), drawn(1), drawn(0, seed=1)
+    assert len({*first, *second, *other_seed}) == 12
+    assert drawn(1) == second and drawn(1, first=2, count=2) == second[2:]
 
 
 def test_parts_of_a_batch_are_mixed_like_batches_of_their_own(tmp_path):

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from experiments.checkpoint import load_checkpoint
 from experiments.config import load_config
+from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
@@ -19,6 +21,7 @@ from tests.helpers.runs_helper import (
     final_bytes,
     fit,
     rows_without_clock,
+    small_config,
     write_config,
 )
 
@@ -38,6 +41,21 @@ def test_the_run_folder_holds_what_is_promised(undisturbed):
     assert config.schedule.epochs == 3
     names = load_file(undisturbed / "final.safetensors").keys()
     assert {name.partition(".")[0] for name in names} == {"backbone", "scorenets"}
+
+
+def test_what_became_of_the_weights_that_a_training_starts_from_is_told(tmp_path, capsys):
+    states = {
+        key: build_model(small_config(tmp_path, horizontal=horizontal), 10).state_dict()
+        for key, horizontal in (("model", HTM), ("model_ema", None))
+    }
+    torch.save(states, tmp_path / "deit.pth")
+    model = {"weights": str(tmp_path / "deit.pth")}
+    folder = fit(tmp_path, "short", model=model, schedule={"epochs": 1})
+    scorenets = ", ".join(name for name in states["model"] if name.startswith("scorenets."))
+    assert (
+        f"{folder}: starts from {model['weights']} (checkpoint in DeiT's layout); in the file, not "
+        f"used by the model: {scorenets}; the averaged weights in the file (model_ema) are not used"
+    ) in capsys.readouterr().out
 
 
 def test_a_warm_up_that_the_run_does_not_outlast_is_told(tmp_path, capsys):

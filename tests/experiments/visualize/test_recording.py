@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from experiments.models.build import build_model
@@ -79,6 +80,43 @@ def small_batch(size=12):
     images = torch.randn(size, 3, 16, 16, generator=generator)
     labels = torch.randint(0, 10, (size,), generator=generator)
     return images, torch.nn.functional.one_hot(labels, 10).float()
+
+
+def test_several_layers_carry_images_and_labels_on():
+    """HTM at layers 1 and 3, VTM at 2 and 4: whose token stands where, and whose label it is."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 5}
+    host = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    model = attach(
+        host,
+        horizontal=HorizontalConfig(layers=(1, 3), rho=0.0, scorenet=None),
+        vertical=VerticalConfig(layers=(2, 4), kappa=KAPPA),
+    )
+    images, targets = small_batch()
+    with torch.no_grad(), watched(host) as clean:
+        model.eval()(images)
+    with watched(host) as seen:
+        recording = record(model, images, targets)
+    assert [one.layer for one in recording.horizontal] == recording.mixed_at(4) == [1, 3]
+    assert [recording.mixed_at(layer) for layer in (0, 1, 2)] == [[], [1], [1]]
+    assert [one.layer for one in recording.attention] == [2, 4]
+
+    model.training = True  # dropout off
+    with torch.no_grad():
+        output = model(images, targets)
+    first, second = recording.horizontal
+    assert np.array_equal(array(output.targets), second.targets)
+    for one in recording.horizontal:
+        np.testing.assert_allclose(one.parts @ array(targets), one.targets, rtol=0, atol=1e-6)
+    assert (np.count_nonzero(second.parts, axis=1) > 2).any(), "a partner's own earlier partner"
+
+    origin = torch.from_numpy(recording.origin(1))
+    assert np.array_equal(recording.foreign(1), first.mask) and first.mask.any()
+    given = clean.tokens[1][:, 1:][origin, torch.arange(16)]  # after the class token
+    torch.testing.assert_close(seen.tokens[1][:, 1:], given)
+    for sample, token in itertools.product(range(12), range(16)):
+        at = second.partner[sample] if second.mask[sample, token] else sample
+        assert recording.origin(3)[sample, token] == origin[at, token]
 
 
 @pytest.fixture

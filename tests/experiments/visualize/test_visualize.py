@@ -23,7 +23,7 @@ VIT = {
     "name": "vit_tiny_patch16_224",
     "image_size": 32,
     "num_classes": 3,
-    "kwargs": {"depth": 4, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
+    "kwargs": {"depth": 5, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
 }
 
 
@@ -101,8 +101,8 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
         tmp_path,
         model={**VIT, "kwargs": kwargs},
         data={"dataset": "", "root": str(tmp_path / "missing")},
-        horizontal={"layers": [1], "tau": 1.0, "rho": 0.0},
-        vertical={"layers": [3], "kappa": 2},
+        horizontal={"layers": [1, 3], "tau": 1.0, "rho": 0.0},
+        vertical={"layers": [2, 4], "kappa": 2},
     )
     config = load_config(path)
     model = weights_of(config, 3, tmp_path / "weights.safetensors")
@@ -122,13 +122,9 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     assert "All 5 images of photos/, resized as in evaluation" in out
     assert (tmp_path / "out" / "tokenmixup.gif").exists() == bool(animate)
     stems = {p.stem for p in (tmp_path / "out").iterdir()}
-    assert stems == {
-        "htm_layer1",
-        "htm_layer1_gain",
-        "vtm_layer3",
-        "vtm_layer3_attention",
-        "tokenmixup",
-    }
+    layers = [*(f"htm_layer{n}{end}" for n in (1, 3) for end in ("", "_gain"))]
+    layers += [f"vtm_layer{n}{end}" for n in (2, 4) for end in ("", "_attention")]
+    assert stems == {"tokenmixup", *layers}
     scene = scene_of_folder(
         config, str(tmp_path / "weights.safetensors"), ONE_PROCESS, photos, "run", 8
     )
@@ -139,11 +135,13 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     images = []
     for name in names:
         with Image.open(photos / name) as image:
-            images.append(transform(image.convert("RGB")))
+            seen = Image.new("RGB", image.size, "white") if name == "clear.png" else image
+            images.append(transform(seen.convert("RGB")))
     with torch.no_grad():
         predicted = model.eval()(torch.stack(images)).argmax(1)
     assert scene.labels[1:].tolist() == predicted[1:].tolist()
-    assert [attention.shares.shape[-1] for attention in scene.recording.attention] == [4]
+    assert [attention.shares.shape[-1] for attention in scene.recording.attention] == [3, 5]
+    assert scene.recording.mixed_at(4) == [1, 3]
 
 
 def test_labels_from_folders_named_as_the_classes(tmp_path):
@@ -177,6 +175,26 @@ def test_photographs_stand_upright(tmp_path):
     image.save(tmp_path / "a.png", exif=exif)
     upright = read_image(tmp_path / "a.png")
     assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "transparency"),
+    [
+        ("RGBA", (200, 0, 0, 51), None),
+        ("LA", (0, 51), None),
+        ("P", 0, 0),
+        ("RGB", (9, 9, 9), (9, 9, 9)),
+    ],
+)
+def test_transparent_images_are_put_on_white(tmp_path, mode, colour, transparency):
+    image = Image.new(mode, (2, 1), colour)
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "a.png", **options)
+    found = read_image(tmp_path / "a.png")
+    shares = {"RGBA": (200, 0, 0), "LA": (0, 0, 0)}  # a fifth of it, the rest white
+    solid = shares.get(mode, (255, 255, 255))
+    expected = tuple(round(0.2 * value + 0.8 * 255) for value in solid)
+    assert found.mode == "RGB" and found.getpixel((1, 0)) == expected
 
 
 def test_names_of_wordnet_become_words():
@@ -232,7 +250,7 @@ def test_pictures_are_written_where_there_is_nothing_to_animate(tmp_path, capsys
     code, out, err = run(capsys, *given, "--out", tmp_path / "out", "--animate")
     assert code == 2 and err.count("\n") == 1
     assert "nothing to animate: no image of this batch was mixed" in err
-    assert "not in the file, left as initialised: scorenets.1" in out
+    assert "left as initialised: scorenets.1" in out
     written = set((tmp_path / "out").iterdir())
     assert written == {Path(line.strip()) for line in out.partition("figures:\n")[2].splitlines()}
     assert written

@@ -136,6 +136,21 @@ def test_other_files_need_a_config(world, run, tmp_path):
     assert load_file(output).keys() == load_file(weights).keys()
 
 
+def test_averaged_weights_become_a_file_of_their_own(world, run, tmp_path):
+    states = [cct_state(10, seed=seed) for seed in (1, 2)]
+    path = tmp_path / "both.pth.tar"
+    torch.save(dict(zip(("state_dict", "state_dict_ema"), states, strict=True)), path)
+    config = read_manifest(world.manifest).config_path("cifar10_VTM")
+    said = run(path, "--config", config)
+    assert "the averaged weights in the file (state_dict_ema) are not used" in said
+    run(path, "--config", config, "--averaged")
+    for name, state in zip(("both", "both.averaged"), states, strict=True):
+        found = load_file(tmp_path / f"{name}.safetensors")["backbone.pos_embed"]
+        assert torch.equal(found, state["classifier.positional_emb"])
+        told = json.loads(convert.read_metadata(tmp_path / f"{name}.safetensors")["provenance"])
+        assert told["averaged"] == ("averaged" in name) and told["not_used"] == []
+
+
 def test_a_file_that_does_not_fit_is_not_converted(world, run, tmp_path):
     path = tmp_path / "other.pth.tar"
     save_cct(path, cct_state(10, width=128))

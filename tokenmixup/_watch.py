@@ -1,0 +1,190 @@
+"""Tell a user once that Horizontal TokenMixup does nothing, without waiting for the device.
+
+Dimensions: B batch, C classes.
+"""
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmixup._session import in_backward
+from tokenmixup.config import HorizontalConfig
+from tokenmixup.functional import least_difficulty
+from tokenmixup.scorenet import ScoreNet
+
+STEPS = 300
+"""Training steps after which a layer that has mixed nothing is told."""
+_ARRIVES = 20
+"""Steps after which the numbers of an earlier step are surely on the host."""
+
+
+class TokenMixupWarning(UserWarning):
+    """Horizontal TokenMixup mixes nothing; the message says why, and what to do."""
+
+
+@dataclass
+class _Seen:
+    """What one layer has done.
+
+    Attributes:
+        steps: its training steps.
+        largest_batch: the greatest B among them.
+        greatest: greatest easy share, mixed share, saliency difference and negative difficulty,
+            (4,) on the model's device.
+        read: those and the least difficulty that the targets allow, (5,), on their way to the host.
+    """
+
+    steps: int = 0
+    largest_batch: int = 0
+    greatest: Tensor | None = None
+    read: Tensor | None = None
+
+
+class Watch:
+    """Watches the HTM layers of one model for their first steps, and warns at most once.
+
+    Copies and pickles of a model have a watch of their own.
+
+    Args:
+        config: thresholds of the layers.
+    """
+
+    def __init__(self, config: HorizontalConfig) -> None:
+        self.config = config
+        self.key = next(_keys)
+        self._layers: dict[str, _Seen] = {}
+        self._warned = False
+        _watches[self.key] = self
+
+    def __reduce__(self) -> tuple[type["Watch"], tuple[HorizontalConfig]]:
+        return Watch, (self.config,)
+
+    def observe(
+        self,
+        layer: str,
+        scorenet: ScoreNet | None,
+        targets: Tensor,
+        mixed: Tensor,
+        stats: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Count a training step of a layer.
+
+        Args:
+            layer: its name.
+            scorenet: its ScoreNet, or None.
+            targets: before its mixing, (B, C).
+            mixed: after it, (B, C).
+            stats: of the step.
+
+        Returns:
+            ``mixed``, which compiled code has to use: a compiler drops calls without a result.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (in_backward() or self._is_over(layer)):
+            return mixed
+        # float32: the numbers are for a message
+        names = ("easy_share", "mixed_share", "saliency_difference_max")
+        numbers = [stats[name].float() for name in names]
+        hardest = stats.get("difficulty_min", torch.zeros_like(numbers[0]))
+        numbers.append(-hardest.float())
+        frozen = scorenet is not None and not any(p.requires_grad for p in scorenet.parameters())
+        now = torch.stack(numbers)
+        if compiling:
+            return _observe_compiled(mixed, targets, now, self.key, layer, frozen)
+        self.see(layer, targets, now, frozen)
+        return mixed
+
+    def _is_over(self, layer: str) -> bool:
+        seen = self._layers.get(layer)
+        return self._warned or (seen is not None and seen.steps >= STEPS + _ARRIVES)
+
+    @torch.no_grad()
+    def see(self, layer: str, targets: Tensor, now: Tensor, frozen: bool) -> None:
+        """As :meth:`observe`, outside of compiled code; ``now`` is one step's ``greatest``."""
+        if self._is_over(layer):
+            return
+        if frozen:
+            self._warn(
+                layer,
+                "cannot begin: none of ScoreNet's parameters requires a gradient, so that no "
+                "sample becomes easy unless ScoreNet was trained before. Fine-tuning libraries "
+                "freeze what they do not know: call requires_grad_(True) on model.scorenets (or "
+                "on the wrapper's scorenet) after them, and give its parameters to the optimiser",
+            )
+            return
+        seen = self._layers.setdefault(layer, _Seen())
+        seen.steps += 1
+        seen.largest_batch = max(seen.largest_batch, len(targets))
+        if seen.steps <= STEPS:
+            earlier = now if seen.greatest is None else seen.greatest.to(now.device)
+            seen.greatest = torch.maximum(earlier, now)
+        if seen.steps == STEPS:
+            assert seen.greatest is not None
+            least = least_difficulty(targets).min().float().reshape(1)
+            # pinned memory, filled when the device gets there; nobody waits for it
+            seen.read = torch.cat((seen.greatest, least)).to("cpu", non_blocking=True)
+        elif self._is_over(layer):
+            cause = self._cause(seen)
+            if cause:
+                self._warn(layer, f"mixed nothing in {STEPS} training steps: {cause}")
+
+    def _cause(self, seen: _Seen) -> str | None:
+        """Why nothing was mixed, and what to do; None if something was."""
+        assert seen.read is not None
+        easy, mixed, difference, negative, least = seen.read.tolist()
+        tau, rho = self.config.tau, self.config.rho
+        if mixed > 0:
+            return None
+        if seen.largest_batch == 1:
+            return (
+                "each batch had one sample, which has no partner. Give the model more samples per "
+                "forward pass (and process); accumulated gradients do not help"
+            )
+        if easy == 0 and tau is not None and tau < least:
+            return (
+                f"tau is {tau:g}, but with these targets no difficulty can be below {least:.4f}, "
+                "their entropy over 10. Raise tau above that, or soften the targets less"
+            )
+        if easy == 0:
+            return (
+                f"no sample was easy. The least difficulty was {-negative:.4f}, tau is {tau}. "
+                "If difficulty_min does not fall, see that the optimiser has ScoreNet's parameters "
+                "and that scorenet_lambda is not too small, or raise tau"
+            )
+        if difference <= rho:
+            return (
+                f"rho is {rho:g}, but the greatest saliency difference was {difference:.3g}. "
+                "Lower rho; 1 / (number of patch tokens) is a value to begin with"
+            )
+        return "there were easy samples and differences above rho, but its rules moved no token"
+
+    def _warn(self, layer: str, message: str) -> None:
+        self._warned = True
+        text = f"Horizontal TokenMixup at {layer} {message}"
+        warnings.warn(text, TokenMixupWarning, stacklevel=2)
+
+
+_keys = itertools.count()
+_watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+"""By key, as an operator's arguments cannot be objects; a watch lives as long as its model."""
+
+
+@torch.library.custom_op("tokenmixup::observe", mutates_args=())
+def _observe_compiled(
+    mixed: Tensor, targets: Tensor, now: Tensor, key: int, layer: str, frozen: bool
+) -> Tensor:
+    """Run :meth:`Watch.see` at each step of compiled code, which cannot count itself."""
+    watch = _watches.get(key)
+    if watch is not None:
+        watch.see(layer, targets, now, frozen)
+    return mixed.clone()
+
+
+@_observe_compiled.register_fake
+def _(mixed: Tensor, targets: Tensor, now: Tensor, key: int, layer: str, frozen: bool) -> Tensor:
+    return torch.empty_like(mixed)
