@@ -17,7 +17,7 @@ def test_it_names_versions_what_was_built_and_hosts(monkeypatch):
     assert told["torchvision"].endswith("(hosts: VisionTransformer)")
     monkeypatch.setattr(command._assignment, "compiled_solver", lambda: None)
     monkeypatch.setattr(command, "_LIBRARIES", ("timm", "no_such_library"))
-    assert "solver in C     not built; lapx finds" in command.report()
+    assert "solver in C      not built; lapx finds" in command.report()
     assert "no_such_library  not installed" in command.report()
 
 
