@@ -4,7 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C class
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -316,6 +316,19 @@ class TokenMixupModel(nn.Module):
             return None
         return soft_targets(targets, images.shape[0], self.num_classes)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of every module; where the ScoreNets are others, the error says so in words."""
+        own = [f"scorenets.{name}" for name in self.scorenets.state_dict()]
+        there = [name for name in state_dict if name.startswith("scorenets.")]
+        if strict and set(there) != set(own):
+            raise RuntimeError(
+                f"the weights are of a model with {_named(there)}, this one has {_named(own)}: "
+                "attach with the HorizontalConfig of that training (layers, scorenet)"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def detach(self) -> nn.Module:
         """Remove TokenMixup and return the host exactly as it was before :func:`attach`.
 
@@ -434,6 +447,19 @@ def attach(
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())
+
+
+def _named(scorenets: Iterable[str]) -> str:
+    """Where ScoreNets are, and how they pool, by the names of their parameters."""
+    names = sorted({name.split(".")[1] for name in scorenets}, key=int)
+    if not names:
+        return "no ScoreNet"
+    pooled = any(".pool." in name for name in scorenets)
+    many = "s" if len(names) > 1 else ""
+    return (
+        f"ScoreNet{many} {'with' if pooled else 'without'} attention pooling at layer{many} "
+        f"{', '.join(names)}"
+    )
 
 
 def _check_layers(

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -35,6 +37,28 @@ def batch(size=6, classes=5):
 def test_names_of_the_scorenets_weights():
     keys = [key for key in attach(vit(), horizontal=HTM).state_dict() if "backbone." not in key]
     assert keys == [f"scorenets.1.{n}.{m}" for n in ("pool", "head") for m in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (HorizontalConfig(layers=(0, 2), tau=1, rho=0), "ScoreNets with .* at layers 0, 2"),
+        (HorizontalConfig(layers=(1,), tau=1, rho=0, scorenet="cls"), "ScoreNet without .* at lay"),
+        (None, "no ScoreNet"),
+    ],
+    ids=["layers", "pooling", "none"],
+)
+def test_weights_of_other_settings_are_told(other, named):
+    """Settings themselves go to and from plain dicts, as a YAML or JSON file holds them."""
+    model, another = attach(vit(), horizontal=HTM), attach(vit(), horizontal=other)
+    own = "ScoreNet with attention pooling at layer 1"
+    with pytest.raises(
+        RuntimeError, match=f"of a model with {named}.*, this one has {own}: attach"
+    ):
+        model.load_state_dict(another.state_dict())
+    assert other is None or type(other)(**json.loads(json.dumps(asdict(other)))) == other
+    assert VerticalConfig(**json.loads(json.dumps(asdict(VTM)))) == VTM
+    model.load_state_dict(another.state_dict(), strict=False)
 
 
 def test_what_training_returns():
