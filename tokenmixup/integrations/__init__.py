@@ -1,0 +1,1 @@
+"""TokenMixup in the trainers of other libraries, one module for each."""
