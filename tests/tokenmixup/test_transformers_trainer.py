@@ -1,6 +1,7 @@
 """tokenmixup.integrations.transformers: what the Trainer trains, saves and reads again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,11 @@ SMALL = {"rtol": 1e-4, "atol": 1e-6}
 @pytest.mark.parametrize("bf16", [False, True])
 def test_from_pretrained_reads_every_checkpoint(tmp_path: Path, bf16: bool) -> None:
     start = weights(build())
-    trainer = trained(tmp_path, bf16=bf16, save_strategy="steps", save_steps=1, max_steps=2)
+    options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "max_steps": 2}
+    trainer = trained(tmp_path, bf16=bf16, **options)
+    for row in trainer.state.log_history[:2]:
+        assert row["htm/layer1/easy_share"] == 1 and row["htm/layer1/tokens_mixed"] > 0
+        assert row["vtm/layer2/remembered_tokens"] == 4
     trainer.save_model()
     model = trainer.model
     for folder in (tmp_path / "checkpoint-2", tmp_path):
@@ -247,12 +252,15 @@ def test_a_plain_trainer_is_refused(tmp_path: Path) -> None:
 
 def test_what_it_does_not_support_is_refused(tmp_path: Path) -> None:
     host = build().detach()
+    hard = build(horizontal=replace(HTM, tau=0.05))
+    smooth = arguments(tmp_path, label_smoothing_factor=0.2)
     sigmoid = build()
     sigmoid.backbone.config.problem_type = "multi_label_classification"
     for model, options, error, match in (
         (host, {}, TypeError, "got ViTForImageClassification"),
         (build(), {"compute_loss_func": print}, ValueError, "override compute_loss"),
         (sigmoid, {}, ValueError, "multi_label"),
+        (hard, {"args": smooth}, ValueError, r"below 0\.0661"),
         (build(), {"args": arguments(tmp_path, label_names=["y"])}, ValueError, "'labels'"),
     ):
         with pytest.raises(error, match=match):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from tokenmixup._targets import one_hot_targets
+from tokenmixup.functional import least_difficulty
 from tokenmixup.model import TokenMixupModel, TokenMixupOutput
 
 STATE_FILE = "tokenmixup.safetensors"
@@ -31,14 +32,16 @@ class TokenMixupTrainer(Trainer):
     class indices (B,) or soft targets (B, C). ``label_smoothing_factor`` smooths them before HTM
     mixes them; where nothing is mixed the loss is the Trainer's own. Every image of an optimiser
     step weighs the same, also where the last of accumulated batches is smaller. Evaluation runs
-    the plain host; ``compute_metrics`` gets its logits.
+    the plain host; ``compute_metrics`` gets its logits. Logs hold the means of ``out.stats``, of
+    the main process, beside the loss.
 
     ``from_pretrained`` reads each checkpoint folder. The ScoreNets and the settings lie beside
     the host's files, in ``tokenmixup.safetensors``.
 
     Raises:
         TypeError: the model is not attached to a model of transformers.
-        ValueError: an argument that it does not support, or a checkpoint of other settings.
+        ValueError: an argument that it does not support, a checkpoint of other settings, or a
+            ``tau`` below every difficulty that smoothed labels can have.
     """
 
     def __init__(self, model: TokenMixupModel | None = None, *args: Any, **kwargs: Any) -> None:
@@ -53,10 +56,15 @@ class TokenMixupTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if self.args.label_names is None:
             self.label_names = ["labels"]
+        self._stats: dict[str, Tensor] = {}  # their sums since the last log
+        self._batches = 0
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        problem = self._attached.backbone.config.problem_type
+        model, smoothing = self._attached, self.args.label_smoothing_factor
+        problem = model.backbone.config.problem_type
+        tau = model.horizontal.tau if model.scorenets else None
+        least = least_difficulty(self._smoothed(torch.zeros(1, dtype=torch.int64))).item()
         for refused, instead in (
             (
                 self.compute_loss_func is not None,
@@ -70,6 +78,11 @@ class TokenMixupTrainer(Trainer):
                 problem not in (None, "single_label_classification"),
                 f"targets must be distributions over the classes, but the host's config has "
                 f"problem_type={problem!r}",
+            ),
+            (
+                tau is not None and tau < least,
+                f"with label_smoothing_factor={smoothing} no difficulty is below {least:.4f}, so "
+                f"that HorizontalConfig.tau={tau} would mix nothing: raise tau, or smooth less",
             ),
             (
                 self.is_fsdp_enabled or self.is_deepspeed_enabled,
@@ -122,13 +135,13 @@ class TokenMixupTrainer(Trainer):
                 loss = loss * (labels.numel() / num_items_in_batch)
                 if self.args.average_tokens_across_devices:
                     loss = loss * self.accelerator.num_processes  # gradients are averaged
+            self._batches += 1
+            for name, value in out.stats.items():
+                self._stats[name] = self._stats.get(name, 0) + value
         return (loss, {"logits": out.logits}) if return_outputs else loss
 
     def _smoothed(self, labels: Tensor) -> Tensor:
-        smoothing = self.args.label_smoothing_factor
-        if not smoothing:
-            return labels
-        classes = self._attached.num_classes
+        smoothing, classes = self.args.label_smoothing_factor, self._attached.num_classes
         if not labels.is_floating_point():
             labels = one_hot_targets(labels, len(labels), classes)
         return (1 - smoothing) * labels + smoothing / classes
@@ -148,6 +161,13 @@ class TokenMixupTrainer(Trainer):
             if labels is not None:
                 loss = _plain_output(logits, self._smoothed(labels)).loss()
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the means of the statistics of HTM and VTM beside the loss."""
+        if "loss" in logs:
+            logs |= {name: (total / self._batches).item() for name, total in self._stats.items()}
+            self._stats, self._batches = {}, 0
+        super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The model card of the host."""
