@@ -1,1 +1,1 @@
-"""TokenMixup in the trainers of other libraries, one module for each."""
+"""TokenMixup in other libraries' trainers: each module needs the library of its name."""
