@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import TrainingArguments
 
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 from tokenmixup.integrations.transformers import TokenMixupTrainer
@@ -24,9 +25,10 @@ def build(
     dropout: float = 0.0,
     horizontal: HorizontalConfig | None = HTM,
     vertical: VerticalConfig | None = VTM,
+    kind: str = "ViT",
 ) -> TokenMixupModel:
     torch.manual_seed(seed)
-    config = ViTConfig(
+    config = getattr(transformers, f"{kind}Config")(
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -36,7 +38,8 @@ def build(
         num_labels=CLASSES,
         hidden_dropout_prob=dropout,
     )
-    return attach(ViTForImageClassification(config), horizontal=horizontal, vertical=vertical)
+    host = getattr(transformers, f"{kind}ForImageClassification")(config)
+    return attach(host, horizontal=horizontal, vertical=vertical)
 
 
 def data(count: int = 16) -> list[dict[str, Any]]:

@@ -87,11 +87,13 @@ BIT_FOR_BIT = {"rtol": 0.0, "atol": 0.0}
 SMALL = {"rtol": 1e-4, "atol": 1e-6}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_from_pretrained_reads_every_checkpoint(tmp_path: Path, bf16: bool) -> None:
-    start = weights(build())
+@pytest.mark.parametrize(
+    "kind, bf16", [("ViT", False), ("ViT", True), ("DeiT", False), ("Dinov2", False)]
+)
+def test_from_pretrained_reads_every_checkpoint(tmp_path: Path, kind: str, bf16: bool) -> None:
+    start = weights(build(kind=kind))
     options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "max_steps": 2}
-    trainer = trained(tmp_path, bf16=bf16, **options)
+    trainer = trained(tmp_path, build(kind=kind), bf16=bf16, **options)
     for row in trainer.state.log_history[:2]:
         assert row["htm/layer1/easy_share"] == 1 and row["htm/layer1/tokens_mixed"] > 0
         assert row["vtm/layer2/remembered_tokens"] == 4
