@@ -24,7 +24,7 @@ fail() { say "$@" && exit 1; }
 # What .venv was made from, and what is in it.
 state() {
   pwd
-  cat pyproject.toml constraints.txt run/setup.sh tokenmixup/*.c | sha256sum
+  cat pyproject.toml setup.py constraints.txt run/setup.sh tokenmixup/*.c | sha256sum
   .venv/bin/uv pip freeze --python .venv/bin/python 2>/dev/null
 }
 

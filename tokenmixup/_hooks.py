@@ -45,6 +45,8 @@ class Attachment:
     rules: Rules
     horizontal: HorizontalConfig | None
     vertical: VerticalConfig | None
+    watch: Watch | None
+    """Of HTM."""
 
 
 class _Hook:
@@ -249,13 +251,12 @@ def install_hooks(
     """Put the hooks on the layers, and return the handles that remove them."""
     mixing = shared.horizontal.layers if shared.horizontal is not None else ()
     attending = shared.vertical.layers if shared.vertical is not None else ()
-    watch = Watch(shared.horizontal) if shared.horizontal is not None else None
     handles = []
     for index, layer in enumerate(layers):
         remembers = _remembers(shared, index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
-            watching = watch if index in mixing else None
+            watching = shared.watch if index in mixing else None
             hook = _LayerHook(shared, index, layer, scorenets, projection, watching)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:
@@ -267,6 +268,18 @@ def install_hooks(
             handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
             handles.append(attention.register_forward_hook(own, with_kwargs=True))
     return handles
+
+
+class _Mark(_Hook):
+    """On the host itself, where it costs its layers no fused path."""
+
+    def __call__(self, host: nn.Module, args: Args) -> None:
+        """Do nothing: it is there to be found."""
+
+
+def mark(host: nn.Module, shared: Attachment) -> RemovableHandle:
+    """Let :func:`has_hooks` know the host, also while its layers have no hooks."""
+    return host.register_forward_pre_hook(_Mark(shared, -1, host))
 
 
 def has_hooks(host: nn.Module) -> bool:

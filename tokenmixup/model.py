@@ -4,23 +4,26 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C class
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tokenmixup._hooks import Attachment, has_hooks, install_hooks
+from tokenmixup._hooks import Attachment, has_hooks, install_hooks, mark
 from tokenmixup._session import Session, StepRecord
 from tokenmixup._targets import soft_targets
+from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.functional import soft_cross_entropy
 from tokenmixup.hosts import (
     HostAdapter,
     TokenLayout,
     UnsupportedHostError,
+    encoder_layers,
     find_adapter,
     unwrapped,
 )
@@ -130,14 +133,40 @@ class TokenMixupModel(nn.Module):
         parameter = next(backbone.parameters())
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
-        shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
-        layers = adapter.layers(host)
-        self._handles = install_hooks(layers, shared, self.scorenets)
-        self._is_attached = bool(self._handles)  # torch.compile cannot look at the handles
+        self._shared = Attachment(
+            adapter,
+            self.layout,
+            self._session,
+            rules,
+            horizontal,
+            vertical,
+            None if horizontal is None else Watch(horizontal),
+        )
+        self._mark = mark(host, self._shared)
+        self._handles: list[RemovableHandle] = []
+        self._is_attached = horizontal is not None or vertical is not None
         self.enabled = True
         # the host's mode, without a change of parts of it that are in another
         self.training = backbone.training
         self.scorenets.train(backbone.training)
+        self._place_hooks()
+
+    def train(self, mode: bool = True) -> "TokenMixupModel":
+        """As of every module; a fused path of the host's evaluation gets back what it needs."""
+        super().train(mode)
+        self._place_hooks()
+        return self
+
+    def _place_hooks(self) -> None:
+        """Have the hooks on the host: in training, and in evaluation where they cost nothing."""
+        if self._is_attached and (self.training or not self.adapter.fused_evaluation):
+            if not self._handles:
+                layers = self.adapter.layers(unwrapped(self.backbone))
+                self._handles = install_hooks(layers, self._shared, self.scorenets)
+        else:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the host, private ones excepted: tools look for theirs on each module."""
@@ -294,10 +323,9 @@ class TokenMixupModel(nn.Module):
 
         Do not train this model afterwards.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         self._is_attached = False
+        self._place_hooks()
+        self._mark.remove()
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
@@ -350,6 +378,9 @@ def attach(
     vertical: VerticalConfig | None = None,
     num_classes: int | None = None,
     rules: Rules | None = None,
+    layers: Iterable[nn.Module] | None = None,
+    num_prefix_tokens: int | None = None,
+    class_token: bool | None = None,
 ) -> TokenMixupModel:
     """Put TokenMixup on a host model without editing it.
 
@@ -357,12 +388,18 @@ def attach(
     neither ``horizontal`` nor ``vertical`` the result is the plain host behind the same interface,
     for training loops that serve all variants. It is in training or evaluation mode as the host is.
 
+    A host of any other class is taken where its ``layers`` are given.
+
     Args:
         model: the host, of one of the supported families.
         horizontal: settings of Horizontal TokenMixup.
         vertical: settings of Vertical TokenMixup.
         num_classes: C, where the host does not know it.
         rules: for research, the decisions that differ from the paper's; one instance per model.
+        layers: the encoder layers of a host of no supported family, anywhere in it, in the order of
+            its forward pass: ``torch.nn.TransformerEncoderLayer`` with ``batch_first=True``.
+        num_prefix_tokens: with ``layers``, P, the tokens before the patch tokens.
+        class_token: with ``layers``, whether token 0 is a class token.
 
     Raises:
         UnsupportedHostError: (a ValueError) the host is of no supported family.
@@ -388,7 +425,12 @@ def attach(
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
     host = unwrapped(model)
-    adapter = find_adapter(host)
+    if layers is not None:
+        adapter: HostAdapter = encoder_layers(host, layers, num_prefix_tokens, class_token)
+    elif num_prefix_tokens is not None or class_token is not None:
+        raise ValueError("num_prefix_tokens and class_token describe `layers`, which are not given")
+    else:
+        adapter = find_adapter(host)
     layout = adapter.layout(host)
     _check_layers(horizontal, vertical, adapter.layers(host))
     _check_kappa(vertical, layout)

@@ -186,7 +186,8 @@ class VerticalTokenMixupLayer(nn.Module):
                 "reset() only after the last layer"
             )
         remembered = remembered_before(memory, self.layer_index)
-        self._report(0 if remembered is None else remembered.shape[1])
+        assert remembered is not None, "VTM layers have earlier layers, and none is missing"
+        self._report(remembered.shape[1])
         return remembered
 
     def _report(self, remembered: int) -> None:

@@ -1,5 +1,6 @@
 """Run a study: `python -m experiments.study --study configs/studies/NAME.yaml`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,15 @@ options:
   --threads N      threads per training (default: 1)
   --run NAME/SEED  one training alone, in this process
   --report         only rewrite page and picture from the records, and the documents' tables
+  --judge DIR      mix test images by the saliency of the finished trainings at layer 0, and record
+                   how well the labels agree with what the model of this run folder sees
   --output DIR     folder of the run folders (default: output/studies)
   --results DIR    folder of the records and pages (default: results)
 
 --SECTION.KEY VALUE sets a key of the config in every training; python -m experiments.train --help
 lists the keys.
 """
-_VALUES = ("study", "jobs", "threads", "run", "output", "results")
+_VALUES = ("study", "jobs", "threads", "run", "judge", "output", "results")
 _OPTIONS = {name: cli.Option("") for name in _VALUES} | {"report": cli.Option("", False)}
 
 
@@ -47,7 +50,13 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if "study" not in options:
         raise ConfigError("command line: --study: missing; it is a file of configs/studies")
-    for mode, other in (("report", "run"), ("report", "jobs"), ("run", "jobs")):
+    for mode, other in (
+        ("report", "run"),
+        ("report", "jobs"),
+        ("run", "jobs"),
+        ("judge", "run"),
+        ("judge", "jobs"),
+    ):
         if mode in options and other in options:
             raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
     output = Path(options.get("output", "output/studies"))
@@ -65,6 +74,14 @@ def main(argv: Sequence[str]) -> None:
         if results.resolve() == ROOT / "results":  # the documents show this checkout's results
             for path in update_documents(ROOT, makers(results)):
                 print(f"changed: {path}")
+        return
+
+    if "judge" in options:
+        from experiments.study.labels import judge_labels
+
+        judge, command = options["judge"], shlex.join(["python", "-m", "experiments.study", *argv])
+        count = judge_labels(study, output / study.name, results, Path(judge), command)
+        print(f"labels of {count} trainings judged, kept in {results}")
         return
 
     from experiments.study.run import Runner, whole_number

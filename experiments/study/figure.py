@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from experiments.documents import figures
 from experiments.documents.figures import BLACK, BLUE, REST, VERMILION
-from experiments.study.statistics import Comparison, Standing
+from experiments.study.statistics import Comparison, Standing, layers_of
 
 _INCHES_PER_VARIANT = 0.42
 
@@ -100,3 +100,49 @@ def _draw_differences(
 
 def _error_bar(axes: Axes, value: float, height: float, half: float | None, **style: Any) -> None:
     axes.errorbar(value, height, xerr=half, capsize=3, **style)
+
+
+def draw_saliency(comparison: Comparison, stem: Path) -> list[Path]:
+    """Attention sinks: by layer in the final weights, and over the training where HTM mixes."""
+    title = f"{comparison.study.title}: attention sinks"
+    layers = layers_of(comparison)
+    with figures.house_style():
+        figure = figures.make_figure(3.2)
+        panels = figure.subplots(1, 4, sharey=True)
+        for axes, name, words in (
+            (panels[0], "largest_share", "saliency of the most\nsalient token"),
+            (panels[1], "same_place_share", "images in which it is at\nthe most frequent place"),
+            (panels[2], "border_share", "images in which it is\nat the border"),
+        ):
+            for number, standing in enumerate(comparison.standings):
+                if standing.measures:
+                    found = [standing.measures[f"layer{layer}/{name}"] for layer in layers]
+                    axes.errorbar(
+                        [layer + 0.06 * (number - 3) for layer in layers],
+                        [100 * summary.mean for summary in found],
+                        yerr=[100 * (summary.std or 0) for summary in found],
+                        label=standing.variant.name,
+                        **_line(number),
+                    )
+            axes.set_title(words)
+            axes.set_xticks(layers)
+            axes.set_xlabel("layer")
+        for number, standing in enumerate(comparison.standings):
+            epochs = [epoch for epoch in standing.by_epoch if epoch != "all"]
+            values = [100 * standing.by_epoch[e]["largest_saliency_share"] for e in epochs]
+            panels[3].plot([int(epoch) for epoch in epochs], values, **_line(number))
+        panels[3].set_title("saliency of the most salient\ntoken where HTM mixes")
+        panels[3].set_xlabel("epoch")
+        panels[0].set_ylabel("per cent")
+        panels[0].set_ylim(0, 100)
+        for axes in panels:
+            axes.grid(axis="y", color=figures.GRID, linewidth=0.6)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figures.title(figure, title)
+        return figures.write(figure, stem, title)
+
+
+def _line(number: int) -> dict[str, Any]:
+    colour = figures.SERIES[number % len(figures.SERIES)]
+    return {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1}

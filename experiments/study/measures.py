@@ -1,4 +1,4 @@
-"""What a study measures of final weights besides accuracy: calibration, robustness, overfitting.
+"""What a study measures of final weights: calibration, robustness, overfitting, saliency.
 
 Corrupted images are the same for all models: what is random in them is a function of the image's
 place in the split, as long as `data.eval_batch_size` is the same.
@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.config import RunConfig
 from experiments.data.augment import normalisation
 from experiments.data.datasets import Images
 from experiments.data.loading import Batch, EvalBatches
+from experiments.study.sinks import layer_saliencies, sink_statistics
 from experiments.training.distributed import World
-from experiments.training.evaluation import Evaluation, evaluate
+from experiments.training.evaluation import Evaluation, evaluate, to_device
+from tokenmixup import TokenMixupModel
 
 CALIBRATION_BINS = 15
 NOISE = 0.1
@@ -27,6 +29,7 @@ BLUR = 1.0
 PATCH = 4
 """Side of an occluded patch, pixels; a quarter of all patches is occluded."""
 GREY = 0.5
+SALIENCY_IMAGES = 1000
 
 Corruption = Callable[[Tensor, torch.Generator], Tensor]
 """Pixels (B, 3, S, S) from 0 to 1 -> the same shape."""
@@ -80,7 +83,7 @@ CORRUPTIONS: dict[str, Corruption] = {"noise": noisy, "blur": blurred, "occlusio
 
 
 def measure(
-    model: nn.Module,
+    model: TokenMixupModel,
     images: Images,
     train_images: Images,
     num_classes: int,
@@ -99,7 +102,8 @@ def measure(
 
     Returns:
         The evaluation of `images`, and by name: `calibration_error` from 0 to 1, `top1_NAME` for
-        each of `CORRUPTIONS`, `train_top1` and `train_loss`.
+        each of `CORRUPTIONS`, `train_top1`, `train_loss`, and as `layer0/largest_share` what
+        `sink_statistics` says of each layer's saliency, for the first of `images`.
     """
     clean = EvalBatches(config, images, num_classes)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -112,7 +116,26 @@ def measure(
         corrupted = _corrupted(clean, corruption, config)
         found[f"top1_{name}"] = evaluate(model, corrupted, world, config).top1
     own = evaluate(model, EvalBatches(config, train_images, num_classes), world, config)
-    return result, {**found, "train_top1": own.top1, "train_loss": own.loss}
+    found |= {"train_top1": own.top1, "train_loss": own.loss}
+    for layer, saliency in enumerate(_saliencies(model, clean, world, config)):
+        for name, value in sink_statistics(saliency).items():
+            found[f"layer{layer}/{name}"] = value
+    return result, found
+
+
+def _saliencies(
+    model: TokenMixupModel, batches: EvalBatches, world: World, config: RunConfig
+) -> list[Tensor]:
+    """The saliency (I, T) at each layer, for the first images."""
+    model.eval()
+    parts, wanted = [], SALIENCY_IMAGES
+    for batch in batches:
+        images, _ = to_device(batch, world.device, config)
+        parts.append([saliency.cpu() for saliency in layer_saliencies(model, images[:wanted])])
+        wanted -= len(images)
+        if wanted <= 0:
+            break
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
 def _corrupted(batches: EvalBatches, corruption: Corruption, config: RunConfig) -> Iterator[Batch]:

@@ -12,9 +12,8 @@ from experiments.documents.markdown import Makers, aligned_table
 from experiments.errors import DataError
 from experiments.files import write_atomically
 from experiments.provenance import ROOT
-from experiments.study.measures import BLUR, NOISE, PATCH
 from experiments.study.plan import Claims, Study, read_study
-from experiments.study.records import StudyRecord, study_records
+from experiments.study.records import StudyRecord, label_records, study_records
 from experiments.study.statistics import (
     Comparison,
     Contrast,
@@ -22,10 +21,12 @@ from experiments.study.statistics import (
     Standing,
     best_of_arms,
     compare,
+    layers_of,
 )
+from experiments.study.tables import agreement, measures
 
 _ARMS = ("HTM", "VTM", "HTM + VTM")
-PAGE, PICTURE = "README.md", "study"
+PAGE, PICTURE, SALIENCY_PICTURE = "README.md", "study", "saliency"
 
 _METHOD = (
     "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
@@ -46,10 +47,9 @@ def write_report(study: Study, results: Path) -> list[Path]:
     Raises:
         DataError: there are no records, they are damaged, or the page cannot be written.
     """
-    from experiments.study.figure import draw
+    from experiments.study.figure import draw, draw_saliency
 
-    records = study_records(results, study.name)
-    path, comparison = records.path, compare(study, records.read())
+    path, comparison = study_records(results, study.name).path, comparison_of(study, results)
     if not comparison.records:
         raise DataError(
             f"{path}: holds no record yet; train: python -m experiments.study --study {study.file}"
@@ -57,10 +57,18 @@ def write_report(study: Study, results: Path) -> list[Path]:
     page = path.parent / PAGE
     try:
         paths = draw(comparison, path.parent / PICTURE)
+        if layers_of(comparison):
+            paths += draw_saliency(comparison, path.parent / SALIENCY_PICTURE)
         write_atomically(page, markdown(comparison).encode())
     except OSError as error:
         raise DataError(f"{page}: cannot write the page: {error.strerror}") from None
     return [page, *paths]
+
+
+def comparison_of(study: Study, results: Path) -> Comparison:
+    """A study compared by its records."""
+    labels = label_records(results, study.name).read()
+    return compare(study, study_records(results, study.name).read(), labels)
 
 
 def makers(results: Path) -> Makers:
@@ -73,7 +81,7 @@ def makers(results: Path) -> Makers:
         if name == "summary":
             return summary(results)
         study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
-        comparison = compare(study, study_records(results, name).read())
+        comparison = comparison_of(study, results)
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
     return {"study": block}
@@ -103,7 +111,8 @@ def markdown(comparison: Comparison) -> str:
         table(comparison),
         f"{_METHOD}\n",
         verdict(comparison),
-        *measures(comparison),
+        *measures(comparison, SALIENCY_PICTURE),
+        *agreement(comparison),
         f"![Top-1 per seed, and differences with their intervals]({PICTURE}.svg)\n",
         "## The variants\n",
         "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",
@@ -214,57 +223,6 @@ def _chosen(comparison: Comparison) -> str:
         else:
             lines.append(f"Best of {arm}: {best.variant.name}, {best.top1.text(2)}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-_MEASURES = {
-    "calibration_error": ("calibration error", 3),
-    "top1_noise": ("top-1, noise", 2),
-    "top1_blur": ("blur", 2),
-    "top1_occlusion": ("occlusion", 2),
-    "train_top1": ("training images", 2),
-    "train_loss": ("their loss", 3),
-}
-_DOSE = {
-    "mixed_share": ("samples mixed", "{:.0%}"),
-    "tokens_mixed": ("tokens", "{:.1f}"),
-    "label_share": ("label share", "{:.0%}"),
-    "largest_saliency_share": ("largest saliency", "{:.0%}"),
-    "same_place_share": ("at one place", "{:.0%}"),
-}
-
-
-def measures(comparison: Comparison) -> list[str]:
-    """Further measures of the final weights, and HTM's dose; nothing for studies without them."""
-    parts = []
-    tested = [s for s in comparison.standings if s.measures]
-    if tested:
-        rows = [[s.variant.name, *(_measure(s, name) for name in _MEASURES)] for s in tested]
-        head = ["variant", *(title for title, _ in _MEASURES.values())]
-        parts += [
-            "Of the final weights: expected calibration error in 15 bins; top-1 on the evaluated "
-            f"images under Gaussian noise (standard deviation {NOISE:g} of pixels from 0 to 1), "
-            f"under a blur ({BLUR:g} pixel), and with a quarter of the patches ({PATCH}×{PATCH} "
-            "pixels) in grey; top-1 and cross-entropy on the training images, not augmented.\n",
-            aligned_table(head, rows, range(1, len(head))),
-        ]
-    mixing = [s for s in comparison.standings if s.whole_training]
-    if mixing:
-        rows = [
-            [s.variant.name, *(form.format(s.whole_training[n]) for n, (_, form) in _DOSE.items())]
-            for s in mixing
-        ]
-        head = ["variant", *(title for title, _ in _DOSE.values())]
-        parts += [
-            "HTM over the whole training: samples mixed; tokens and label share taken from the "
-            "partner, per easy sample; the share of saliency that the most salient token holds; "
-            "and the share of a batch's samples in which it is at the most frequent place.\n",
-            aligned_table(head, rows, range(1, len(head))),
-        ]
-    return parts
-
-
-def _measure(standing: Standing, name: str) -> str:
-    return standing.measures[name].text(_MEASURES[name][1])
 
 
 def every_training(comparison: Comparison) -> str:

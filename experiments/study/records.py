@@ -7,7 +7,7 @@ from pydantic import Field
 
 from experiments.provenance import Record, Records
 
-RECORDS_FILE = "records.jsonl"
+RECORDS_FILE, LABELS_FILE = "records.jsonl", "labels.jsonl"
 
 
 class StudyRecord(Record):
@@ -60,10 +60,27 @@ class StudyRecord(Record):
     """Keys that the command line set."""
 
 
+class LabelRecord(Record):
+    """What a judge sees of one model's labels, at one rho."""
+
+    study: str
+    variant: str
+    seed: int
+    rho: float
+    agreement: dict[str, float | None]
+    """The fields of `experiments.study.labels.Agreement`."""
+
+
 def study_records(results: Path, study: str) -> Records[StudyRecord]:
     """The records of a study: one per variant and seed."""
     path = results / "studies" / study / RECORDS_FILE
     return Records(path, StudyRecord, lambda record: (record.variant, record.seed))
+
+
+def label_records(results: Path, study: str) -> Records[LabelRecord]:
+    """What a judge saw of a study's labels: one record per training and rho."""
+    path = results / "studies" / study / LABELS_FILE
+    return Records(path, LabelRecord, lambda record: (record.variant, record.seed, record.rho))
 
 
 def same_training(results: Path, study: str, identity: str) -> StudyRecord | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from scipy.special import stdtr, stdtrit
 
 from experiments.study.plan import Claims, Study, Variant
-from experiments.study.records import StudyRecord
+from experiments.study.records import LabelRecord, StudyRecord
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ class Standing:
         loss: over the seeds.
         mixed_share: share of the samples that HTM mixed in the last epoch, mean over the seeds.
         tokens_mixed: tokens replaced in an easy sample, likewise.
-        whole_training: the same and other statistics of HTM over all steps, mean over layers and
-            seeds; empty for records without them.
+        by_epoch: statistics of HTM, mean over layers and seeds, by the evaluated epoch as text, and
+            under "all" over all steps; empty for records without them.
         measures: of the final weights, over the seeds; empty without a test split.
     """
 
@@ -205,7 +205,7 @@ class Standing:
     loss: Summary | None
     mixed_share: float | None
     tokens_mixed: float | None
-    whole_training: dict[str, float]
+    by_epoch: dict[str, dict[str, float]]
     measures: dict[str, Summary]
 
 
@@ -216,6 +216,8 @@ class Comparison:
     study: Study
     records: list[StudyRecord]
     standings: list[Standing]
+    labels: Sequence[LabelRecord] = ()
+    """What a judge saw of the labels, if one was asked."""
 
     @property
     def wanted(self) -> int:
@@ -240,7 +242,9 @@ class Comparison:
         return any(standing.other for standing in self.standings)
 
 
-def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
+def compare(
+    study: Study, records: Sequence[StudyRecord], labels: Sequence[LabelRecord] = ()
+) -> Comparison:
     """Compare the variants over the seeds; records of removed variants and seeds are left out."""
     known = [r for r in records if r.variant in study.variants and r.seed in study.seeds]
     top1 = {name: {r.seed: r.top1 for r in known if r.variant == name} for name in study.variants}
@@ -261,11 +265,11 @@ def compare(study: Study, records: Sequence[StudyRecord]) -> Comparison:
                 loss=summarise({record.seed: record.loss for record in own}),
                 mixed_share=last_epoch.get("mixed_share"),
                 tokens_mixed=last_epoch.get("tokens_mixed"),
-                whole_training=_means([r.statistics_by_epoch.get("all", {}) for r in own]),
+                by_epoch=_by_epoch(own),
                 measures=_measures(own),
             )
         )
-    return Comparison(study, known, standings)
+    return Comparison(study, known, standings, labels)
 
 
 def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
@@ -281,6 +285,12 @@ def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
     return found
 
 
+def layers_of(comparison: Comparison) -> list[int]:
+    """The layers whose saliency was measured in the final weights."""
+    names = {n.partition("/")[0] for s in comparison.standings for n in s.measures if "/" in n}
+    return sorted(int(name.removeprefix("layer")) for name in names)
+
+
 def _means(statistics_of: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each statistic of HTM over its layers and the records."""
     values: dict[str, list[float]] = {}
@@ -289,6 +299,12 @@ def _means(statistics_of: Sequence[Mapping[str, float]]) -> dict[str, float]:
             if name.startswith("htm/"):
                 values.setdefault(name.rpartition("/")[2], []).append(value)
     return {leaf: statistics.fmean(found) for leaf, found in values.items()}
+
+
+def _by_epoch(records: Sequence[StudyRecord]) -> dict[str, dict[str, float]]:
+    epochs = dict.fromkeys(epoch for record in records for epoch in record.statistics_by_epoch)
+    found = {e: _means([r.statistics_by_epoch.get(e, {}) for r in records]) for e in epochs}
+    return {epoch: means for epoch, means in found.items() if means}
 
 
 def _measures(records: Sequence[StudyRecord]) -> dict[str, Summary]:

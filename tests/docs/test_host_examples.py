@@ -7,6 +7,7 @@ import socket
 import sys
 
 import pytest
+import torch
 
 from experiments.documents.markdown import block_kinds, fill_blocks
 from tests.helpers import hosts_table, versions_table
@@ -54,7 +55,7 @@ def documented(tmp_path_factory):
     for name, code in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", text, flags=re.DOTALL):
         (folder / f"{name}.py").write_text(code, encoding="utf-8")
         names.append(name)
-    assert names == ["my_vit", "my_vit_adapter", "use"]
+    assert names == ["my_vit", "my_vit_adapter", "use", "test_my_vit"]
     sys.path.insert(0, str(folder))
     yield importlib.import_module("use")
     sys.path.remove(str(folder))
@@ -89,6 +90,18 @@ def test_documented_adapter_is_right(documented, check):
 
 def test_documented_saliency_is_right(documented, monkeypatch):
     test_hosts.test_saliency_is_that_of_the_explicit_map(documented_case(), monkeypatch)
+
+
+def test_the_documented_test_finds_an_adapter_that_forgets_the_norm(documented, monkeypatch):
+    importlib.import_module("test_my_vit").test_vtm()
+    adapter = type(documented.model.adapter)
+
+    def forgets(self, layer, remembered, args, kwargs):
+        return (torch.cat((args[0], remembered.tokens), dim=1), *args[1:]), kwargs
+
+    monkeypatch.setattr(adapter, "with_memory", forgets)
+    with pytest.raises(AssertionError, match="not close"):
+        importlib.import_module("test_my_vit").test_vtm()
 
 
 @pytest.mark.parametrize("path", [DOCUMENT, hosts_table.README], ids=lambda path: path.name)

@@ -6,12 +6,16 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokenmixup import TokenMixupModel, attach
 
 importlib.import_module("experiments.models")  # registers CCT with timm and with TokenMixup
 
@@ -49,6 +53,19 @@ class HostCase:
         host = self.build_fresh(dropout)
         randomise(host)
         return host.train()
+
+    def attach(self, host: nn.Module, **settings: Any) -> TokenMixupModel:
+        """As a user of this host attaches TokenMixup."""
+        if self.family != ENCODER:
+            return attach(host, **settings)
+        return attach(
+            host,
+            layers=host.get_submodule("encoder.layers").children(),
+            num_prefix_tokens=self.num_prefix_tokens,
+            class_token=self.class_token,
+            num_classes=CLASSES,
+            **settings,
+        )
 
 
 @torch.no_grad()
@@ -151,6 +168,32 @@ def transformers_host(
     return build
 
 
+class OwnEncoder(nn.Module):
+    """What most people write: patches, and torch's own encoder."""
+
+    def __init__(self, dropout: float, class_token: bool, **settings: Any) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, WIDTH)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, PATCHES + class_token, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout, batch_first=True, **settings)
+        self.encoder = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            tokens = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = self.encoder(tokens + self.pos_embed)
+        return self.head(tokens.mean(1) if self.class_token is None else tokens[:, 0])
+
+
+def encoder_case(name: str, model: str, prefix: str, **settings: Any) -> HostCase:
+    build = partial(OwnEncoder, class_token=prefix == "class", **settings)
+    return HostCase(name, ENCODER, model, prefix, build, "`layers` are given", fixed_size=False)
+
+
+ENCODER = "torch.nn.TransformerEncoderLayer"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -298,6 +341,10 @@ CASES = (
         "images of any size",
         fixed_size=False,
     ),
+    encoder_case("encoder", "norm last, gelu", "class", activation="gelu"),
+    encoder_case(
+        "encoder_norm_first", "norm first, silu", "none", norm_first=True, activation=F.silu
+    ),
     HostCase("cct", "CCT", "cct_7_3x1_32", "none", cct_host, "sequence pooling"),
 )
 BY_NAME = {case.name: case for case in CASES}
@@ -311,7 +358,9 @@ def some_hosts(*names: str) -> Any:
 
 # Hosts that differ in how layers, attention and output are reached; for tests of what does not
 # depend on the arithmetic of a variant.
-one_of_each = some_hosts("vit", "eva02", "rope_mixed", "beit", "torchvision", "hf_vit", "cct")
+one_of_each = some_hosts(
+    "vit", "eva02", "rope_mixed", "beit", "torchvision", "hf_vit", "encoder", "cct"
+)
 
 
 def batch(case: HostCase, size: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

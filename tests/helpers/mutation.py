@@ -36,7 +36,14 @@ ROOT = Path(__file__).parent.parent.parent
 MOST_SECONDS = 30  # of the tests of one mutant
 PAIRS = "Lt LtE  Gt GtE  Eq NotEq  Is IsNot  In NotIn  Add Sub  Mult Div  And Or  BitAnd BitOr"
 OTHER = {a: b for pair in PAIRS.split("  ") for a, b in (pair.split(), pair.split()[::-1])}
-OTHER |= {"FloorDiv": "Div", "Mod": "FloorDiv", "Pow": "Mult", "MatMult": "Mult"}
+OTHER |= {
+    "FloorDiv": "Div",
+    "RShift": "LShift",
+    "LShift": "RShift",
+    "Mod": "FloorDiv",
+    "Pow": "Mult",
+    "MatMult": "Mult",
+}
 LIBRARIES = {"torch", "nn", "F", "np", "math", "functools", "ctypes"}
 SKIPPED = ast.Raise | ast.Assert | ast.Import | ast.ImportFrom | ast.FunctionDef
 
@@ -71,7 +78,8 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(func=func, args=given, keywords=keywords):
             free = isinstance(func, ast.Name) or ast.unparse(func).split(".")[0] in LIBRARIES
             yield from given[:1] if free else [func.value] if hasattr(func, "value") else []
-            yield from [changed(node, args=[given[1], given[0], *given[2:]])] if given[1:] else []
+            if len(given) > 1 and not ast.unparse(func).endswith(".transpose"):
+                yield changed(node, args=[given[1], given[0], *given[2:]])
             for i in range(len(keywords)):
                 yield changed(node, keywords=keywords[:i] + keywords[i + 1 :])
         case ast.Return(value=ast.expr()):

@@ -31,7 +31,7 @@ def layers_of(host: nn.Module) -> list[nn.Module]:
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    for name in ("attn", "self_attention", "attention"):
+    for name in ("attn", "self_attention", "self_attn", "attention"):
         if hasattr(layer, name):
             return getattr(layer, name)
     raise AssertionError(type(layer))
@@ -45,6 +45,8 @@ def attending(attention: nn.Module) -> nn.Module:
 def norm_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a layer does to its tokens before it attends to them."""
     if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+        return nn.Identity()
+    if isinstance(layer, nn.TransformerEncoderLayer) and not layer.norm_first:
         return nn.Identity()
     for name in ("norm1", "ln_1", "layernorm_before"):
         if hasattr(layer, name):

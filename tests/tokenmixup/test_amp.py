@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.host_cases import batch, every_host
-from tokenmixup import HorizontalConfig, VerticalConfig, attach, functional
+from tokenmixup import HorizontalConfig, VerticalConfig, functional
 from tokenmixup.hosts import base
 from tokenmixup.rules import Rules
 
@@ -15,7 +15,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 def build(case, dtype=torch.float32, rules=None):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build().to(dtype), horizontal=HTM, vertical=VTM, rules=rules).train()
+    return case.attach(case.build().to(dtype), horizontal=HTM, vertical=VTM, rules=rules).train()
 
 
 def step(model, images, targets):

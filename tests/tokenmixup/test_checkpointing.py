@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.cases import same_bits
 from tests.helpers.host_cases import batch, every_host, logits_of, one_of_each
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, VerticalConfig
 from tokenmixup.rules import Rules
 
 HTM = HorizontalConfig(layers=(0, 1), tau=0.25, rho=0.005)
@@ -31,7 +31,7 @@ class Counted(Rules):
 
 def build(case, dropout=0.0, rules=None):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build(dropout), horizontal=HTM, vertical=VTM, rules=rules).train()
+    return case.attach(case.build(dropout), horizontal=HTM, vertical=VTM, rules=rules).train()
 
 
 def checkpointed(case, model):
@@ -39,7 +39,7 @@ def checkpointed(case, model):
     model = copy.deepcopy(model)
     if case.family.startswith("transformers"):
         transformers_checkpointing(model)
-    elif case.family.startswith("torchvision"):
+    elif case.family.startswith("torch"):  # torchvision's and torch's own layers have no method
         wrap_layers(model, use_reentrant=False)
     else:
         model.set_grad_checkpointing()

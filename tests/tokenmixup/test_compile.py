@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.host_cases import BY_NAME, batch, every_host, some_hosts
 from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
-from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig
 
 pytestmark = uses_inductor
 needs_cpp = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def fresh_compiler():
 
 def build(case, horizontal=HTM, vertical=VTM):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build(), horizontal=horizontal, vertical=vertical).train()
+    return case.attach(case.build(), horizontal=horizontal, vertical=vertical).train()
 
 
 def step(model, run, images, targets):

@@ -364,3 +364,27 @@ def test_label_and_sink_statistics_by_hand():
     assert step.stats["label_share"].item() == pytest.approx(sum(shares) / 3)
     assert step.stats["largest_saliency_share"].item() == pytest.approx((0.5 + 0.6 + 0.6) / 3)
     assert step.stats["same_place_share"].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("easy", [2, 0])
+def test_statistics_by_hand_with_some_and_without_easy_samples(easy):
+    saliency = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.6, 0.1, 0.1, 0.2], [0.1, 0.2, 0.1, 0.6]])
+    logits = torch.tensor([[3.0, 0, 0], [0, 1, 0], [2, 2, -1]])
+    mask = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool() & (easy > 0)
+
+    class Given(Rules):
+        def decide(self, layer, saliency, targets, easy, rho):
+            return MixingDecision(torch.tensor([2, 0, 2]), mask)
+
+    config = HorizontalConfig(layers=(1,), rho=0.1, tau=0.1 if easy else 0.0)
+    stats = horizontal_step(Given(), 1, torch.eye(3), saliency, logits, config).stats
+    found = {name: stats[name].item() for name in stats}
+    difficulty = oracle.sample_difficulty(array(logits), np.eye(3))
+    assert sorted(difficulty <= config.tau) == [False] * (3 - easy) + [True] * easy
+    assert found["difficulty_min"] == pytest.approx(min(difficulty))
+    assert found["difficulty_mean"] == pytest.approx(sum(difficulty) / 3)
+    assert found["easy_share"] == found["mixed_share"] == pytest.approx(easy / 3)
+    assert found["tokens_mixed"] == (1.5 if easy else 0)
+    assert found["saliency_difference_max"] == pytest.approx(0.5 if easy else 0)
+    assert found["saliency_difference_mean"] == pytest.approx(1.4 / (2 * 4) if easy else 0)
+    assert found["label_share"] == pytest.approx((0.4 + 1 / 3) / 2 if easy else 0)

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.cases import same_bits
 from tests.helpers.host_cases import BY_NAME, batch, every_host, logits_of, one_of_each
-from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig
 from tokenmixup._session import StepRecord
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
@@ -19,7 +19,7 @@ VTM = VerticalConfig(layers=(2,), kappa=3)
 
 def build(case, **dropout):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(case.build(**dropout), horizontal=HTM, vertical=VTM).train()
+    return case.attach(case.build(**dropout), horizontal=HTM, vertical=VTM).train()
 
 
 def result(model, images, targets):
@@ -59,7 +59,7 @@ def test_state_dict_round_trip(case):
     model = build(case)
     images, targets = batch(case)
     expected = result(model, images, targets)
-    fresh = attach(case.build_fresh(0.0), horizontal=HTM, vertical=VTM).train()
+    fresh = case.attach(case.build_fresh(0.0), horizontal=HTM, vertical=VTM).train()
     report = fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     assert not report.missing_keys and not report.unexpected_keys
     assert_same(result(fresh, images, targets), expected)
@@ -200,7 +200,7 @@ def test_a_failure_inside_the_forward_pass_leaves_nothing(case, where):
 def test_the_host_alone_is_untouched_while_attached(case):
     """In training, and inside someone else's backward pass."""
     plain = case.build()
-    model = attach(copy.deepcopy(plain), horizontal=HTM, vertical=VTM).train()
+    model = case.attach(copy.deepcopy(plain), horizontal=HTM, vertical=VTM).train()
     images, targets = batch(case)
     expected = logits_of(plain(images)).detach()
     out = model(images, targets)

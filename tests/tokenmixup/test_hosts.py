@@ -31,7 +31,7 @@ from tests.helpers.naive_host import (
     switch_off_fused_attention,
     watched,
 )
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
+from tokenmixup import HorizontalConfig, VerticalConfig
 
 KAPPA = 3
 VTM = VerticalConfig(layers=(2,), kappa=KAPPA)
@@ -60,7 +60,7 @@ def state_of_hooks(host):
 def test_layout_and_names(case):
     host = case.build()
     keys = list(host.state_dict())
-    model = attach(host, horizontal=MIX_NONE, vertical=VTM)
+    model = case.attach(host, horizontal=MIX_NONE, vertical=VTM)
     assert model.backbone is host and list(host.state_dict()) == keys
     assert model.layout.num_prefix_tokens == case.num_prefix_tokens
     assert model.layout.class_token == case.class_token
@@ -80,7 +80,7 @@ def test_detach_gives_back_exactly_the_host(case):
     torch.manual_seed(3)
     expected = logits_of(host(images))
 
-    model = attach(host, horizontal=MIX_ALL, vertical=VTM).train()
+    model = case.attach(host, horizontal=MIX_ALL, vertical=VTM).train()
     model(images, targets).logits.sum().backward()
     assert state_of_hooks(host) != before
     back = model.detach()
@@ -90,14 +90,14 @@ def test_detach_gives_back_exactly_the_host(case):
     assert all(same_bits(value, weights[name]) for name, value in host.state_dict().items())
     torch.manual_seed(3)
     assert same_bits(logits_of(host(images)), expected)
-    attach(host)  # and it can be attached to again
+    case.attach(host)  # and it can be attached to again
 
 
 @every_host
 def test_evaluation_is_bit_identical_to_the_host(case):
     plain = case.build(dropout=0.1)
     images, targets = batch(case)
-    model = attach(copy.deepcopy(plain), horizontal=MIX_ALL, vertical=VTM)
+    model = case.attach(copy.deepcopy(plain), horizontal=MIX_ALL, vertical=VTM)
     model.train()(images, targets).logits.sum().backward()
     for no_grad in (True, False):
         with torch.no_grad() if no_grad else torch.enable_grad():
@@ -114,7 +114,7 @@ def test_training_where_nothing_is_mixed_is_the_hosts_own(case):
     torch.manual_seed(3)
     expected = logits_of(plain(images))
     for horizontal in (None, MIX_NONE):
-        model = attach(copy.deepcopy(plain), horizontal=horizontal).train()
+        model = case.attach(copy.deepcopy(plain), horizontal=horizontal).train()
         torch.manual_seed(3)
         out = model(images, targets)
         assert same_bits(out.logits, expected) and torch.equal(out.targets, targets)
@@ -125,7 +125,7 @@ def test_training_where_nothing_is_mixed_is_the_hosts_own(case):
 def test_timm_methods_work(case):
     plain = case.build().eval()
     images, _ = batch(case)
-    host = attach(copy.deepcopy(plain), horizontal=MIX_ALL, vertical=VTM).eval().backbone
+    host = case.attach(copy.deepcopy(plain), horizontal=MIX_ALL, vertical=VTM).eval().backbone
     features = host.forward_features(images)
     assert same_bits(features, plain.forward_features(images))
     assert same_bits(host.forward_head(features), plain.forward_head(features))
@@ -136,7 +136,7 @@ def test_timm_methods_work(case):
 
 @some_hosts("vit", "eva02", "beit", "torchvision", "hf_vit", "cct")
 def test_no_weight_decay_has_the_names_of_the_whole_model(case):
-    model = attach(case.build(), horizontal=MIX_NONE)
+    model = case.attach(case.build(), horizontal=MIX_NONE)
     own = model.backbone.no_weight_decay() if case.family.startswith("timm") else set()
     assert model.no_weight_decay() == {f"backbone.{name}" for name in own}
     known = {name for name, _ in model.named_parameters()}
@@ -159,7 +159,7 @@ def test_saliency_is_that_of_the_explicit_map(case, monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(tokenmixup.hosts.base, "query_key_saliency", spy)
-    model = attach(host, vertical=VTM).train()
+    model = case.attach(host, vertical=VTM).train()
     torch.manual_seed(3)
     with watched(host) as seen:
         model(images)
@@ -174,7 +174,7 @@ def test_saliency_is_that_of_the_explicit_map(case, monkeypatch):
 def with_half_of_the_batch_easy(host, tokens, targets, case):
     """A model whose tau lies in the middle of the batch's difficulties, and who is easy."""
     everyone = HorizontalConfig(layers=(1,), tau=1e9, rho=0.02, scorenet="average")
-    trial = attach(host, horizontal=everyone)
+    trial = case.attach(host, horizontal=everyone)
     head = trial.scorenets["1"].head
     torch.nn.init.normal_(head.weight, std=0.5)
     scorenet = oracle.ScoreNet("average", array(head.weight), array(head.bias))
@@ -184,7 +184,7 @@ def with_half_of_the_batch_easy(host, tokens, targets, case):
     tau = float(np.median(difficulty))
     trial.detach()
     horizontal = HorizontalConfig(layers=(1,), tau=tau, rho=0.02, scorenet="average")
-    model = attach(host, horizontal=horizontal, vertical=VTM).train()
+    model = case.attach(host, horizontal=horizontal, vertical=VTM).train()
     model.scorenets.load_state_dict(trial.scorenets.state_dict())
     return model, [d <= tau for d in difficulty]
 
@@ -253,7 +253,7 @@ def test_every_parameter_gets_a_gradient(case):
     without = {name for name, p in host.named_parameters() if p.grad is None}
     host.zero_grad()
     horizontal = HorizontalConfig(layers=(1,), tau=1, rho=0.01)
-    model = attach(host, horizontal=horizontal, vertical=VTM).train()
+    model = case.attach(host, horizontal=horizontal, vertical=VTM).train()
     out = model(images, targets)
     (out.logits.square().mean() + out.scorenet_loss).backward()
     assert {n for n, p in host.named_parameters() if p.grad is None} == without
@@ -268,7 +268,9 @@ def test_several_layers_of_each_kind(case):
     """VTM twice and HTM twice, once in the same layer."""
     host = case.build()
     horizontal = HorizontalConfig(layers=(0, 2), rho=0.01, scorenet=None)
-    model = attach(host, horizontal=horizontal, vertical=VerticalConfig(layers=(1, 2), kappa=2))
+    model = case.attach(
+        host, horizontal=horizontal, vertical=VerticalConfig(layers=(1, 2), kappa=2)
+    )
     images, targets = batch(case)
     out = model.train()(images, targets)
     assert out.stats["vtm/layer1/remembered_tokens"] == 2

@@ -103,6 +103,7 @@ def test_the_lowest_layer_begins_a_new_pass():
     wrappers[1](torch.randn(9, 7, WIDTH).double())
     for wrapper, x, wanted in zip(wrappers, tokens, expected, strict=True):
         assert same_bits(wrapper(x)[0], wanted[0])
+    assert wrappers[0]._memory.tokens().keys() == {0, 1}, "nobody reads what the last VTM layer has"
 
 
 @pytest.mark.parametrize("called, missing", [([], "0, 1"), ([0], "1"), ([1], "0")])

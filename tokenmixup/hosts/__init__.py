@@ -12,6 +12,7 @@ from tokenmixup.hosts.base import (
     class_name,
 )
 from tokenmixup.hosts.cct import CCTAdapter
+from tokenmixup.hosts.encoder_layers import LAYER, encoder_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -23,6 +24,7 @@ __all__ = [
     "Remembered",
     "TokenLayout",
     "UnsupportedHostError",
+    "encoder_layers",
     "find_adapter",
     "register_adapter",
     "unwrapped",
@@ -118,10 +120,21 @@ def _advice(host: nn.Module) -> str:
             f"attach TokenMixup to the {class_name(type(inner[0]))} inside it, then wrap what "
             "attach returns"
         )
+    if any(class_name(type(module)) == LAYER for module in host.modules()):
+        return (
+            "name its encoder layers: attach(model, layers=model.encoder.layers, "
+            "num_prefix_tokens=..., class_token=...), or wherever they are"
+        )
     return (
         "register an adapter with tokenmixup.hosts.register_adapter (docs/adding_a_host.md), or "
         "build the encoder with HorizontalTokenMixupLayer and VerticalTokenMixupLayer"
     )
+
+
+def families_of(library: str) -> list[str]:
+    """The families of hosts that come from a library, such as ``timm``."""
+    prefix = f"{library}."
+    return [a.family for a in _adapters if any(c.startswith(prefix) for c in a.host_classes)]
 
 
 def _is_supported(module: nn.Module) -> bool:

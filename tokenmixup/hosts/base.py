@@ -75,6 +75,9 @@ class HostAdapter(ABC):
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Attributes that must not be read through the attached model, and what to tell who does."""
 
+    fused_evaluation: ClassVar[bool] = False
+    """Whether layers have a fused path in evaluation that any hook on them switches off."""
+
     @abstractmethod
     def check(self, host: nn.Module) -> None:
         """Raise `UnsupportedHostError` if the internals are not what the other methods rely on."""
@@ -407,8 +410,9 @@ def module_query_key(
         bias: what the attention adds to a projection that has no bias of its own, (3 H d,).
     """
     if plain_linear(projection):
-        weight, own = cast(Tensor, projection.weight), cast(Tensor | None, projection.bias)
-        return joint_query_key(tokens, weight, own if bias is None else bias, heads, class_row)
+        linear = cast(nn.Linear, projection)
+        own = linear.bias if bias is None else bias
+        return joint_query_key(tokens, linear.weight, own, heads, class_row)
     projected = project(projection, tokens)
     return split_query_key(projected if bias is None else projected + bias, heads, class_row)
 

@@ -1,36 +1,20 @@
 """torchvision's `VisionTransformer`, whose attention is `nn.MultiheadAttention`.
 
-Dimensions: B batch, N tokens, D width, H heads, M remembered tokens.
+Dimensions: B batch, N tokens, D width.
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from tokenmixup.hosts.base import (
-    Args,
-    HostAdapter,
-    Kwargs,
-    Remembered,
-    TokenLayout,
-    UnsupportedHostError,
-    joint_query_key,
-    linear_outputs,
-    require_part,
-)
+from tokenmixup.hosts.base import TokenLayout, linear_outputs, require_part
+from tokenmixup.hosts.multihead import MultiheadHost
 
 LAYER = "torchvision.models.vision_transformer.EncoderBlock"
-ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
-READ = (
-    *("in_proj_weight", "in_proj_bias", "num_heads", "head_dim"),
-    *("batch_first", "bias_k", "add_zero_attn", "q_proj_weight"),
-)
-"""Attributes of the attention."""
 
 
-class TorchvisionViT(HostAdapter):
+class TorchvisionViT(MultiheadHost):
     """torchvision's ViT: a class token, then the patches."""
 
     family = "torchvision VisionTransformer"
@@ -41,18 +25,7 @@ class TorchvisionViT(HostAdapter):
         for index, layer in enumerate(cast(Any, host).encoder.layers):
             where = f"encoder.layers[{index}]"
             require_part(layer, where, (LAYER,), ("ln_1", "self_attention"), ("input",))
-            attention, where = layer.self_attention, f"{where}.self_attention"
-            require_part(attention, where, (ATTENTION,), READ)
-            for name, value, expected in (
-                ("batch_first", attention.batch_first, True),
-                ("bias_k", attention.bias_k, None),
-                ("add_zero_attn", attention.add_zero_attn, False),
-                ("q_proj_weight", attention.q_proj_weight, None),
-            ):
-                if value is not expected:
-                    raise UnsupportedHostError(
-                        f"TokenMixup relies on `{where}.{name}` being {expected}, but it is {value}"
-                    )
+            self.check_attention(layer, f"{where}.self_attention")
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The encoder's layers."""
@@ -76,31 +49,3 @@ class TorchvisionViT(HostAdapter):
     def normalise(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         """The layer's `ln_1`."""
         return cast(Any, layer).ln_1(tokens)
-
-    def query_key(
-        self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
-    ) -> tuple[Tensor, Tensor, float]:
-        """From the first two thirds of `in_proj_weight`."""
-        attention = cast(Any, layer).self_attention
-        query, key = joint_query_key(
-            self.normalise(layer, tokens),
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            attention.num_heads,
-            class_row,
-        )
-        return query, key, attention.head_dim**-0.5
-
-    def with_memory(
-        self, layer: nn.Module, remembered: Remembered, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs]:
-        """Through the attention's own keys and values, so that memory has no queries."""
-        query, key, _, *rest = args
-        keys = torch.cat((key, self.normalise(layer, remembered.tokens)), dim=1)
-        return (query, keys, keys, *rest), kwargs
-
-    def own_tokens(
-        self, layer: nn.Module, remembered: Remembered, output: Any, args: Args, kwargs: Kwargs
-    ) -> Any:
-        """All of the output: remembered tokens have no queries."""
-        return output

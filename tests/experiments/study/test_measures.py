@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from torch import nn
 
+from experiments.data.augment import normalisation
 from experiments.data.datasets import open_images
+from experiments.data.loading import EvalBatches
+from experiments.models.build import build_model
 from experiments.study import __main__ as study
+from experiments.study import measures
 from experiments.study.measures import (
     CORRUPTIONS,
     GREY,
@@ -20,6 +23,7 @@ from experiments.study.measures import (
     occluded,
 )
 from experiments.study.records import study_records
+from experiments.study.sinks import layer_saliencies, sink_statistics
 from experiments.training.distributed import ONE_PROCESS
 from tests.helpers.runs_helper import small_config
 from tests.helpers.study_helper import TINY, write_config, write_study
@@ -74,30 +78,29 @@ def test_the_corruptions():
     assert (occluded(pixels, seeded())[hidden.unsqueeze(1).expand_as(pixels)] == GREY).all()
 
 
-class Darkness(nn.Module):
-    """Takes an image for class 1 where its mean is above a threshold."""
-
-    def forward(self, images):
-        logits = torch.full((len(images), 10), -9.0)
-        logits[:, 1] = images.mean((1, 2, 3))
-        logits[:, 0] = -logits[:, 1]
-        return logits
-
-
 def test_each_measure_is_of_its_own_images(tmp_path, monkeypatch):
     config = small_config(tmp_path)
     images, own = (open_images(config.data, f"train[{part}]") for part in (":200", "200:260"))
     monkeypatch.setitem(CORRUPTIONS, "noise", lambda pixels, generator: torch.zeros_like(pixels))
-    result, found = measure(Darkness(), images, own, 10, ONE_PROCESS, config)
-    assert result.images == 200 and found.keys() == {
-        *("calibration_error", "train_top1", "train_loss"),
-        *("top1_noise", "top1_blur", "top1_occlusion"),
-    }
-    zeros = sum(images[i][1] == 0 for i in range(200))
-    assert found["top1_noise"] == pytest.approx(100 * zeros / 200), "black images are class 0"
-    assert found["train_top1"] != result.top1 != found["top1_noise"]
-    again = measure(Darkness(), images, own, 10, ONE_PROCESS, config)
-    assert again == (result, found)
+    monkeypatch.setattr(measures, "SALIENCY_IMAGES", 150)
+    torch.manual_seed(0)
+    model = build_model(config, 10)
+    arguments = (10, ONE_PROCESS, config)
+    result, found = measure(model, images, own, *arguments)
+    assert result.images == 200
+    # black images are all of one class for the model
+    black = torch.zeros(1, 3, 16, 16) - torch.tensor(normalisation(config.data)[0][0])
+    guess = int(model.eval()(black / normalisation(config.data)[1][0]).argmax())
+    right = sum(images[i][1] == guess for i in range(200))
+    assert found["top1_noise"] == pytest.approx(100 * right / 200)
+    alone, _ = measure(model, own, images, *arguments)
+    assert (found["train_top1"], found["train_loss"]) == (alone.top1, alone.loss)
+    pixels = torch.cat([b for b, _ in EvalBatches(config, images, 10)])[:150]
+    for layer, saliency in enumerate(layer_saliencies(model, pixels)):
+        for name, value in sink_statistics(saliency).items():
+            assert found[f"layer{layer}/{name}"] == pytest.approx(value, abs=1e-6)
+    assert len(found) == 1 + 3 + 2 + 2 * 3
+    assert measure(model, images, own, *arguments) == (result, found)
 
 
 def test_a_study_measures_its_test_split_once(tmp_path):

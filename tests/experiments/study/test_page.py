@@ -4,7 +4,7 @@ import pytest
 
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
-from experiments.study import page
+from experiments.study import page, tables
 from experiments.study.page import makers, markdown, summary, table, verdict, write_report
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
@@ -89,7 +89,7 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         name = file.parent.name
         found = read_study(f"configs/studies/{name}.yaml")
         records = study_records(ROOT / "results", name).read()
-        made = markdown(compare(found, records))
+        made = markdown(page.comparison_of(found, ROOT / "results"))
         assert (file.parent / "README.md").read_text() == made, f"{name}: --report makes it anew"
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
@@ -143,16 +143,33 @@ def test_readings_quote_the_records(monkeypatch):
     assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words
 
 
+def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
+    figures = {name: [90.0, 91.0, 92.0] for name in ("plain", "HTM", "mask")}
+    comparison = judged(tmp_path, ["HTM", "plain"], **figures)
+    for record in comparison.records:
+        study_records(tmp_path, "tiny").keep(record)
+    paths = write_report(comparison.study, tmp_path)
+    pictures = [path for path in paths if path.name.startswith("saliency")]
+    contents = [path.read_bytes() for path in pictures]
+    assert len(pictures) == 2 and contents[0].startswith(b"\x89PNG")
+    write_report(comparison.study, tmp_path)
+    assert [path.read_bytes() for path in pictures] == contents
+
+
 def judged(folder, control, **figures):
     """A study with claims whose trainings are all done: the page's words."""
     pair = {"primary": [["HTM", "plain"]], "beside": [["mask", "HTM"]], "control": control}
     path = write_study(folder, seeds=[1, 2, 3], claims={"margin": 0.3, **pair})
     study = read_study(path)
+    names = ("largest_share", "same_place_share", "border_share")
+    sinks = {f"layer{layer}/{n}": 0.1 + 0.2 * layer for layer in range(3) for n in names}
     records = [
         record_of(study, variant, seed, top1).model_copy(
             update={
-                "measures": dict.fromkeys(page._MEASURES, seed + 90.0),
-                "statistics_by_epoch": {"all": {f"htm/layer1/{n}": 0.25 for n in page._DOSE}},
+                "measures": dict.fromkeys(tables.MEASURES, seed + 90.0) | sinks,
+                "statistics_by_epoch": {
+                    epoch: {f"htm/layer1/{n}": 0.25 for n in tables.DOSE} for epoch in ("2", "all")
+                },
             }
         )
         for variant, values in figures.items()
@@ -176,6 +193,7 @@ def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
     text = markdown(comparison)
     assert "| HTM     |    92.000 ± 1.000 |" in text, "of the measures"
     assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
+    assert "| HTM     | 10%, 10%, 10% | 30%, 30%, 30% | 50%, 50%, 50% |" in text, "of the sinks"
     some = {**figures, "mask": [91.1]}
     unfinished = judged(tmp_path, ["HTM", "plain"], **some)
     assert verdict(unfinished) == "- The claims are judged when all trainings are done.\n"

@@ -1,0 +1,107 @@
+"""Tables of what a study measured besides accuracy: final weights, HTM's dose, saliency, labels."""
+
+from statistics import fmean
+
+from experiments.documents.markdown import aligned_table
+from experiments.study.measures import BLUR, NOISE, PATCH, SALIENCY_IMAGES
+from experiments.study.statistics import Comparison, Standing, layers_of
+
+MEASURES = {
+    "calibration_error": ("calibration error", 3),
+    "top1_noise": ("top-1, noise", 2),
+    "top1_blur": ("blur", 2),
+    "top1_occlusion": ("occlusion", 2),
+    "train_top1": ("training images", 2),
+    "train_loss": ("their loss", 3),
+}
+DOSE = {
+    "mixed_share": ("samples mixed", "{:.0%}"),
+    "tokens_mixed": ("tokens", "{:.1f}"),
+    "label_share": ("label share", "{:.0%}"),
+    "largest_saliency_share": ("largest saliency", "{:.0%}"),
+    "same_place_share": ("at one place", "{:.0%}"),
+}
+
+
+def measures(comparison: Comparison, picture: str) -> list[str]:
+    """Further measures of the final weights, and HTM's dose; nothing for studies without them.
+
+    `picture` is the name of that of the attention sinks.
+    """
+    parts = []
+    tested = [s for s in comparison.standings if s.measures]
+    if tested:
+        rows = [[s.variant.name, *(_measure(s, name) for name in MEASURES)] for s in tested]
+        head = ["variant", *(title for title, _ in MEASURES.values())]
+        parts += [
+            "Of the final weights: expected calibration error in 15 bins; top-1 on the evaluated "
+            f"images under Gaussian noise (standard deviation {NOISE:g} of pixels from 0 to 1), "
+            f"under a blur ({BLUR:g} pixel), and with a quarter of the patches ({PATCH}×{PATCH} "
+            "pixels) in grey; top-1 and cross-entropy on the training images, not augmented.\n",
+            aligned_table(head, rows, range(1, len(head))),
+        ]
+    mixing = [s for s in comparison.standings if s.by_epoch]
+    if mixing:
+        rows = [
+            [s.variant.name, *(form.format(s.by_epoch["all"][n]) for n, (_, form) in DOSE.items())]
+            for s in mixing
+        ]
+        head = ["variant", *(title for title, _ in DOSE.values())]
+        parts += [
+            "HTM over the whole training: samples mixed; tokens and label share taken from the "
+            "partner, per easy sample; the share of saliency that the most salient token holds; "
+            "and the share of a batch's samples in which it is at the most frequent place.\n",
+            aligned_table(head, rows, range(1, len(head))),
+        ]
+    layers = layers_of(comparison)
+    if layers:
+        rows = [
+            [s.variant.name, *(_saliency(s, layer) for layer in layers)]
+            for s in comparison.standings
+            if s.measures
+        ]
+        head = ["variant", *(f"layer {layer}" for layer in layers)]
+        parts += [
+            f"Saliency in the final weights, for {SALIENCY_IMAGES:,} evaluated images: the share "
+            "that the most salient token holds; the share of the images in which it is at the most "
+            "frequent place; and at the border.\n",
+            aligned_table(head, rows, range(1, len(head))),
+            f"![Attention sinks by layer and over the training]({picture}.svg)\n",
+        ]
+    return parts
+
+
+def agreement(comparison: Comparison) -> list[str]:
+    """How well the labels agree with what a judge sees; nothing where none was asked."""
+    names = ("tokens", "share", "share_by_tokens", "share_seen", "gap", "gap_by_tokens")
+    rows = []
+    for standing in comparison.standings:
+        own = [r for r in comparison.labels if r.variant == standing.variant.name]
+        for rho in sorted({r.rho for r in own}):
+            found = [r.agreement for r in own if r.rho == rho]
+            means = []
+            for name in names:
+                values = [value for each in found if (value := each[name]) is not None]
+                form = "{:.1f}" if name == "tokens" else "{:.3f}"
+                means.append(form.format(fmean(values)) if values else "–")
+            rows.append([standing.variant.name, f"{rho:g}", *means])
+    if not rows:
+        return []
+    head = ["variant", "rho", "tokens", "label", "by tokens", "seen", "off by", "by tokens off by"]
+    return [
+        "Labels against the picture: all samples of test batches mixed by the saliency at layer "
+        "0, pairs of different classes. The partner's share of the label, by saliency and by the "
+        "number of tokens; what a model trained on all images sees of the partner in the mixed "
+        "picture; and how far each label is off, mean of the absolute values.\n",
+        aligned_table(head, rows, range(1, len(head))),
+    ]
+
+
+def _saliency(standing: Standing, layer: int) -> str:
+    names = ("largest_share", "same_place_share", "border_share")
+    values = (standing.measures[f"layer{layer}/{name}"].mean for name in names)
+    return ", ".join(f"{value:.0%}" for value in values)
+
+
+def _measure(standing: Standing, name: str) -> str:
+    return standing.measures[name].text(MEASURES[name][1])
