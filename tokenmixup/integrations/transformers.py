@@ -135,7 +135,7 @@ class TokenMixupTrainer(Trainer):
                 loss = loss * (labels.numel() / num_items_in_batch)
                 if self.args.average_tokens_across_devices:
                     loss = loss * self.accelerator.num_processes  # gradients are averaged
-            self._batches += 1
+            self._batches += bool(out.stats)
             for name, value in out.stats.items():
                 self._stats[name] = self._stats.get(name, 0) + value
         return (loss, {"logits": out.logits}) if return_outputs else loss
