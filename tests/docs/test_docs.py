@@ -63,6 +63,9 @@ def missing_files(code: str) -> set[str]:
 MODULES = {path.stem for path in (ROOT / "tokenmixup").glob("*.py")} | {"hosts"}
 
 
+ENDINGS = {"py", "yaml", "gif", "json", "safetensors"}  # of names of files
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or a name in one."""
     parts = name.split(".")
@@ -84,12 +87,12 @@ def missing_names(code: str) -> set[str]:
     """Names of modules of this project and keys of its configs that do not exist."""
     whole = re.fullmatch(r"([A-Za-z_][\w.]*\.\w+)(?:\(.*\)|: .*)?", code)
     names = set(re.findall(r"\b(?:tokenmixup|experiments)(?:\.[A-Za-z_]\w*)+", code))
-    names -= {name for name in names if name.endswith((".py", ".yaml", ".gif"))}
+    names = {name for name in names if name.rpartition(".")[2] not in ENDINGS}
     missing = {name for name in names if not resolves(name)}
     if whole is not None:
         name = whole[1]
         first, _, rest = name.partition(".")
-        if rest not in ("py", "yaml", "gif") and (first in MODULES or first in sections()):
+        if rest not in ENDINGS and (first in MODULES or first in sections()):
             # a key of the configs, a name in a module, or an attribute of the attached model
             found = name in known_keys() or (first in MODULES and resolves(f"tokenmixup.{name}"))
             if not found and not (first == "model" and is_of_the_model(rest.split(".")[0])):

@@ -143,31 +143,6 @@ def test_the_task_of_timm(after: dict[str, Any]) -> None:
     assert task.get_eval_model().eval()(after["images"]).shape == (8, 100)
 
 
-def test_the_trainer(after: dict[str, Any], tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=1,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        use_cpu=True,
-    )
-    pairs = zip(after["images"], after["labels"], strict=True)
-    data = [{"pixel_values": image, "labels": int(label)} for image, label in pairs]
-    model = after["make_model"]()
-    trainer = after["TokenMixupTrainer"](
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data,
-        compute_metrics=lambda p: {"top1": float((p.predictions.argmax(1) == p.label_ids).mean())},
-    )
-    trainer.train()
-    assert 0 <= trainer.evaluate()["eval_top1"] <= 1
-
-
 def test_two_processes(tmp_path: Path) -> None:
     ended = "\nassert not torch.distributed.is_initialized()\nprint('done', flush=True)\n"
     code = PRELUDE + CODE["The loop"] + CODE[IN_PARALLEL] + ended
