@@ -10,7 +10,6 @@ from digits import batches, digits
 from transformers import ViTConfig, ViTForImageClassification
 
 from tokenmixup import HorizontalConfig, attach
-from tokenmixup.functional import soft_cross_entropy
 
 torch.manual_seed(0)
 train_images, train_labels, test_images, test_labels = digits()
@@ -34,7 +33,7 @@ model.train()
 optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for images, labels in batches(train_images, train_labels, epochs=8):
     out = model(images, labels)  # pixel values and labels
-    loss = soft_cross_entropy(out.logits, out.targets).mean() + out.scorenet_loss
+    loss = out.loss()
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

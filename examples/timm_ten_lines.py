@@ -5,7 +5,6 @@ import torch
 from digits import batches, digits
 
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
-from tokenmixup.functional import soft_cross_entropy
 
 torch.manual_seed(0)
 train_images, train_labels, test_images, test_labels = digits()
@@ -19,7 +18,7 @@ model = attach(host, horizontal=horizontal, vertical=vertical).train()
 optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for images, labels in batches(train_images, train_labels, epochs=8):
     out = model(images, labels)
-    loss = soft_cross_entropy(out.logits, out.targets).mean() + out.scorenet_loss
+    loss = out.loss()
     optimiser.zero_grad(), loss.backward(), optimiser.step()
 host = model.detach().eval()  # the plain timm model again, trained
 

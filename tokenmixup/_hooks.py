@@ -24,8 +24,11 @@ from tokenmixup.hosts.base import (
     Kwargs,
     Remembered,
     TokenLayout,
+    UnsupportedHostError,
+    class_name,
     input_saliency,
     layer_saliency,
+    what_to_do_about,
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
@@ -88,26 +91,29 @@ class _LayerHook(_Hook):
         shared: Attachment,
         index: int,
         layer: nn.Module,
-        scorenet: ScoreNet | None,
-        projected: bool,
+        scorenets: nn.ModuleDict,
+        projection: nn.Module | None,
         watch: Watch | None,
     ) -> None:
         super().__init__(shared, index, layer)
         self.watch = watch
-        self.scorenet = scorenet
+        self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
         self.remembers = _remembers(shared, index)
-        self.projected = projected
+        self.attention = shared.adapter.attention(layer)
+        self.projection = projection
 
     def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
         if record is None:
             return None
         _refuse_without_gradients(record, self.index)
-        tokens = self.shared.adapter.tokens(args, kwargs)
+        adapter = self.shared.adapter
+        tokens = adapter.tokens(args, kwargs)
         self._check(record, tokens)
         if self.watch is not None:
             tokens = self._mix(record, again, tokens, args, kwargs)
-        if self.projected:
+        # what has taken the projection's place does not have its hook
+        if self.projection is not None and adapter.projection(layer) is self.projection:
             record.entering[self.index] = (tokens, args, kwargs)
         elif self.remembers:
             if not again:
@@ -115,9 +121,16 @@ class _LayerHook(_Hook):
             self._remember(record, again, tokens)
         if self.watch is None:
             return None
-        return self.shared.adapter.with_tokens(tokens, args, kwargs)
+        return adapter.with_tokens(tokens, args, kwargs)
 
     def _check(self, record: StepRecord, tokens: Tensor) -> None:
+        attention = self.shared.adapter.attention(self.layer)
+        if attention is not self.attention:
+            found = class_name(type(attention))
+            raise UnsupportedHostError(
+                f"the attention of layer {self.index} was replaced by a {found} after TokenMixup "
+                f"was attached: {what_to_do_about(found)}"
+            )
         layout, patches = self.shared.layout, self.shared.layout.num_patch_tokens
         if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
             raise ValueError(
@@ -142,10 +155,11 @@ class _LayerHook(_Hook):
         config = self.watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
-        logits = None
-        if self.scorenet is not None:
+        logits = scorenet = None
+        if str(self.index) in self.scorenets:
             # Also when run again: checkpointing expects the same tensors to be saved.
-            logits, losses = scorenet_loss(self.scorenet, tokens, targets, config)
+            scorenet = cast(ScoreNet, self.scorenets[str(self.index)])
+            logits, losses = scorenet_loss(scorenet, tokens, targets, config)
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
@@ -153,7 +167,7 @@ class _LayerHook(_Hook):
             step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
             record.targets = self.watch.observe(
-                f"layer {self.index}", self.scorenet, targets, step.targets, step.stats
+                f"layer {self.index}", scorenet, targets, step.targets, step.stats
             )
             for name, value in step.stats.items():
                 record.stats[f"htm/layer{self.index}/{name}"] = value
@@ -241,10 +255,8 @@ def install_hooks(
         remembers = _remembers(shared, index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
-            name, projected = str(index), projection is not None
-            scorenet = cast(ScoreNet, scorenets[name]) if name in scorenets else None
             watching = watch if index in mixing else None
-            hook = _LayerHook(shared, index, layer, scorenet, projected, watching)
+            hook = _LayerHook(shared, index, layer, scorenets, projection, watching)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if projection is not None:
             reading = _ProjectionHook(shared, index, layer)

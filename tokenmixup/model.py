@@ -3,19 +3,32 @@
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, C classes, K kappa.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmixup._hooks import Attachment, has_hooks, install_hooks
 from tokenmixup._session import Session, StepRecord
 from tokenmixup._targets import soft_targets
 from tokenmixup.config import HorizontalConfig, VerticalConfig
-from tokenmixup.hosts import HostAdapter, TokenLayout, UnsupportedHostError, find_adapter
+from tokenmixup.functional import soft_cross_entropy
+from tokenmixup.hosts import (
+    HostAdapter,
+    TokenLayout,
+    UnsupportedHostError,
+    find_adapter,
+    unwrapped,
+)
+from tokenmixup.hosts.base import class_name
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
+
+_PARTS = (nn.Module, nn.Parameter)
 
 
 class TokenMixupOutput(NamedTuple):
@@ -23,7 +36,8 @@ class TokenMixupOutput(NamedTuple):
 
     Attributes:
         logits: (B, C).
-        targets: soft targets (B, C), mixed; None where none were given.
+        targets: soft targets (B, C), mixed; None where none were given. As they were given where
+            the model is not ``enabled``.
         scorenet_loss: 0-d, mean over the batch, lambda applied, summed over the HTM layers.
         stats: 0-d tensors on the model's device, by name (``htm/layer3/easy_share``, ...).
     """
@@ -33,6 +47,33 @@ class TokenMixupOutput(NamedTuple):
     scorenet_loss: Tensor
     stats: dict[str, Tensor]
 
+    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """The loss to train with, 0-d: that of the logits on the mixed targets, and ScoreNet's.
+
+        Args:
+            criterion: called with ``logits`` and ``targets``, returns a 0-d loss; by default the
+                mean cross-entropy with soft targets.
+
+        Raises:
+            ValueError: the step had no targets, or the criterion's loss is not 0-d.
+        """
+        if self.targets is None:
+            raise ValueError(
+                "this step had no targets to compute a loss with: call model(images, targets)"
+            )
+        if criterion is not None:
+            loss = criterion(self.logits, self.targets)
+        elif self.targets.dim() == 1:  # class indices, where TokenMixup is switched off
+            loss = F.cross_entropy(self.logits.to(self.scorenet_loss.dtype), self.targets)
+        else:
+            loss = soft_cross_entropy(self.logits, self.targets).mean()
+        if loss.dim():
+            raise ValueError(
+                f"the criterion must return a 0-d loss, but returned {tuple(loss.shape)}: take "
+                "the mean over the batch"
+            )
+        return loss + self.scorenet_loss
+
 
 class TokenMixupModel(nn.Module):
     """A host with TokenMixup on it; made by :func:`attach`.
@@ -40,8 +81,15 @@ class TokenMixupModel(nn.Module):
     In training ``model(images, targets)`` returns a :class:`TokenMixupOutput`; in evaluation
     ``model(images)`` runs ``model.backbone(images)`` and nothing else, and returns its logits.
 
+    Public attributes and methods of the host (``config``, ``pretrained_cfg``,
+    ``set_grad_checkpointing``, ``save_pretrained``, ...) are read through this model. Where they
+    hold names of parameters (:meth:`no_weight_decay`, ``group_matcher``) they hold those that the
+    parameters have here. Attributes are set on the host itself: ``model.backbone.name = value``.
+
     Attributes:
         backbone: the host itself, its state-dict keys unchanged.
+        enabled: whether training passes mix. While False they are those of the plain host, and
+            targets come back as they went in.
         scorenets: the ScoreNet of each HTM layer, by layer index.
         horizontal: settings of HTM, or None.
         vertical: settings of VTM, or None.
@@ -64,7 +112,8 @@ class TokenMixupModel(nn.Module):
         self.adapter = adapter
         self.horizontal = horizontal
         self.vertical = vertical
-        self.layout = adapter.layout(backbone)
+        host = unwrapped(backbone)
+        self.layout = adapter.layout(host)
         self.num_classes = num_classes
         self.rules = rules
         self.scorenets = nn.ModuleDict()
@@ -82,12 +131,52 @@ class TokenMixupModel(nn.Module):
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
         shared = Attachment(adapter, self.layout, self._session, rules, horizontal, vertical)
-        layers = adapter.layers(backbone)
+        layers = adapter.layers(host)
         self._handles = install_hooks(layers, shared, self.scorenets)
         self._is_attached = bool(self._handles)  # torch.compile cannot look at the handles
+        self.enabled = True
         # the host's mode, without a change of parts of it that are in another
         self.training = backbone.training
         self.scorenets.train(backbone.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the host, private ones excepted: tools look for theirs on each module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # a copy in the making has no backbone yet
+            if name.startswith("_") or "backbone" not in self.__dict__.get("_modules", {}):
+                raise
+        backbone = self.backbone
+        try:
+            value = getattr(backbone, name)
+        except AttributeError as error:
+            host = class_name(type(unwrapped(backbone)))
+            raise AttributeError(
+                f"neither TokenMixupModel nor its host, a {host}, has the attribute {name!r}"
+            ) from error
+        if name == "group_matcher":
+            return partial(_prefixed_matcher, value, self._host_prefix())
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to hide a part of the host by one that nothing would run."""
+        modules = self.__dict__.get("_modules", {})
+        if (
+            isinstance(value, _PARTS)
+            and name not in modules
+            and "backbone" in modules
+            and isinstance(getattr(modules["backbone"], name, None), _PARTS)
+        ):
+            raise AttributeError(
+                f"{name!r} is a part of the host: set it there: model.backbone.{name} = ..."
+            )
+        super().__setattr__(name, value)
+
+    def _host_prefix(self) -> str:
+        """What stands before the names of the host's parameters."""
+        host = unwrapped(self.backbone)
+        return next(f"{name}." for name, module in self.named_modules() if module is host)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (B, C) in evaluation; in training a :class:`TokenMixupOutput`.
@@ -108,10 +197,9 @@ class TokenMixupModel(nn.Module):
                     "targets were given in evaluation mode, where nothing is mixed: call "
                     "model.train() before a training step, or model(images) to evaluate"
                 )
-            logits = self.adapter.logits(self.backbone(images))
-            if self._is_attached and not torch.compiler.is_compiling():
-                self._session.mark_backward(None, logits)
-            return logits
+            return self._host_logits(images)
+        if not self.enabled:
+            return self._plain(images, targets)
         if not self._is_attached and (self.horizontal or self.vertical):
             raise RuntimeError(
                 "detach() removed TokenMixup from this model: train the model that it returned, or "
@@ -123,6 +211,7 @@ class TokenMixupModel(nn.Module):
                 "TokenMixup does not work with torch.nn.DataParallel, whose replicas share hooks "
                 "that belong to the original: use DistributedDataParallel, also on one machine"
             )
+        self._check_classifier()
         targets = self._soft_targets(images, targets)
         self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
@@ -136,9 +225,34 @@ class TokenMixupModel(nn.Module):
                 output = self.backbone(images)
         return self._collect(record, self.adapter.logits(output))
 
+    def _host_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of a pass that is the plain host's."""
+        logits = self.adapter.logits(self.backbone(images))
+        if self._is_attached and not torch.compiler.is_compiling():
+            self._session.mark_backward(None, logits)
+        return logits
+
+    def _plain(self, images: Tensor, targets: Tensor | None) -> TokenMixupOutput:
+        """A training pass without TokenMixup."""
+        logits = self._host_logits(images)
+        loss = _no_loss(logits)
+        # DistributedDataParallel waits for a gradient of every parameter.
+        for parameter in self.scorenets.parameters():
+            loss = loss + 0 * parameter.sum()
+        return TokenMixupOutput(logits, targets, loss, {})
+
+    def _check_classifier(self) -> None:
+        classes = self.adapter.layout(unwrapped(self.backbone)).num_classes
+        if classes is not None and classes != self.num_classes:
+            raise RuntimeError(
+                f"the classifier now has {classes} classes, but had {self.num_classes} when "
+                "TokenMixup was attached, and ScoreNet has as many: detach(), replace the "
+                "classifier, then attach again"
+            )
+
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
-        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        loss = _no_loss(logits)
         for losses in record.scorenet_losses:
             loss = loss + losses.mean()
         if not torch.compiler.is_compiling():
@@ -186,7 +300,8 @@ class TokenMixupModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The host's own list, with the names that its parameters have here."""
-        return {f"backbone.{name}" for name in self.adapter.no_weight_decay(self.backbone)}
+        names = self.adapter.no_weight_decay(unwrapped(self.backbone))
+        return {self._host_prefix() + name for name in names}
 
     def extra_repr(self) -> str:
         """The host's family and the settings."""
@@ -197,6 +312,33 @@ class TokenMixupModel(nn.Module):
                 f"(vertical): {self.vertical}",
             )
         )
+
+
+def _no_loss(logits: Tensor) -> Tensor:
+    """A 0-d zero in float32 or wider."""
+    return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _prefixed_matcher(matcher: Callable[..., Any], prefix: str, coarse: bool = False) -> Any:
+    """timm's patterns for groups of layers, for names that begin with a prefix.
+
+    What no pattern matches, the ScoreNets included, is timm's last group, that of the head.
+    """
+
+    def prefixed(pattern: str) -> str:
+        # timm matches from the start of a name. A ^ that is neither escaped nor in brackets
+        # says so again, and would be wrong behind the prefix.
+        free = re.sub(r"(\\.|\[\^?\]?[^\]]*\])|\^", lambda found: found[1] or "", pattern)
+        return rf"^{re.escape(prefix)}(?:{free})"
+
+    return {
+        group: None
+        if patterns is None
+        else prefixed(patterns)
+        if isinstance(patterns, str)
+        else [(prefixed(pattern), suffix) for pattern, suffix in patterns]
+        for group, patterns in matcher(coarse=coarse).items()
+    }
 
 
 def attach(
@@ -243,9 +385,10 @@ def attach(
     ):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
-    adapter = find_adapter(model)
-    layout = adapter.layout(model)
-    _check_layers(horizontal, vertical, adapter.layers(model))
+    host = unwrapped(model)
+    adapter = find_adapter(host)
+    layout = adapter.layout(host)
+    _check_layers(horizontal, vertical, adapter.layers(host))
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())

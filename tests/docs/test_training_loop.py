@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
 from timm.optim import param_groups_layer_decay
 
@@ -80,6 +81,7 @@ def test_every_section_with_code_is_there() -> None:
         "Compiling",
         IN_PARALLEL,
         "timm's train.py, the Trainer of transformers",
+        "Adapters of peft",
     ]
 
 
@@ -113,11 +115,22 @@ def test_averaged_weights_are_those_of_a_plain_model(after: dict[str, Any]) -> N
     assert torch.equal(plain(images), averaged(images))
 
 
-def test_timms_layer_decay_needs_the_backbone(after: dict[str, Any]) -> None:
-    decay = functools.partial(param_groups_layer_decay, layer_decay=0.5)
-    scales = {group["lr_scale"] for group in decay(after["model"].backbone)}
-    assert len(scales) > 2
-    assert {group["lr_scale"] for group in decay(after["model"])} == {1.0}
+def test_timms_layer_decay_is_that_of_the_host(after: dict[str, Any]) -> None:
+    model = after["model"]
+    scales = [
+        {group["lr_scale"] for group in param_groups_layer_decay(one, layer_decay=0.5)}
+        for one in (model, model.backbone)
+    ]
+    assert scales[0] == scales[1] and len(scales[0]) > 2
+
+
+def test_peft_saves_the_scorenets(after: dict[str, Any]) -> None:
+    saved = load_file(Path(after["__file__"]).parent / "adapters" / "adapter_model.safetensors")
+    scorenet = after["attached"].scorenets["3"].state_dict()
+    for name, value in scorenet.items():
+        assert torch.equal(saved[f"base_model.model.scorenets.3.{name}"], value)
+    assert after["attached"].scorenets["3"].head.weight.grad.abs().sum() > 0
+    assert "base_model.model.backbone.head.weight" in saved
 
 
 def test_the_task_of_timm(after: dict[str, Any]) -> None:

@@ -35,14 +35,14 @@ def build(case, dropout=0.0, rules=None):
 
 
 def checkpointed(case, model):
-    """A copy of the model whose layers are run again in the backward pass."""
+    """A copy of the model whose layers are run again in the backward pass, by the host's method."""
     model = copy.deepcopy(model)
     if case.family.startswith("transformers"):
-        transformers_checkpointing(model.backbone)
+        transformers_checkpointing(model)
     elif case.family.startswith("torchvision"):
         wrap_layers(model, use_reentrant=False)
     else:
-        model.backbone.set_grad_checkpointing()
+        model.set_grad_checkpointing()
     return model
 
 

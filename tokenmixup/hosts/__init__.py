@@ -1,5 +1,7 @@
 """Adapters: one small file per family of hosts, chosen by the host's class."""
 
+from typing import Any, cast
+
 from torch import nn
 
 from tokenmixup.hosts.base import (
@@ -23,7 +25,10 @@ __all__ = [
     "UnsupportedHostError",
     "find_adapter",
     "register_adapter",
+    "unwrapped",
 ]
+
+PEFT = ("peft.peft_model.PeftModel", "peft.mixed_model.PeftMixedModel")
 
 _adapters: list[HostAdapter] = [
     TimmViT(),
@@ -54,6 +59,13 @@ def register_adapter(adapter: HostAdapter) -> None:
                 f"an adapter for {', '.join(sorted(taken))} is registered already: {known.family}"
             )
     _adapters[:] = [*others, adapter]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The host in what `attach` was given: peft's models call the host that they hold."""
+    if any(class_name(base) in PEFT for base in type(model).__mro__):
+        return cast(Any, model).get_base_model()
+    return model
 
 
 def find_adapter(host: nn.Module) -> HostAdapter:

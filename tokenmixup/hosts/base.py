@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from tokenmixup.functional import query_key_saliency
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-LINEAR = "torch.nn.modules.linear.Linear"
 
 
 class UnsupportedHostError(ValueError):
@@ -115,7 +113,8 @@ class HostAdapter(ABC):
         """The module whose output, in the layer's own pass, holds the queries and keys.
 
         A layer that only remembers reads them there instead of computing them again. The module
-        must run once per pass, on the normalised tokens. By default there is none.
+        must run once per pass, on the normalised tokens, and give in training what it gives in
+        evaluation; :func:`plain_linear` does. By default there is none.
         """
         return None
 
@@ -258,7 +257,7 @@ def require_part(
     if found not in classes:
         raise UnsupportedHostError(
             f"TokenMixup relies on `{where}` being a {' or a '.join(classes)}, but it is a "
-            f"{found}: this variant of the host (or this version of its library) is not supported"
+            f"{found}: {what_to_do_about(found)}"
         )
     parameters = inspect.signature(type(part).forward).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
@@ -270,6 +269,16 @@ def require_part(
                 f"`{where}` ({found}) {complaint} {', '.join(names)} in the installed version of "
                 "its library, which TokenMixup does not know"
             )
+
+
+def what_to_do_about(found: str) -> str:
+    """Advice on a class that stands where TokenMixup needs another one."""
+    if found.startswith("peft."):
+        return (
+            "put peft's adapters on other modules, or merge them (merge_and_unload()) before "
+            "TokenMixup is attached"
+        )
+    return "this variant of the host (or this version of its library) is not supported"
 
 
 def refuse_masks(args: Args, kwargs: Kwargs, **positions: int) -> None:
@@ -304,8 +313,47 @@ def with_argument(
 
 
 def linear_outputs(classifier: nn.Module) -> int | None:
-    """C of a host's classifier if that is a linear layer, else None."""
-    return classifier.out_features if isinstance(classifier, nn.Linear) else None
+    """C of a host's classifier if that is a linear layer, else None.
+
+    Whatever stands in the place of a linear layer (adapters, copies that peft trains and saves,
+    quantised layers) has its attributes.
+    """
+    return getattr(classifier, "out_features", None)
+
+
+def plain_linear(projection: nn.Module) -> bool:
+    """Whether a projection is no more than the product with its weight, and its bias.
+
+    Adapters, parametrisations, pruning and quantisation replace the layer, or its weight by
+    something else than a parameter.
+    """
+    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+
+
+def project(projection: nn.Module, tokens: Tensor, first_alone: bool = False) -> Tensor:
+    """What saliency reads at a projection of tokens (B, N, D): (B, N, ...).
+
+    The module is called, whatever it is, so that adapters, parametrisations and quantisation take
+    part, but in evaluation mode. Saliency is free of dropout, that of adapters as that of the
+    attention map; the layer's own random numbers stay those of the plain host; and a
+    parametrisation with a state (spectral norm) does not move it.
+
+    Args:
+        projection: a module of the host.
+        tokens: its input.
+        first_alone: return token 0 alone, (B, 1, ...).
+    """
+    if plain_linear(projection):
+        return projection(tokens[:, :1] if first_alone else tokens)
+    training = [part for part in projection.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        projected = projection(tokens)
+    finally:
+        for part in training:
+            part.training = True
+    return projected[:, :1] if first_alone else projected
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -337,6 +385,29 @@ def joint_query_key(
         joint_projection(queries, weight, bias, 0, heads),
         joint_projection(tokens, weight, bias, 1, heads),
     )
+
+
+def module_query_key(
+    tokens: Tensor,
+    projection: nn.Module,
+    heads: int,
+    class_row: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`joint_query_key`, from the module itself; see :func:`project`.
+
+    Args:
+        tokens: (B, N, D).
+        projection: of queries, keys and values, usually `torch.nn.Linear`.
+        heads: H.
+        class_row: only the class token's query is needed.
+        bias: what the attention adds to a projection that has no bias of its own, (3 H d,).
+    """
+    if plain_linear(projection):
+        weight, own = cast(Tensor, projection.weight), cast(Tensor | None, projection.bias)
+        return joint_query_key(tokens, weight, own if bias is None else bias, heads, class_row)
+    projected = project(projection, tokens)
+    return split_query_key(projected if bias is None else projected + bias, heads, class_row)
 
 
 def split_query_key(projected: Tensor, heads: int, class_row: bool) -> tuple[Tensor, Tensor]:

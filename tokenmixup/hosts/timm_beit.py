@@ -16,8 +16,10 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     argument,
     joint_projection,
-    joint_query_key,
     linear_outputs,
+    module_query_key,
+    plain_linear,
+    split_heads,
 )
 from tokenmixup.hosts.timm_vit import TimmNames, joint_bias
 
@@ -37,7 +39,7 @@ class TimmBeit(TimmNames):
     block_classes = ("timm.models.beit.Block",)
     attention_classes = ("timm.models.beit.Attention",)
     read = (
-        *("qkv", "q_bias", "k_bias", "v_bias", "num_heads", "scale"),
+        *("qkv", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "num_heads", "scale"),
         *("relative_position_bias_table", "relative_position_index"),
         *("attn_drop", "proj", "proj_drop"),
     )
@@ -54,17 +56,21 @@ class TimmBeit(TimmNames):
             num_classes=linear_outputs(beit.head),
         )
 
+    def projection_bias(self, attention: Any) -> Tensor | None:
+        """Kept apart from the projection."""
+        return joint_bias(attention)
+
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
         """From the first two thirds of `qkv`."""
         attention = cast(Any, layer).attn
-        query, key = joint_query_key(
+        query, key = module_query_key(
             self.normalise(layer, tokens),
-            attention.qkv.weight,
-            joint_bias(attention),
+            attention.qkv,
             attention.num_heads,
             class_row,
+            self.projection_bias(attention),
         )
         return query, key, attention.scale
 
@@ -87,11 +93,18 @@ class TimmBeit(TimmNames):
         """The layer's tokens (B, N, D) attending to themselves and to the remembered ones."""
         attention, tokens = cast(Any, layer).attn, args[0]
         everything = torch.cat((tokens, self.normalise(layer, remembered.tokens)), dim=1)
-        weight, bias = attention.qkv.weight, joint_bias(attention)
-        query, key, value = (
-            joint_projection(inputs, weight, bias, part, attention.num_heads)
-            for part, inputs in enumerate((tokens, everything, everything))
-        )
+        qkv, bias = attention.qkv, joint_bias(attention)
+        if plain_linear(qkv):
+            query, key, value = (
+                joint_projection(inputs, qkv.weight, bias, part, attention.num_heads)
+                for part, inputs in enumerate((tokens, everything, everything))
+            )
+        else:  # in training, with the dropout of adapters: this is the layer's output
+            projected = qkv(everything) if bias is None else qkv(everything) + bias
+            query, key, value = (
+                split_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1)
+            )
+            query = query[:, :, : tokens.shape[1]]
         mask = _relative_bias(attention, args, kwargs, slice(None))
         if mask is not None:
             more = mask[0, :, :, PREFIX_TOKENS + remembered.positions]  # (H, N, B, M)

@@ -14,7 +14,8 @@ from tokenmixup.hosts.base import (
     Remembered,
     argument,
     class_name,
-    joint_query_key,
+    module_query_key,
+    project,
     refuse_masks,
     split_heads,
     with_argument,
@@ -48,6 +49,11 @@ class TimmEva(TimmNames):
         refuse_dropped_patches(host)
         super().check(host)
 
+    def projection_bias(self, attention: Any) -> Tensor | None:
+        """EVA's own attention keeps the biases apart from the projection."""
+        own = class_name(type(attention)) != ROPE_ATTENTION
+        return joint_bias(attention) if own else None
+
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
     ) -> tuple[Tensor, Tensor, float]:
@@ -56,16 +62,14 @@ class TimmEva(TimmNames):
         attention = cast(Any, layer).attn
         tokens = self.normalise(layer, tokens)
         if attention.qkv is not None:
-            # EVA's own attention keeps the biases apart from the projection
-            own = class_name(type(attention)) == ROPE_ATTENTION
-            bias = attention.qkv.bias if own else joint_bias(attention)
-            query, key = joint_query_key(
-                tokens, attention.qkv.weight, bias, attention.num_heads, class_row
+            bias = self.projection_bias(attention)
+            query, key = module_query_key(
+                tokens, attention.qkv, attention.num_heads, class_row, bias
             )
         else:
-            query = attention.q_proj(tokens[:, :1] if class_row else tokens)
-            query = split_heads(query, attention.num_heads)
-            key = attention.k_proj(tokens).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            query = split_heads(project(attention.q_proj, tokens, class_row), attention.num_heads)
+            key = project(attention.k_proj, tokens)
+            key = key.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         query, key = attention.q_norm(query), attention.k_norm(key)
         rope = argument(1, "rope", args, kwargs)
         if rope is not None:

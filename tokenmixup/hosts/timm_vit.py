@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
-    LINEAR,
     Args,
     HostAdapter,
     Kwargs,
@@ -18,8 +17,9 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     UnsupportedHostError,
     class_name,
-    joint_query_key,
     linear_outputs,
+    module_query_key,
+    plain_linear,
     refuse_masks,
     require_part,
     split_query_key,
@@ -43,14 +43,13 @@ class TimmNames(HostAdapter):
     """All allowed arguments of blocks and of their attention."""
 
     def check(self, host: nn.Module) -> None:
-        """Blocks and attentions of the known classes, with linear projections."""
+        """Blocks and attentions of the known classes, whose adapters take effect."""
         for index, block in enumerate(cast(Any, host).blocks):
             where = f"blocks[{index}]"
             require_part(block, where, self.block_classes, ("norm1", "attn"), self.arguments)
             attention, where = block.attn, f"{where}.attn"
             require_part(attention, where, self.attention_classes, self.read, self.arguments)
-            if attention.qkv is not None:
-                require_part(attention.qkv, f"{where}.qkv", (LINEAR,))
+            self.projection_bias(attention)
 
     def layout(self, host: nn.Module) -> TokenLayout:
         """From the host's attributes."""
@@ -62,6 +61,10 @@ class TimmNames(HostAdapter):
             num_patch_tokens=None if vit.dynamic_img_size else vit.patch_embed.num_patches,
             num_classes=linear_outputs(vit.head),
         )
+
+    def projection_bias(self, attention: Any) -> Tensor | None:
+        """What the attention adds to the output of `qkv`; by default nothing."""
+        return None
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The blocks."""
@@ -119,12 +122,8 @@ class TimmViT(TimmNames):
         """From the first two thirds of `qkv`, with the query and key norms."""
         refuse_masks(args, kwargs, attn_mask=1, is_causal=2)
         attention = cast(Any, layer).attn
-        query, key = joint_query_key(
-            self.normalise(layer, tokens),
-            attention.qkv.weight,
-            attention.qkv.bias,
-            attention.num_heads,
-            class_row,
+        query, key = module_query_key(
+            self.normalise(layer, tokens), attention.qkv, attention.num_heads, class_row
         )
         return *self.head_norms(attention, query, key), attention.scale
 
@@ -132,9 +131,10 @@ class TimmViT(TimmNames):
         """The attention's norms of queries and keys."""
         return attention.q_norm(query), attention.k_norm(key)
 
-    def projection(self, layer: nn.Module) -> nn.Module:
-        """The attention's `qkv`."""
-        return cast(Any, layer).attn.qkv
+    def projection(self, layer: nn.Module) -> nn.Module | None:
+        """The attention's `qkv`; None where something else has taken its place."""
+        qkv = cast(Any, layer).attn.qkv
+        return qkv if plain_linear(qkv) else None
 
     def projected_query_key(
         self, layer: nn.Module, projected: Tensor, class_row: bool
@@ -174,7 +174,21 @@ def refuse_dropped_patches(host: nn.Module) -> None:
 
 
 def joint_bias(attention: Any) -> Tensor | None:
-    """Bias of queries, keys and values where the attention keeps them apart, or None."""
+    """Bias of queries, keys and values where the attention keeps them apart, or None.
+
+    Such an attention reads the weight of `qkv` itself unless it adds the bias separately.
+
+    Raises:
+        UnsupportedHostError: it reads the weight of what is no linear layer.
+    """
     if attention.q_bias is None:
         return None
+    if not (attention.qkv_bias_separate or isinstance(attention.qkv, nn.Linear)):
+        found = class_name(type(attention.qkv))
+        raise UnsupportedHostError(
+            f"a {found} stands in the place of a block's `attn.qkv`, and has no effect: this "
+            f"{class_name(type(attention))} multiplies by `qkv.weight` without calling `qkv`. Set "
+            "`qkv_bias_separate = True` on every block's `attn` before TokenMixup is attached "
+            "(it then calls `qkv`), or leave `qkv` as it is"
+        )
     return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))

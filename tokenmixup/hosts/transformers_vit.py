@@ -16,6 +16,7 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     UnsupportedHostError,
     linear_outputs,
+    project,
     refuse_masks,
     require_part,
     split_heads,
@@ -100,8 +101,8 @@ class TransformersViT(HostAdapter):
         attention: Any = self.attention(layer)
         to_query, to_key = (getattr(attention, name) for name in _projections(attention))
         tokens = self.normalise(layer, tokens)
-        query = to_query(tokens[:, :1] if class_row else tokens)
-        key = to_key(tokens)
+        query = project(to_query, tokens, class_row)
+        key = project(to_key, tokens)
         heads = attention.num_attention_heads
         return split_heads(query, heads), split_heads(key, heads), attention.scaling
 

@@ -17,6 +17,8 @@ from timm.layers.mlp import Mlp
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from tokenmixup.hosts.base import plain_linear
+
 TOKENIZER_WIDTH = 64
 """Channels between the convolutions of the tokenizer."""
 
@@ -70,7 +72,10 @@ class Attention(nn.Module):
         """Attend from x (B, N, D) to x and memory (B, M, D), both normalised -> (B, N, D)."""
         query, key, value = self._heads(self.qkv(x)).chunk(3, dim=1)
         if memory is not None:
-            more = F.linear(memory, self.qkv.weight[x.shape[-1] :])  # keys and values alone
+            if plain_linear(self.qkv):  # keys and values alone
+                more = F.linear(memory, self.qkv.weight[x.shape[-1] :])
+            else:
+                more = self.qkv(memory)[..., x.shape[-1] :]
             more_key, more_value = self._heads(more).chunk(2, dim=1)
             key = torch.cat((key, more_key), dim=2)
             value = torch.cat((value, more_value), dim=2)
