@@ -95,16 +95,17 @@ CASES = [
 def test_the_loss_is_timms_where_nothing_is_mixed(criterion, data):
     images, targets = data
     hard = HorizontalConfig(layers=(1,), tau=0.11, rho=0.005, scorenet_lambda=0.5)
-    for horizontal in (None, hard):
+    for horizontal, enabled in ((None, True), (hard, True), (EVERY, False)):
         tested = task(criterion, horizontal=horizontal, vertical=None)
         model = tested.get_trainable_module()
+        model.enabled = enabled
         with torch.no_grad():
             for scorenet in model.scorenets.values():  # sure of the class that no image has
                 scorenet.head.bias.copy_(torch.eye(CLASSES)[-1] * 50)
             result = tested(images, targets)
             expected = criterion(model.backbone(images), targets)
         assert result.get("htm/layer1/mixed_share", 0) == 0
-        assert (result["scorenet_loss"] > 0) == (horizontal is not None)
+        assert (result["scorenet_loss"] > 0) == (horizontal is hard)
         loss = result["loss"] - result["scorenet_loss"]
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
@@ -423,8 +424,8 @@ def scripts(tmp_path_factory):
                 text = text.replace(old, new, 1)
         (folder / name).write_text(text, encoding="utf-8")
     digits = load_digits()
-    for number in range(240):
-        split = "train" if number < 160 else "validation"
+    for number in range(480):
+        split = "train" if number < 400 else "validation"
         place = folder / "data" / split / str(digits.target[number])
         place.mkdir(parents=True, exist_ok=True)
         pixels = (digits.images[number] * 15.9).astype(np.uint8)
@@ -450,9 +451,9 @@ def test_timms_scripts(name, scripts):
     start = ["train.py"]
     if name == "two_processes":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    options = ("--data-dir", "data", "--experiment", name, "--opt", "adamw", "--lr", "4e-3")
+    options = ("--data-dir", "data", "--experiment", name, "--opt", "adamw", "--lr", "1.5e-3")
     options = (*options, "--batch-size", "8", "--no-aug", "--warmup-epochs", "0", *RUNS[name])
-    script(scripts, *start, *options, "--epochs", "4")
+    script(scripts, *start, *options, "--epochs", "5")
     run = scripts / "output" / "train" / name
     last = str(run / "last.pth.tar")
     script(scripts, *start, *options, "--epochs", "6", "--resume", last)
@@ -468,6 +469,7 @@ def test_timms_scripts(name, scripts):
     checkpoint = ("--data-dir", "data", "--checkpoint", last)
     validated = script(scripts, "validate.py", *checkpoint, "--use-ema", "--split", "validation")
     assert validated["top1"] == pytest.approx(reported, abs=1e-3)
+    assert validated["top5"] == pytest.approx(float(rows[-1]["eval_top5"]), abs=1e-3)
     flags = ("--topk", "1", "--include-index", "--fullname", "--label-type", "none")
     found = script(scripts, "inference.py", *checkpoint, "--split", "validation", *flags)
     assert len({answer["index"] for answer in found.values()}) > 2

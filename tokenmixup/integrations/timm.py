@@ -32,8 +32,8 @@ class TokenMixupTask(ClassificationTask):
     """timm's classification task for a model that :func:`tokenmixup.attach` returned.
 
     Training steps mix, and add ScoreNet's loss. What timm evaluates and averages for evaluation is
-    the plain host, and checkpoints hold the host's own keys, so that timm's `validate.py` and
-    `inference.py` read them as they read any other; ScoreNets and settings lie beside them, as
+    the plain host, and checkpoints hold the host's own keys, so that timm's ``validate.py`` and
+    ``inference.py`` read them as they read any other; ScoreNets and settings lie beside them, as
     ``task_state``.
 
     Labels are smoothed *before* the model mixes them, as the criterion says; the criterion then
@@ -41,9 +41,9 @@ class TokenMixupTask(ClassificationTask):
 
     Args:
         model: what :func:`tokenmixup.attach` returned, before it is compiled or wrapped.
-        criterion: torch's `CrossEntropyLoss`, or timm's `LabelSmoothingCrossEntropy`,
-            `SoftTargetCrossEntropy`, `BinaryCrossEntropy` or `PolyCrossEntropy`.
-        criterion_kwargs: of timm's `create_classification_loss`, instead of a criterion.
+        criterion: torch's ``CrossEntropyLoss``, or timm's ``LabelSmoothingCrossEntropy``,
+            ``SoftTargetCrossEntropy``, ``BinaryCrossEntropy`` or ``PolyCrossEntropy``.
+        criterion_kwargs: of timm's ``create_classification_loss``, instead of a criterion.
         device: of the criterion.
         dtype: of the task.
         verbose: log the criterion's name.
