@@ -109,7 +109,7 @@ def is_of_the_model(name: str) -> bool:
 FOREIGN = (
     r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
     r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
-    r"|benchmarks\.faults --parts"
+    r"|benchmarks\.faults --parts|^(train|validate)\.py "
 )
 
 

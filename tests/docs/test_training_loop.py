@@ -80,7 +80,6 @@ def test_every_section_with_code_is_there() -> None:
         "Saving and loading",
         "Compiling",
         IN_PARALLEL,
-        "timm's train.py, the Trainer of transformers",
         "Adapters of peft",
     ]
 
@@ -131,16 +130,6 @@ def test_peft_saves_the_scorenets(after: dict[str, Any]) -> None:
         assert torch.equal(saved[f"base_model.model.scorenets.3.{name}"], value)
     assert after["attached"].scorenets["3"].head.weight.grad.abs().sum() > 0
     assert "base_model.model.backbone.head.weight" in saved
-
-
-def test_the_task_of_timm(after: dict[str, Any]) -> None:
-    model = after["make_model"]().train()
-    task = after["TokenMixupTask"](model, torch.nn.CrossEntropyLoss(), verbose=False)
-    result = task(after["images"], after["labels"])
-    result["loss"].backward()
-    assert result["output"].shape == (8, 100)
-    assert model.scorenets["3"].head.weight.grad.abs().sum() > 0
-    assert task.get_eval_model().eval()(after["images"]).shape == (8, 100)
 
 
 def test_two_processes(tmp_path: Path) -> None:
