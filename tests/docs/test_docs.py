@@ -115,7 +115,8 @@ FOREIGN = (
 
 def known_options() -> set[str]:
     found = {"help", *known_keys(), *optional_sections()}
-    for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+    folders = ("experiments", "benchmarks", "tests/helpers")
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         found.update(re.findall(r'"([\w-]+)": (?:cli\.)?Option\(', text))
         found.update(re.findall(r'add_argument\(\s*"--([\w-]+)"', text))
