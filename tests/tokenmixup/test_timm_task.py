@@ -472,6 +472,6 @@ def test_timms_scripts(name, scripts):
     assert validated["top5"] == pytest.approx(float(rows[-1]["eval_top5"]), abs=1e-3)
     flags = ("--topk", "1", "--include-index", "--fullname", "--label-type", "none")
     found = script(scripts, "inference.py", *checkpoint, "--split", "validation", *flags)
-    assert len({answer["index"] for answer in found.values()}) > 2
+    assert len({answer["index"] for answer in found.values()}) > 1
     right = [answer["index"] == int(Path(file).parent.name) for file, answer in found.items()]
     assert 100 * sum(right) / len(right) == pytest.approx(reported, abs=1e-3)
