@@ -23,7 +23,7 @@ from tokenmixup.hosts import (
     HostAdapter,
     TokenLayout,
     UnsupportedHostError,
-    encoder_layers,
+    adapter_of_layers,
     find_adapter,
     unwrapped,
 )
@@ -439,7 +439,7 @@ def attach(
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
     host = unwrapped(model)
     if layers is not None:
-        adapter: HostAdapter = encoder_layers(host, layers, num_prefix_tokens, class_token)
+        adapter = adapter_of_layers(host, layers, num_prefix_tokens, class_token)
     elif num_prefix_tokens is not None or class_token is not None:
         raise ValueError("num_prefix_tokens and class_token describe `layers`, which are not given")
     else:

@@ -12,7 +12,7 @@ from tokenmixup.hosts.base import (
     class_name,
 )
 from tokenmixup.hosts.cct import CCTAdapter
-from tokenmixup.hosts.encoder_layers import LAYER, encoder_layers
+from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -24,7 +24,7 @@ __all__ = [
     "Remembered",
     "TokenLayout",
     "UnsupportedHostError",
-    "encoder_layers",
+    "adapter_of_layers",
     "find_adapter",
     "register_adapter",
     "unwrapped",
@@ -64,7 +64,7 @@ def register_adapter(adapter: HostAdapter) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The host in what `attach` was given: peft's models call the host that they hold."""
+    """The host in what `tokenmixup.attach` was given: peft's models call the one they hold."""
     if any(class_name(base) in PEFT for base in type(model).__mro__):
         return cast(Any, model).get_base_model()
     return model

@@ -120,7 +120,7 @@ class HostAdapter(ABC):
 
         A layer that only remembers reads them there instead of computing them again. The module
         must run once per pass, on the normalised tokens, and give in training what it gives in
-        evaluation; :func:`plain_linear` does. By default there is none.
+        evaluation, as a plain linear layer does. By default there is none.
         """
         return None
 

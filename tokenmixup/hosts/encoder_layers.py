@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
     Args,
+    HostAdapter,
     Kwargs,
     TokenLayout,
     UnsupportedHostError,
@@ -88,12 +89,12 @@ class EncoderLayers(MultiheadHost):
         return with_argument(0, "src", tokens, args, kwargs)
 
 
-def encoder_layers(
+def adapter_of_layers(
     host: nn.Module,
     layers: Iterable[nn.Module],
     num_prefix_tokens: int | None,
     class_token: bool | None,
-) -> EncoderLayers:
+) -> HostAdapter:
     """The adapter for layers of a host, after it has checked them.
 
     Raises:
