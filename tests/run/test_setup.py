@@ -67,6 +67,7 @@ class Checkout:
             path.mkdir(parents=True)
         shutil.copy(ROOT / "run" / "setup.sh", self.root / "run")
         self.write("pyproject.toml", PROJECT)
+        self.write("setup.py", "import setuptools\n\nsetuptools.setup()\n")
         self.write("constraints.txt", CONSTRAINTS)
         self.write("backend.py", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{BACKEND}")
         self.write("tokenmixup/solver.c", "")
@@ -189,6 +190,7 @@ def append_to(name: str) -> Callable[[Checkout], None]:
     "spoil",
     [
         pytest.param(append_to("pyproject.toml"), id="project"),
+        pytest.param(append_to("setup.py"), id="build"),
         pytest.param(append_to("tokenmixup/solver.c"), id="C source"),
         pytest.param(lambda checkout: (checkout.venv / "complete").unlink(), id="half made"),
         pytest.param(
