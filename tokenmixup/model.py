@@ -149,16 +149,12 @@ class TokenMixupModel(nn.Module):
         # the host's mode, without a change of parts of it that are in another
         self.training = backbone.training
         self.scorenets.train(backbone.training)
-        self._place_hooks()
-
-    def train(self, mode: bool = True) -> "TokenMixupModel":
-        """As of every module; a fused path of the host's evaluation gets back what it needs."""
-        super().train(mode)
-        self._place_hooks()
-        return self
 
     def _place_hooks(self) -> None:
-        """Have the hooks on the host: in training, and in evaluation where they cost nothing."""
+        """Have the hooks on the host: in training, and in evaluation where they cost nothing.
+
+        A fused path of the host's evaluation runs only without them.
+        """
         if self._is_attached and (self.training or not self.adapter.fused_evaluation):
             if not self._handles:
                 layers = self.adapter.layers(unwrapped(self.backbone))
@@ -191,7 +187,10 @@ class TokenMixupModel(nn.Module):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to hide a part of the host by one that nothing would run."""
+        """A change of mode places the hooks; no part of the host is hidden by one that never runs.
+
+        Lightning restores modes after a validation by setting ``training``, without ``train()``.
+        """
         modules = self.__dict__.get("_modules", {})
         if (
             isinstance(value, _PARTS)
@@ -203,6 +202,8 @@ class TokenMixupModel(nn.Module):
                 f"{name!r} is a part of the host: set it there: model.backbone.{name} = ..."
             )
         super().__setattr__(name, value)
+        if name == "training":
+            self._place_hooks()
 
     def _host_prefix(self) -> str:
         """What stands before the names of the host's parameters."""

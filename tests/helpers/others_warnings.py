@@ -10,3 +10,11 @@ uses_inductor = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning
 
 breaks_the_graph = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 """Dynamo looks at the gradients of tensors that it hands on from one graph to the next."""
+
+advice_of_lightning = pytest.mark.filterwarnings(
+    "ignore::lightning_fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:Precision bf16-mixed is not supported by the model summary:UserWarning",
+    "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
+    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
+)
+"""On the number of workers and of steps, on sizes, on a resumed run; and what torch deprecates."""

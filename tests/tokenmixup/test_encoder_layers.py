@@ -75,6 +75,10 @@ def test_the_fused_path_of_evaluation_stays_on(how):
             model = pickle.loads(pickle.dumps(model))
         spy.reset_mock()
         assert same_bits(model.eval()(images), expected) and spy.call_count == 3
+    modes = [(module, not module.training) for module in model.modules()]
+    for module, mode in modes:  # as Lightning does after a validation
+        module.training = mode
+    assert model(images, targets).stats["vtm/layer1/remembered_tokens"] == 3
     assert model.train()(images, targets).stats["vtm/layer1/remembered_tokens"] == 3
     with pytest.raises(ValueError, match="attached to this model already"):
         CASE.attach(model.eval().backbone)

@@ -1,0 +1,301 @@
+"""docs/trainers.md, Lightning: the page's module trains as a loop written by hand does."""
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import pytorch_lightning as L
+import timm
+import torch
+from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from tests.helpers.cases import same_bits
+from tests.helpers.documents import ROOT
+from tests.helpers.host_cases import BY_NAME, IMAGE
+from tests.helpers.others_warnings import advice_of_lightning
+from tokenmixup import HorizontalConfig, VerticalConfig, attach
+
+pytestmark = advice_of_lightning
+
+EPOCHS, IMAGES, CLASSES = 4, 16, 100
+PRELUDE = """
+import functools, timm, torch
+torch.manual_seed(0)
+timm.create_model = functools.partial(
+    timm.create_model, img_size=16, patch_size=4, embed_dim=32, depth=5, num_heads=2
+)
+pairs = [(torch.randn(3, 16, 16), label) for label in range(16)]
+train_loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+validation_loader = torch.utils.data.DataLoader(pairs, batch_size=5)
+"""
+
+
+def page(devices: str = "") -> str:
+    """The code, on a CPU, with a tau and a rho with which an untrained model mixes."""
+    text = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Lightning\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    for written, tried in (
+        ('"tau": 0.2, "rho": 0.005', '"tau": 9.0, "rho": 0.0'),
+        ("L.Trainer(", f'L.Trainer(accelerator="cpu", enable_progress_bar=False, {devices}'),
+    ):
+        assert written in code
+        code = code.replace(written, tried)
+    return PRELUDE + code
+
+
+@pytest.fixture(scope="module")
+def lightning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """What the page defines, after its training: `trainer`."""
+    folder = tmp_path_factory.mktemp("lightning")
+    (folder / "documented_lightning.py").write_text(page(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setattr(timm, "create_model", timm.create_model)  # the prelude replaces it
+        module = importlib.import_module("documented_lightning")
+        torch.manual_seed(1)
+        module.trainer = module.main()
+        yield module
+
+
+def afresh(lightning: ModuleType) -> Any:
+    """The page's module before its training."""
+    torch.manual_seed(1)
+    return lightning.TokenMixupModule(**lightning.trainer.lightning_module.hparams)
+
+
+def a_trainer(**settings: Any) -> L.Trainer:
+    """One that writes nothing, unless it is told to."""
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
+    return L.Trainer(**{**quiet, "logger": False, **settings})
+
+
+def steps_by_hand(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    parts: int,
+    low_precision: bool = False,
+) -> Iterator[None]:
+    """Train; come back after each step of the optimiser, which has so many parts."""
+    for number, (images, labels) in enumerate(batches, 1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            loss = model(images, labels).loss()
+        (loss / parts).backward()
+        if number % parts == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            yield
+
+
+def test_training_is_that_of_a_loop(lightning: ModuleType) -> None:
+    model = afresh(lightning).model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+    average: list[Tensor] = []
+    for epoch in range(EPOCHS):
+        optimiser.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
+        for _ in steps_by_hand(model, optimiser, lightning.train_loader, 2, low_precision=True):
+            now = [parameter.detach().clone() for parameter in model.parameters()]
+            pairs = zip(average or now, now, strict=True)
+            average = [0.99 * before + 0.01 * weight for before, weight in pairs]
+    trained = lightning.trainer.lightning_module.model
+    for found, expected in zip(trained.parameters(), average, strict=True):
+        torch.testing.assert_close(found.data, expected, atol=1e-6, rtol=0)
+    assert (average[-1] - now[-1]).abs().max() > 1e-4
+
+
+def test_what_is_logged(lightning: ModuleType) -> None:
+    metrics = lightning.trainer.callback_metrics
+    assert metrics["htm/layer3/easy_share"] == 1 and metrics["htm/layer3/tokens_mixed"] > 0
+    assert metrics["vtm/layer4/remembered_tokens"] == 4 * 3
+    plain = plain_model()
+    hits = torch.cat(
+        [plain(images).argmax(1) == labels for images, labels in lightning.validation_loader]
+    )
+    # of bfloat16: an image or two may be predicted otherwise
+    assert abs(metrics["top1"] - hits.float().mean()) <= 2.5 / len(hits)
+
+
+def plain_model() -> nn.Module:
+    """From the file that the page writes last."""
+    model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES)
+    model.load_state_dict(torch.load("plain.pt", weights_only=True))
+    return model.eval()
+
+
+def test_a_checkpoint_loads(lightning: ModuleType) -> None:
+    again = lightning.TokenMixupModule.load_from_checkpoint(f"checkpoints/epoch={EPOCHS - 1}.ckpt")
+    trained = lightning.trainer.lightning_module
+    assert again.model.horizontal == trained.model.horizontal
+    for name, value in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    images = next(iter(lightning.validation_loader))[0]
+    assert same_bits(again.model.eval()(images), plain_model()(images))
+
+
+def test_training_resumes(lightning: ModuleType) -> None:
+    torch.manual_seed(2)
+    module = lightning.TokenMixupModule(**lightning.trainer.lightning_module.hparams)
+    lightning.make_trainer().fit(
+        module,
+        lightning.train_loader,
+        lightning.validation_loader,
+        ckpt_path="checkpoints/epoch=1.ckpt",
+    )
+    for name, value in lightning.trainer.lightning_module.state_dict().items():
+        assert same_bits(module.state_dict()[name], value), name
+
+
+class Reads(TorchDispatchMode):
+    """Counts where a number of a tensor is read, for which a device would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_logging_the_statistics_does_not_wait_for_the_device(
+    lightning: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {}
+    for every in (50, 2):
+        trainer = a_trainer(
+            max_epochs=1, logger=L.loggers.CSVLogger(f"every_{every}"), log_every_n_steps=every
+        )
+        with Reads() as reads:
+            trainer.fit(afresh(lightning), lightning.train_loader)
+        counts[every] = reads.count
+    monkeypatch.setattr(lightning.TokenMixupModule, "log_dict", lambda *_: None)
+    with Reads() as reads:
+        a_trainer(max_epochs=1).fit(afresh(lightning), lightning.train_loader)
+    assert reads.count == counts[50] < counts[2]
+
+
+def test_a_model_in_evaluation_mode(lightning: ModuleType) -> None:
+    module = afresh(lightning).eval()
+    with pytest.raises(ValueError, match=r"in evaluation mode.*call model.train\(\)"):
+        a_trainer(max_epochs=1).fit(module, lightning.train_loader)
+
+
+class Weights(Callback):
+    """Keeps the weights at the beginning of each epoch."""
+
+    def __init__(self) -> None:
+        self.kept: list[list[Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.kept.append([p.detach().clone() for p in module.parameters()])
+
+
+def test_stochastic_weight_averaging_of_an_own_encoder(lightning: ModuleType) -> None:
+    """With batch normalisation, a fused evaluation, and a validation after each epoch."""
+    case = BY_NAME["encoder"]
+
+    class Module(lightning.TokenMixupModule):
+        def __init__(self) -> None:
+            L.LightningModule.__init__(self)
+            self.save_hyperparameters({"lr": 1e-3, "weight_decay": 0.0})
+            encoder = case.build()
+            self.model = attach(
+                nn.Sequential(nn.BatchNorm2d(3), encoder),
+                layers=encoder.get_submodule("encoder.layers").children(),
+                num_prefix_tokens=case.num_prefix_tokens,
+                class_token=case.class_token,
+                num_classes=7,
+                horizontal=HorizontalConfig(layers=(1,), tau=9.0, rho=0.0),
+                vertical=VerticalConfig(layers=(2,), kappa=3),
+            )
+
+    torch.manual_seed(3)
+    loader = DataLoader(
+        [(torch.randn(3, IMAGE, IMAGE) + 1, i % 7) for i in range(16)], batch_size=8
+    )
+    module, weights = Module(), Weights()
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2)
+    trainer = a_trainer(max_epochs=EPOCHS, callbacks=[weights, averaging])
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["htm/layer1/tokens_mixed"] > 0
+    kept = zip(*weights.kept[1:EPOCHS], strict=True)
+    for found, values in zip(module.parameters(), kept, strict=True):
+        torch.testing.assert_close(found.data, torch.stack(values).mean(0), atol=1e-6, rtol=1e-5)
+
+    norm = module.model.backbone[0]
+    statistics = [norm.running_mean.clone(), norm.running_var.clone()]
+    flat = [images.transpose(0, 1).flatten(1) for images, _ in loader]
+    expected = [sum(one.mean(1) for one in flat) / 2, sum(one.var(1) for one in flat) / 2]
+    torch.testing.assert_close(statistics, expected)
+    module.model.enabled = False
+    update_bn(loader, module.model)
+    torch.testing.assert_close([norm.running_mean, norm.running_var], expected)
+
+
+IN_PARALLEL = """
+import copy
+
+class Exact(TokenMixupModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+torch.manual_seed(1)
+mixing = {"layers": (3,), "tau": 9.0, "rho": 0.0, "scorenet_lambda": 1.0}
+module = Exact(mixing, {"layers": (4,), "kappa": 3})
+before = copy.deepcopy(module.model)
+trainer = L.Trainer(
+    accelerator="cpu", strategy="ddp", devices=2, max_epochs=2, accumulate_grad_batches=2,
+    gradient_clip_val=1.0, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+    use_distributed_sampler=False,  # Lightning's shuffles
+)
+own = torch.utils.data.DataLoader(pairs[trainer.global_rank :: 2], batch_size=4)
+trainer.fit(module, own)
+torch.save((pairs, before, module.model), f"rank_{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = page(devices='strategy="ddp", devices=2,') + IN_PARALLEL
+    Path("train.py").write_text(code, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "train.py"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    plain = torch.load("plain.pt", weights_only=True)
+    saved = torch.load(f"checkpoints/epoch={EPOCHS - 1}.ckpt", weights_only=True)["state_dict"]
+    for name, value in plain.items():
+        assert torch.equal(saved[f"model.backbone.{name}"], value), name
+
+    (pairs, model, first), (_, _, second) = (
+        torch.load(f"rank_{rank}.pt", weights_only=False) for rank in range(2)
+    )
+    places = [2 * batch + 2 * i + rank for batch in (0, 4) for rank in range(2) for i in range(4)]
+    loader = DataLoader([pairs[place] for place in places], batch_size=4)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        for _ in steps_by_hand(model.train(), optimiser, loader, 4):
+            pass
+    trained = zip(first.parameters(), second.parameters(), model.parameters(), strict=True)
+    for (one, other, expected), before in zip(trained, start, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, atol=1e-5, rtol=0)
+        assert (before - one).abs().max() > 1e-4
