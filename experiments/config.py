@@ -299,6 +299,13 @@ class MixupConfig:
     """Draw the parameters once per batch, per pair or per element."""
     label_smoothing: Rate = 0.0
     """Share of the target that is spread over all classes."""
+    off_epoch: Count | None = None
+    """Mixup and CutMix are on for this many epochs, and off after them, label smoothing excepted;
+    null: on to the end."""
+
+    def __post_init__(self) -> None:
+        if self.off_epoch is not None and not self.active:
+            raise FieldError("off_epoch", self.off_epoch, "null where Mixup and CutMix are off")
 
     @property
     def active(self) -> bool:
@@ -413,6 +420,8 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     horizontal: HorizontalConfig | None = None
     vertical: VerticalConfig | None = None
+    tokenmixup_off_epoch: Count | None = None
+    """HTM and VTM are on for this many epochs, and off after them; null: on to the end."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -421,6 +430,22 @@ class RunConfig:
         images = getattr(self.data, name)
         if self.mixup.active and images % 2:
             raise FieldError(f"data.{name}", images, "for Mixup and CutMix, an even number")
+        ends = {
+            "tokenmixup_off_epoch": self.tokenmixup_off_epoch,
+            "mixup.off_epoch": self.mixup.off_epoch,
+        }
+        total = self.schedule.total_epochs
+        for key, end in ends.items():
+            if end is not None and end >= total:
+                raise FieldError(key, end, f"null, or less than the training's {total} epochs")
+        end = self.tokenmixup_off_epoch
+        if end is not None and self.horizontal is None and self.vertical is None:
+            raise FieldError("tokenmixup_off_epoch", end, "null without horizontal or vertical")
+
+
+def is_on(off_epoch: int | None, epoch: int) -> bool:
+    """Whether what is off from `off_epoch` on is still on in an epoch; both count from 0."""
+    return off_epoch is None or epoch < off_epoch
 
 
 _PLAIN = TypeAdapter(Any)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.config import DataConfig, MixupConfig, RunConfig
+from experiments.config import DataConfig, MixupConfig, RunConfig, is_on
 from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, seeded
@@ -114,6 +114,7 @@ class BatchMixer:
         self._seed = seed
         self._num_classes = num_classes
         self._smoothing = config.label_smoothing
+        self._off_epoch = config.off_epoch
         self._mixup = None
         if config.active:
             self._mixup = Mixup(
@@ -129,10 +130,13 @@ class BatchMixer:
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: int, step: int, part: int
     ) -> tuple[Tensor, Tensor]:
-        """Mix a part of a batch: images (B, 3, H, W), labels (B,) -> images, targets (B, C)."""
+        """Mix a part of a batch: images (B, 3, H, W), labels (B,) -> images, targets (B, C).
+
+        Epochs count from 0.
+        """
         from timm.data.mixup import mixup_target
 
-        if self._mixup is None:
+        if self._mixup is None or not is_on(self._off_epoch, epoch):
             return images, mixup_target(labels, self._num_classes, smoothing=self._smoothing)
         with seeded(derive_seed(self._seed, "mixup", epoch, step, part)):
             mixed, targets = self._mixup(images, labels)

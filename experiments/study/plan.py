@@ -138,8 +138,13 @@ class Study:
         plain["data"] |= {"root": None, "download": None, "workers": None}
         plain["substitutions"] = sorted(variant.substitutions)
         # younger than the first records, whose hashes do not count them
-        if config.data.per_class is None:
-            del plain["data"]["per_class"]
+        for section, key in (
+            (plain, "tokenmixup_off_epoch"),
+            (plain["data"], "per_class"),
+            (plain["mixup"], "off_epoch"),
+        ):
+            if section[key] is None:
+                del section[key]
         if self.test_split is not None:
             plain["test_split"] = self.test_split
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from experiments.checkpoint import load_weights, save_final_weights
-from experiments.config import RunConfig, as_plain
+from experiments.config import RunConfig, as_plain, is_on
 from experiments.data.augment import BatchMixer, refuse_unreachable_tau
 from experiments.data.datasets import draw_per_class
 from experiments.data.loading import EvalBatches, TrainBatches
@@ -212,6 +212,7 @@ class Run:
         if first == steps:
             return  # the run stopped within the evaluation
         learner.model.train()
+        learner.model.enabled = is_on(config.tokenmixup_off_epoch, epoch)
         timer = StepTimer(learner.device)
         with self._progress_bar(steps, first) as advance:
             for batch in timer.batches(self.batches.epoch(epoch, first)):
@@ -234,7 +235,14 @@ class Run:
         values = {**self.statistics.read(self.world), "lr": rate}
         if self.config.on_nonfinite == "skip":
             values["skipped_steps"] = self.progress.skipped_steps
+        values |= {f"{name.lower()}_on": int(on) for name, on in self._switches().items()}
         self._write("train", values | timer.read(self.config.data.batch_size))
+
+    def _switches(self) -> dict[str, bool]:
+        """Of what is switched off within the run: whether it is on in the current epoch."""
+        config, epoch = self.config, self.progress.epochs_done
+        ends = {"TokenMixup": config.tokenmixup_off_epoch, "Mixup": config.mixup.off_epoch}
+        return {name: is_on(end, epoch) for name, end in ends.items() if end is not None}
 
     def _end_epoch(self) -> None:
         """Evaluate and save, as often as the config says, and always after the last epoch."""
@@ -379,6 +387,7 @@ class Run:
         shares = [value for name, value in means.items() if name.endswith("/mixed_share")]
         if shares:
             line += f"  mixed {100 * sum(shares) / len(shares):.0f}%"
+        line += "".join(f"  {name} off" for name, on in self._switches().items() if not on)
         if self.progress.skipped_steps:
             line += f"  skipped steps {self.progress.skipped_steps}"
         return line

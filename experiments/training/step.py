@@ -86,7 +86,7 @@ class Learner:
     def measured(self, loss: Tensor, output: TokenMixupOutput) -> dict[str, Tensor]:
         """The statistics of one part, which stay on the device."""
         values = {"loss": loss.detach(), **output.stats}
-        if self.config.horizontal is not None:
+        if self.config.horizontal is not None and self.model.enabled:
             values["scorenet_loss"] = output.scorenet_loss.detach()
         return values
 

@@ -36,8 +36,8 @@ _FREE_KEYS = ("seed", "device", "output")  # may differ between runs of one band
 _COLUMNS, _ROW_INCHES = 3, 2.35
 _POINTS_TO_MAGNIFY = 3
 _LEGEND = (
-    "Samples mixed and tokens mixed are means over the whole run (a study's page takes the last "
-    "epoch); tokens mixed counts the tokens replaced in an easy sample."
+    "Samples mixed and tokens mixed are means over the whole run as far as HTM is on (a study's "
+    "page takes the last epoch); tokens mixed counts the tokens replaced in an easy sample."
 )
 
 

@@ -52,6 +52,17 @@ IN_THE_FILE = {
     "data: {batch_size: 128, micro_batch: 3}": (
         "data.micro_batch: got 3; allowed: a divisor of data.batch_size"
     ),
+    "mixup: {off_epoch: 3}": "mixup.off_epoch: got 3; allowed: null where Mixup and CutMix are off",
+    "mixup: {mixup_alpha: 1, off_epoch: 7}\nschedule: {epochs: 5, cooldown_epochs: 2}": (
+        "mixup.off_epoch: got 7; allowed: null, or less than the training's 7 epochs"
+    ),
+    "tokenmixup_off_epoch: 0": "_off_epoch: got 0; allowed: null or a whole number from 1 up to",
+    "tokenmixup_off_epoch: 3": (
+        "tokenmixup_off_epoch: got 3; allowed: null without horizontal or vertical"
+    ),
+    "tokenmixup_off_epoch: 300\nvertical: {layers: [1], kappa: 3}": (
+        "tokenmixup_off_epoch: got 300; allowed: null, or less than the training's 300 epochs"
+    ),
     "schedule: {name: constant, min_lr: 1.0}": "schedule.min_lr: got 1.0",
     "model: {kwargs: {img_size: 3}}": "model.kwargs: got 'img_size'",
     "horizontal: {layers: [1], tau: -1, rho: 0}": "horizontal.tau",

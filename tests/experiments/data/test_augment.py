@@ -66,6 +66,24 @@ def test_every_setting_reaches_mixup():
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_mixup_is_off_from_its_epoch_on(mode):
+    """As where timm's train.py sets `mixup_enabled`: labels are smoothed, and nothing else."""
+    settings = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mode": mode, "label_smoothing": 0.1}
+    ending = BatchMixer(MixupConfig(**settings, off_epoch=2), 6, 7)
+    endless, reference = BatchMixer(MixupConfig(**settings), 6, 7), Mixup(num_classes=6, **settings)
+    reference.mixup_enabled = False
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 6
+    for epoch in range(4):
+        found = ending(images.clone(), labels, epoch, epoch, 0)
+        if epoch < 2:
+            wanted = endless(images.clone(), labels, epoch, epoch, 0)
+        else:
+            wanted = reference(images.clone(), labels)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        assert torch.equal(found[0], images) == (epoch >= 2)
+
+
 def test_mixup_is_a_function_of_the_step():
     mixer = BatchMixer(MixupConfig(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1), 10, 7)
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)

@@ -53,10 +53,11 @@ def test_what_a_training_is_does_not_depend_on_where_its_data_lie(tmp_path):
     htm = found.variants["HTM"]
     same = {"data.root": "elsewhere", "data.workers": "3", "logging.interval": "7"}
     assert found.identity(htm, 1, same) == found.identity(htm, 1)
-    others = ({"horizontal.tau": "0.31"}, {"data.per_class": "3"})
+    others = [{"horizontal.tau": "0.31"}, {"data.per_class": "3"}, {"tokenmixup_off_epoch": "1"}]
+    others += [{"mixup.mixup_alpha": "1", **end} for end in ({}, {"mixup.off_epoch": "1"})]
     tested = dataclasses.replace(found, test_split="validation")
     different = {found.identity(htm, 1), tested.identity(htm, 1)}
-    assert len(different | {found.identity(htm, 1, other) for other in others}) == 4
+    assert len(different | {found.identity(htm, 1, other) for other in others}) == 7
 
 
 @pytest.mark.parametrize(

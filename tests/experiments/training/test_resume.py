@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere resumes to the same bytes, from the newest good checkpoint."""
 
+import dataclasses
 import itertools
 import json
 import pkgutil
@@ -23,6 +24,7 @@ from tests.helpers.runs_helper import (
     rows_without_clock,
     small_config,
 )
+from tokenmixup import VerticalConfig
 
 SECTIONS = {
     **BOTH,
@@ -34,6 +36,11 @@ SECTIONS = {
 
 def fit(folder, stop=None, allow_changed=(), **sections):
     return runs_helper.fit(folder, "run", stop, allow_changed, **{**SECTIONS, **sections})
+
+
+MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+# for Mixup: 10 steps an epoch, all in one row
+EVEN = {"data": {**SECTIONS["data"], "batch_size": 26}, "logging": {"interval": 50}}
 
 
 def outcome(folder):
@@ -68,6 +75,45 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path, undisturbed, capsys):
             continue
     assert outcome(folder) == undisturbed
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def switching(tmp_path_factory):
+    """A run whose second epoch is without TokenMixup and Mixup."""
+    sections = {"tokenmixup_off_epoch": 1, "mixup": {**MIXUP, "off_epoch": 1}, **EVEN}
+    return sections, outcome(fit(tmp_path_factory.mktemp("switching"), **sections))
+
+
+@pytest.mark.parametrize("look", [10, 17])  # at the end of the first epoch, and in the second
+def test_a_run_resumes_to_the_same_bytes_around_the_epoch_of_a_switch(
+    tmp_path, switching, capsys, look
+):
+    sections, undisturbed = switching
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, AtLook(look), **sections)
+    assert outcome(fit(tmp_path, **sections)) == undisturbed
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["TokenMixup off  Mixup off" in line for line in lines] == [False, True]
+    rows = [row for row in undisturbed[1] if row["split"] == "train"]
+    assert [(row["tokenmixup_on"], row["mixup_on"]) for row in rows] == [(1, 1), (0, 0)]
+    own = [{n for n in row if n.startswith(("htm/", "vtm/", "scorenet_loss"))} for row in rows]
+    assert len(own[0]) > 5 and not own[1]
+    assert rows[1]["steps"] == 10 and rows[1]["loss"] > 0
+
+
+def test_a_switch_is_what_a_person_does_who_goes_on_without(tmp_path):
+    """VTM and Mixup off after an epoch, against the same stopped there and resumed without them."""
+    on = {"horizontal": None, "mixup": MIXUP, **EVEN}
+    off = on | {"vertical": None, "mixup": {"label_smoothing": 0.1}}
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    with pytest.raises(SavedAndStopped):
+        fit(by_hand, AtLook(14), **on)  # in the last batch of the evaluation
+    changed = [f"vertical.{field.name}" for field in dataclasses.fields(VerticalConfig)]
+    changed += ["mixup.mixup_alpha", "mixup.cutmix_alpha"]
+    expected = final_bytes(fit(by_hand, allow_changed=changed, **off))
+    ends = {"tokenmixup_off_epoch": 1, "mixup": {**MIXUP, "off_epoch": 1}}
+    assert final_bytes(fit(tmp_path, **on | ends)) == expected
 
 
 class Crash(Exception):
@@ -237,12 +283,12 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
 def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging = {"interval": 3, "tensorboard": True}
+    sections = {"logging": {"interval": 3, "tensorboard": True}, "tokenmixup_off_epoch": 1}
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, AtLook(8), logging=logging)
+        fit(tmp_path, AtLook(8), **sections)
     with pytest.raises(SavedAndStopped):
-        fit(tmp_path, AtLook(12), logging=logging)
-    folder = fit(tmp_path, logging=logging)
+        fit(tmp_path, AtLook(12), **sections)
+    folder = fit(tmp_path, **sections)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     rows = read_metrics(folder)
@@ -252,6 +298,8 @@ def test_tensorboard_has_no_gap_and_nothing_twice(tmp_path):
         for name in row.keys() - {"split", "epoch", "step", "time"}:
             wanted.setdefault(f"{row['split']}/{name}", []).append((row["step"], row[name]))
     assert set(events.Tags()["scalars"]) == wanted.keys()
+    assert [step for step, on in wanted["train/tokenmixup_on"] if not on] == [14, 17, 20, 22]
+    assert [step for step, _ in wanted["train/vtm/layer1/remembered_tokens"]] == [3, 6, 9, 11]
     for name, values in wanted.items():
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(step, pytest.approx(value)) for step, value in values], name
