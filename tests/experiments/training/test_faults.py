@@ -67,6 +67,7 @@ def test_a_disk_without_room(tmp_path, limit):
 
 
 def test_memory_that_runs_out(tmp_path, limit):
+    fit(tmp_path, name="before", horizontal=HTM)  # torch's threads have their stacks then
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
     def less():
