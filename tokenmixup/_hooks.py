@@ -28,6 +28,7 @@ from tokenmixup.hosts.base import (
     class_name,
     input_saliency,
     layer_saliency,
+    parallel_class,
     what_to_do_about,
 )
 from tokenmixup.rules import Rules
@@ -127,8 +128,10 @@ class _LayerHook(_Hook):
 
     def _check(self, record: StepRecord, tokens: Tensor) -> None:
         attention = self.shared.adapter.attention(self.layer)
-        if attention is not self.attention:
-            found = class_name(type(attention))
+        # fully_shard changes the class in place
+        sharded = None if torch.compiler.is_compiling() else parallel_class(attention)
+        if attention is not self.attention or sharded:
+            found = sharded or class_name(type(attention))
             raise UnsupportedHostError(
                 f"the attention of layer {self.index} was replaced by a {found} after TokenMixup "
                 f"was attached: {what_to_do_about(found)}"

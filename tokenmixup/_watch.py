@@ -92,7 +92,9 @@ class Watch:
         numbers = [stats[name].float() for name in names]
         hardest = stats.get("difficulty_min", torch.zeros_like(numbers[0]))
         numbers.append(-hardest.float())
-        frozen = scorenet is not None and not any(p.requires_grad for p in scorenet.parameters())
+        # none at all where FullyShardedDataParallel holds them flat
+        parameters = [] if scorenet is None else list(scorenet.parameters())
+        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
         now = torch.stack(numbers)
         if compiling:
             return _observe_compiled(mixed, targets, now, self.key, layer, frozen)

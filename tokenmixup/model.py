@@ -27,7 +27,7 @@ from tokenmixup.hosts import (
     find_adapter,
     unwrapped,
 )
-from tokenmixup.hosts.base import class_name
+from tokenmixup.hosts.base import class_name, parallel_class
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
 
@@ -117,6 +117,8 @@ class TokenMixupModel(nn.Module):
         self.vertical = vertical
         host = unwrapped(backbone)
         self.layout = adapter.layout(host)
+        # Those themselves: later others may stand in their places, which wrap them.
+        self._layers = tuple(adapter.layers(host))
         self.num_classes = num_classes
         self.rules = rules
         self.scorenets = nn.ModuleDict()
@@ -157,8 +159,7 @@ class TokenMixupModel(nn.Module):
         """
         if self._is_attached and (self.training or not self.adapter.fused_evaluation):
             if not self._handles:
-                layers = self.adapter.layers(unwrapped(self.backbone))
-                self._handles = install_hooks(layers, self._shared, self.scorenets)
+                self._handles = install_hooks(self._layers, self._shared, self.scorenets)
         else:
             for handle in self._handles:
                 handle.remove()
@@ -244,6 +245,7 @@ class TokenMixupModel(nn.Module):
                 "that belong to the original: use DistributedDataParallel, also on one machine"
             )
         self._check_classifier()
+        self._check_sharding()
         targets = self._soft_targets(images, targets)
         self.rules.begin(self, images, targets)
         if torch.compiler.is_compiling():
@@ -282,6 +284,20 @@ class TokenMixupModel(nn.Module):
                 "classifier, then attach again"
             )
 
+    def _check_sharding(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # torch marks in this way what fully_shard and FullyShardedDataParallel take care of
+        mark = "_is_fsdp_managed_module"
+        if any(mark in layer.__dict__ for layer in self._layers) and any(
+            mark not in scorenet.__dict__ for scorenet in self.scorenets.values()
+        ):
+            raise RuntimeError(
+                "parts of this model are sharded, but its ScoreNets are not, and would be trained "
+                "apart in each process: shard the whole model last, fully_shard(model) on what "
+                "attach returned"
+            )
+
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
         loss = _no_loss(logits)
@@ -306,7 +322,8 @@ class TokenMixupModel(nn.Module):
                     f"{name} was not carried out at layer(s) {', '.join(map(str, missing))}: the "
                     "host did not call them as usual in this step. If parts of the model are "
                     "compiled, attach first, then compile the whole TokenMixupModel with "
-                    "torch.compile(model, fullgraph=True), which names any graph break"
+                    "torch.compile(model, fullgraph=True), which names any graph break. With "
+                    "fully_shard and activation checkpointing compile the layers' MLPs instead"
                 )
 
     def _soft_targets(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
@@ -417,7 +434,8 @@ def attach(
 
     Raises:
         UnsupportedHostError: (a ValueError) the host is of no supported family.
-        ValueError: the settings do not fit the host, or TokenMixup is attached to it already.
+        ValueError: the settings do not fit the host, TokenMixup is attached to it already, or it is
+            sharded or wrapped (``fully_shard``, ``DistributedDataParallel``, ...).
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -438,6 +456,7 @@ def attach(
     ):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__} or None, got {value!r}")
+    _refuse_parallel(model)
     host = unwrapped(model)
     if layers is not None:
         adapter = adapter_of_layers(host, layers, num_prefix_tokens, class_token)
@@ -450,6 +469,16 @@ def attach(
     _check_kappa(vertical, layout)
     classes = _known_classes(num_classes, layout.num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        found = parallel_class(part)
+        if found is not None:
+            raise ValueError(
+                f"{f'`{name}` of the model' if name else 'the model'} is a {found} already: attach "
+                "first, then shard or wrap what attach returns (docs/trainers.md)"
+            )
 
 
 def _named(scorenets: Iterable[str]) -> str:

@@ -26,7 +26,6 @@ from tokenmixup.functional import sample_difficulty
 pytestmark = uses_inductor
 
 TEXT = (ROOT / "docs" / "training_loop.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^## (.+?)$|```python\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 PRELUDE = """
 import functools, timm, torch
@@ -39,11 +38,12 @@ loader = [(part, torch.randint(100, (8,))) for part in images]
 """
 
 
-def blocks() -> dict[str, str]:
+def blocks(text: str) -> dict[str, str]:
     """The code below each heading, with a tau and a rho with which an untrained model mixes."""
     found: dict[str, str] = {}
     heading = ""
-    for title, code in BLOCKS:
+    found_all = re.findall(r"^## (.+?)$|```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)
+    for title, code in found_all:
         heading = title or heading
         if code:
             code = code.replace("tau=0.2, rho=0.005", "tau=9.0, rho=0.0")
@@ -51,7 +51,8 @@ def blocks() -> dict[str, str]:
     return found
 
 
-CODE = blocks()
+CODE = blocks(TEXT)
+SHARDED = blocks((ROOT / "docs" / "trainers.md").read_text(encoding="utf-8"))["FSDP and DDP"]
 IN_PARALLEL = "Several GPUs"
 
 
@@ -132,19 +133,37 @@ def test_peft_saves_the_scorenets(after: dict[str, Any]) -> None:
     assert "base_model.model.backbone.head.weight" in saved
 
 
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "saved"),
+    [
+        pytest.param(CODE[IN_PARALLEL], {}, id="DDP"),
+        pytest.param(
+            SHARDED,
+            {"training.pt": {"backbone", "scorenets"}, "plain.pt": {"blocks", "head", "norm"}},
+            id="FSDP",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_two_processes(part: str, saved: dict[str, set[str]], tmp_path: Path) -> None:
     ended = "\nassert not torch.distributed.is_initialized()\nprint('done', flush=True)\n"
-    code = PRELUDE + CODE["The loop"] + CODE[IN_PARALLEL] + ended
+    quick = "\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+    code = PRELUDE + quick + CODE["The loop"] + part + ended
     program = tmp_path / "train.py"
     program.write_text(code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done") == 2
+    for name, parts in saved.items():
+        weights = torch.load(tmp_path / name, weights_only=True)
+        assert parts <= {key.partition(".")[0] for key in weights}
+        assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def least(targets: torch.Tensor) -> float:

@@ -97,7 +97,39 @@ def by_accelerate(model: TokenMixupModel) -> None:
     optimiser.step()
 
 
+def by_lightning(model: TokenMixupModel) -> None:
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+            return self.model(*batch).loss()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings: dict[str, Any] = dict.fromkeys(off, False)
+    trainer = pytorch_lightning.Trainer(max_steps=1, accelerator="cpu", **settings)
+    trainer.fit(Module(), [batch(BY_NAME["vit"])])
+
+
+def in_parallel(model: TokenMixupModel) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        own_loop(model, DistributedDataParallel)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 TIMM, HF = "tokenmixup/test_timm_task.py::", "tokenmixup/test_transformers_trainer.py::"
+LIGHTNING, PARALLEL = "docs/test_lightning.py::", "tokenmixup/test_ddp.py::"
 TRAINERS = (
     Trainer(
         "your own loop",
@@ -108,7 +140,6 @@ TRAINERS = (
             "activation checkpointing": "tokenmixup/test_checkpointing.py::"
             "test_gradients_are_those_without_checkpointing",
             "torch.compile": "tokenmixup/test_compile.py::test_every_host_compiles_to_one_graph",
-            "DDP": "tokenmixup/test_ddp.py::test_gradients_are_the_average_of_the_processes",
         },
         "vit",
         own_loop,
@@ -151,6 +182,36 @@ TRAINERS = (
         },
         "vit",
         by_accelerate,
+    ),
+    Trainer(
+        "Lightning",
+        "pytorch-lightning",
+        "`self.model(images, targets).loss()`",
+        {
+            "bf16, accumulation, clipping": LIGHTNING + "test_training_is_that_of_a_loop",
+            "statistics": LIGHTNING + "test_what_is_logged",
+            "saving": LIGHTNING + "test_a_checkpoint_loads",
+            "resume": LIGHTNING + "test_training_resumes",
+            "SWA": LIGHTNING + "test_stochastic_weight_averaging_of_an_own_encoder",
+            "DDP": LIGHTNING + "test_two_processes",
+        },
+        "vit",
+        by_lightning,
+    ),
+    Trainer(
+        "DDP, FSDP2, FSDP1",
+        "torch",
+        "`attach`, then wrap or shard what it returns",
+        {
+            "gradients of one process": PARALLEL
+            + "test_gradients_are_the_average_of_the_processes",
+            "bf16, checkpointing, compile": PARALLEL
+            + "test_gradients_of_compiled_steps_and_of_more_hosts",
+            "whole and sharded state dicts": PARALLEL
+            + "test_whole_and_sharded_weights_are_saved_and_loaded",
+        },
+        "vit",
+        in_parallel,
     ),
     Trainer(
         "adapters of peft",

@@ -21,6 +21,15 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
+PARALLEL = (
+    "torch.distributed.fsdp.FSDPModule",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.distributed.tensor.DTensor",
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+)
+"""Full names of what divides a model, or its batches, among processes."""
+
+
 class UnsupportedHostError(ValueError):
     """The model is of no supported family, or its internals are not what the adapter relies on."""
 
@@ -240,6 +249,12 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def parallel_class(part: object) -> str | None:
+    """Which of ``PARALLEL`` a module or a parameter is, None for all others."""
+    names = (class_name(base) for base in type(part).__mro__)
+    return next((name for name in names if name in PARALLEL), None)
+
+
 def require_part(
     part: nn.Module,
     where: str,
@@ -284,6 +299,8 @@ def what_to_do_about(found: str) -> str:
             "put peft's adapters on other modules, or merge them (merge_and_unload()) before "
             "TokenMixup is attached"
         )
+    if found in PARALLEL:
+        return "shard (or wrap) whole layers and then the whole model, no parts of layers"
     return "this variant of the host (or this version of its library) is not supported"
 
 
