@@ -23,6 +23,8 @@ from sphinx.util.nodes import make_refnode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's library
 
 import tokenmixup
+import tokenmixup.integrations.timm
+import tokenmixup.integrations.transformers
 
 project = "TokenMixup"
 author = "The TokenMixup contributors"
@@ -64,6 +66,8 @@ PUBLIC_MODULES = (
     tokenmixup.horizontal,
     tokenmixup.hosts,
     tokenmixup.hosts.base,
+    tokenmixup.integrations.timm,
+    tokenmixup.integrations.transformers,
     tokenmixup.model,
     tokenmixup.rules,
     tokenmixup.scorenet,

@@ -119,6 +119,8 @@ def test_library_imports_little() -> None:
         allowed = LIBRARY_NEEDS | set(sys.stdlib_module_names)
         if path.parent.name in ("hosts", "models", "integrations"):
             allowed |= HOST_LIBRARIES
+        if path.parent.name == "integrations":
+            allowed |= {"safetensors"}  # in which transformers saves
         others = {name.partition(".")[0] for name in imports(path)} - allowed
         assert not others, f"{name_of(path)} imports {', '.join(sorted(others))}"
 
@@ -139,7 +141,8 @@ def test_importing_the_library_imports_no_host_library() -> None:
 def test_library_neither_prints_nor_rebinds_globals() -> None:
     for path in LIBRARY:
         printing = [node.lineno for name, node in calls(path) if name == "print"]
-        assert not printing, f"{name_of(path)}: prints in line {printing}"
+        command = path.name == "__main__.py"
+        assert command or not printing, f"{name_of(path)}: prints in line {printing}"
         rebinding = [node.lineno for node in nodes(path) if isinstance(node, ast.Global)]
         assert not rebinding, f"{name_of(path)}: `global` in line {rebinding}"
 

@@ -172,6 +172,8 @@ class TokenMixupModel(nn.Module):
             # a copy in the making has no backbone yet
             if name.startswith("_") or "backbone" not in self.__dict__.get("_modules", {}):
                 raise
+        if name in self.adapter.refused:
+            raise RuntimeError(self.adapter.refused[name])
         backbone = self.backbone
         try:
             value = getattr(backbone, name)

@@ -63,6 +63,9 @@ def missing_files(code: str) -> set[str]:
 MODULES = {path.stem for path in (ROOT / "tokenmixup").glob("*.py")} | {"hosts"}
 
 
+ENDINGS = {"py", "yaml", "gif", "json", "safetensors"}  # of names of files
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or a name in one."""
     parts = name.split(".")
@@ -84,12 +87,12 @@ def missing_names(code: str) -> set[str]:
     """Names of modules of this project and keys of its configs that do not exist."""
     whole = re.fullmatch(r"([A-Za-z_][\w.]*\.\w+)(?:\(.*\)|: .*)?", code)
     names = set(re.findall(r"\b(?:tokenmixup|experiments)(?:\.[A-Za-z_]\w*)+", code))
-    names -= {name for name in names if name.endswith((".py", ".yaml", ".gif"))}
+    names = {name for name in names if name.rpartition(".")[2] not in ENDINGS}
     missing = {name for name in names if not resolves(name)}
     if whole is not None:
         name = whole[1]
         first, _, rest = name.partition(".")
-        if rest not in ("py", "yaml", "gif") and (first in MODULES or first in sections()):
+        if rest not in ENDINGS and (first in MODULES or first in sections()):
             # a key of the configs, a name in a module, or an attribute of the attached model
             found = name in known_keys() or (first in MODULES and resolves(f"tokenmixup.{name}"))
             if not found and not (first == "model" and is_of_the_model(rest.split(".")[0])):
@@ -106,13 +109,14 @@ def is_of_the_model(name: str) -> bool:
 FOREIGN = (
     r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
     r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
-    r"|benchmarks\.faults --parts"
+    r"|benchmarks\.faults --parts|^(train|validate)\.py "
 )
 
 
 def known_options() -> set[str]:
     found = {"help", *known_keys(), *optional_sections()}
-    for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+    folders = ("experiments", "benchmarks", "tests/helpers")
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         found.update(re.findall(r'"([\w-]+)": (?:cli\.)?Option\(', text))
         found.update(re.findall(r'add_argument\(\s*"--([\w-]+)"', text))

@@ -80,7 +80,6 @@ def test_every_section_with_code_is_there() -> None:
         "Saving and loading",
         "Compiling",
         IN_PARALLEL,
-        "timm's train.py, the Trainer of transformers",
         "Adapters of peft",
     ]
 
@@ -131,41 +130,6 @@ def test_peft_saves_the_scorenets(after: dict[str, Any]) -> None:
         assert torch.equal(saved[f"base_model.model.scorenets.3.{name}"], value)
     assert after["attached"].scorenets["3"].head.weight.grad.abs().sum() > 0
     assert "base_model.model.backbone.head.weight" in saved
-
-
-def test_the_task_of_timm(after: dict[str, Any]) -> None:
-    model = after["make_model"]().train()
-    task = after["TokenMixupTask"](model, torch.nn.CrossEntropyLoss(), verbose=False)
-    result = task(after["images"], after["labels"])
-    result["loss"].backward()
-    assert result["output"].shape == (8, 100)
-    assert model.scorenets["3"].head.weight.grad.abs().sum() > 0
-    assert task.get_eval_model().eval()(after["images"]).shape == (8, 100)
-
-
-def test_the_trainer(after: dict[str, Any], tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=1,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        use_cpu=True,
-    )
-    pairs = zip(after["images"], after["labels"], strict=True)
-    data = [{"pixel_values": image, "labels": int(label)} for image, label in pairs]
-    model = after["make_model"]()
-    trainer = after["TokenMixupTrainer"](
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data,
-        compute_metrics=lambda p: {"top1": float((p.predictions.argmax(1) == p.label_ids).mean())},
-    )
-    trainer.train()
-    assert 0 <= trainer.evaluate()["eval_top1"] <= 1
 
 
 def test_two_processes(tmp_path: Path) -> None:

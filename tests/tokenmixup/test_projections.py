@@ -300,3 +300,39 @@ def test_parametrised_and_pruned_projections(name, change):
         assert (out.targets - targets).abs().max() > 1e-3
         if change is not parametrizations.spectral_norm:  # which moves in the layer's own pass
             torch.testing.assert_close(out.logits, expected.logits)
+
+
+class QuantisedLinear(nn.Module):
+    """As libraries of quantisation put it: no Linear, and no weight to read."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("steps", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def effective(self):
+        return self.steps.to(self.scale.dtype) * self.scale
+
+    def forward(self, tokens):
+        return nn.functional.linear(tokens, self.effective(), self.bias)
+
+
+@some_hosts("vit", "rope_mixed", "hf_vit", "cct")
+@torch.no_grad()
+def test_quantised_projections(case):
+    """Before attach and after it, against a host with the weights that they stand for."""
+    images, targets = batch(case, dtype=torch.float64)
+    rounded = host_of(case)
+    change_projections(rounded, lambda part: part.weight.copy_(QuantisedLinear(part).effective()))
+    expected = put_on(rounded)
+    for first in (True, False):
+        host = host_of(case)
+        model = None if first else put_on(host)
+        for module in list(host.modules()):
+            for name in PARTS:
+                if isinstance(getattr(module, name, None), nn.Linear):
+                    setattr(module, name, QuantisedLinear(getattr(module, name)))
+        assert_same_step(model or put_on(host), expected, images, targets)

@@ -6,8 +6,9 @@ C classes, M remembered tokens.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -71,6 +72,8 @@ class HostAdapter(ABC):
 
     Names, so that no host's library is imported for them.
     """
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Attributes that must not be read through the attached model, and what to tell who does."""
 
     fused_evaluation: ClassVar[bool] = False
     """Whether layers have a fused path in evaluation that any hook on them switches off."""

@@ -4,6 +4,7 @@ Dimensions: B batch, N tokens, D width, H heads, M remembered tokens.
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ from tokenmixup.hosts.base import (
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 """Attention implementations that the tests cover."""
+TRAINER = MappingProxyType(
+    {
+        "accepts_loss_kwargs": (
+            "the Trainer of transformers would save the model with TokenMixup under keys that "
+            "from_pretrained does not know, and from_pretrained would then return random weights: "
+            "use tokenmixup.integrations.transformers.TokenMixupTrainer, or derive your own from it"
+        )
+    }
+)
+"""What a Trainer reads when it is made. Only `TokenMixupTrainer` answers."""
 ARGUMENTS = ("hidden_states", "attention_mask")
 """Of layers and of their attention."""
 READ = ("num_attention_heads", "scaling")
@@ -43,6 +54,7 @@ class TransformersViT(HostAdapter):
     attention_class: ClassVar[str] = "transformers.models.vit.modeling_vit.ViTAttention"
     norm: ClassVar[str] = "layernorm_before"
     num_prefix_tokens: ClassVar[int] = 1
+    refused = TRAINER
 
     def encoder(self, host: nn.Module) -> nn.Module:
         """The model without its classifier."""
