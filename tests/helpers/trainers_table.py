@@ -114,7 +114,8 @@ def by_lightning(model: TokenMixupModel) -> None:
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     settings: dict[str, Any] = dict.fromkeys(off, False)
     trainer = pytorch_lightning.Trainer(max_steps=1, accelerator="cpu", **settings)
-    trainer.fit(Module(), [batch(BY_NAME["vit"])])
+    data = torch.utils.data.TensorDataset(*batch(BY_NAME["vit"]))
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=6))
 
 
 def in_parallel(model: TokenMixupModel) -> None:
