@@ -353,8 +353,7 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
     """
     share = label_share(saliency, decision).unsqueeze(1)
-    dtype = torch.promote_types(targets.dtype, share.dtype)
-    blend = (1 - share) * targets.to(dtype) + share * targets[decision.partner].to(dtype)
+    blend = (1 - share) * targets + share * targets[decision.partner]
     return torch.where(share > 0, blend.to(targets.dtype), targets)
 
 
