@@ -96,6 +96,7 @@ def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
     np.testing.assert_allclose(array(difficulty), expected, rtol=tolerance, atol=slack)
     mixed = functional.sample_difficulty(logits.to(wide(dtype)), targets)  # targets' own type
     np.testing.assert_array_equal(array(mixed), array(difficulty))
+    assert functional.sample_difficulty(logits, targets.double()).dtype == wide(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,6 +170,12 @@ def check_against_oracle(case, out):
     np.testing.assert_array_equal(array(out.tokens), expected.tokens)
     slack = TOLERANCE[case.targets.dtype]
     np.testing.assert_allclose(array(out.targets), expected.targets, rtol=slack, atol=slack)
+
+    decision = functional.MixingDecision(out.partner, out.mask)
+    share = functional.label_share(case.saliency, decision)
+    scaled = functional.label_share(case.saliency.double() / 1024, decision)
+    assert share.dtype == wide(case.saliency.dtype)
+    np.testing.assert_allclose(array(share), array(scaled), rtol=TOLERANCE[share.dtype])
 
     gain = oracle.saliency_gain(saliency, easy, rho)
     rows = np.flatnonzero(easy)

@@ -116,7 +116,7 @@ def select(kappa=2, num_prefix_tokens=1):
         (lambda: functional.attention_saliency(torch.rand(2, 6, 6)), r"\(2, 6, 6\)"),
         (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), 6), "6 tokens.*got 6"),
         (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), -1), "got -1"),
-        (lambda: functional.query_key_saliency(*torch.rand(2, 2, 3, 6, 4), 0.5, 6), "got 6"),
+        (lambda: functional.query_key_saliency(*torch.rand(2, 2, 3, 6, 4), 0.5, 6), "of key"),
         (lambda: functional.saliency_gain(torch.rand(4, 6), EASY.float(), 0.1), "float32"),
         (lambda: functional.assign_partners(torch.rand(4, 3)), "4, 3"),
         (lambda: functional.assign_partners(torch.rand(4)), "4"),
