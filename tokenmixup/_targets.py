@@ -55,7 +55,7 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
         bad = (~are_distributions(targets)).nonzero()
         if len(bad):
             row = int(bad[0])
-            least, total = targets[row].min().item(), targets[row].double().sum().item()
+            least, total = targets[row].min(), targets[row].double().sum()
             raise ValueError(
                 "each row of targets must be a distribution over the classes (finite, not "
                 f"negative, of sum 1), but targets[{row}] has sum {total:.4g} and minimum "

@@ -120,7 +120,6 @@ def query_key_saliency(
         Saliency, (B, T), without gradient, in float32 or wider.
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
-    dtype = _wide(query)
     with _without_autocast(query.device.type):
         if _reads_class_token(num_prefix_tokens, class_token):
             bias = None if bias is None else bias[:, :, :1]
@@ -132,7 +131,7 @@ def query_key_saliency(
         for first in range(0, max(1, samples), at_once):
             part = slice(first, first + at_once)
             of_part = bias if bias is None or len(bias) == 1 else bias[part]
-            columns = key.new_zeros((len(key[part]), tokens), dtype=dtype)
+            columns = key.new_zeros((len(key[part]), tokens))
             for head in range(heads):
                 of_head = None if of_part is None else of_part[:, head]
                 scores = _scores(query[part, head], key[part, head], scale, of_head)
@@ -353,8 +352,7 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
     """
     share = label_share(saliency, decision).unsqueeze(1)
-    dtype = torch.promote_types(targets.dtype, share.dtype)
-    blend = (1 - share) * targets.to(dtype) + share * targets[decision.partner].to(dtype)
+    blend = (1 - share) * targets + share * targets[decision.partner]
     return torch.where(share > 0, blend.to(targets.dtype), targets)
 
 

@@ -312,9 +312,9 @@ class TokenMixupModel(nn.Module):
         mixing = self.horizontal.layers if self.horizontal is not None else ()
         attending = self.vertical.layers if self.vertical is not None else ()
         for name, layers, done in (
-            ("HTM", mixing, record.decisions.keys()),
+            ("HTM", mixing, record.decisions),
             ("VTM", attending, record.attended),
-            ("VTM's remembering", range(max(attending, default=0)), record.memory.keys()),
+            ("VTM's remembering", range(max(attending, default=0)), record.memory),
         ):
             missing = [index for index in layers if index not in done]
             if missing:

@@ -18,6 +18,11 @@ from tokenmixup._targets import are_distributions
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+def wide(dtype):
+    """What saliency, difficulty and gain are computed in; the inputs' rounding is not theirs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def random_case(batch=9, patches=12, prefix=1, dtype=torch.float64, rho=0.02, seed=0):
     """A generic batch, half of it easy: no ties, so the optimum is unique."""
     rng = np.random.default_rng(seed)
@@ -48,9 +53,26 @@ def test_attention_saliency_matches_oracle(seed, batch, heads, patches, prefix, 
     tokens = prefix + patches
     attention = torch.tensor(rng.dirichlet(np.ones(tokens), (batch, heads, tokens))).to(dtype)
     saliency = functional.attention_saliency(attention, prefix)
-    assert saliency.shape == (batch, patches)
+    assert saliency.shape == (batch, patches) and saliency.dtype == wide(dtype)
     expected = oracle.attention_saliency(array(attention), prefix)
-    np.testing.assert_allclose(array(saliency), expected, rtol=TOLERANCE[dtype], atol=1e-7)
+    np.testing.assert_allclose(array(saliency), expected, rtol=TOLERANCE[wide(dtype)], atol=1e-7)
+
+
+@pytest.mark.parametrize("class_token", [True, False, None])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_a_class_token_and_prefix_tokens_are_two_things(prefix, class_token):
+    """Registers without a class token, or a class token that is looked at itself."""
+    query, key = operands(3, 2, 6)
+    bias = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    attention = (query.double() @ key.double().mT * 0.3 + bias).softmax(-1)
+    of_query = attention[:, :, 0] if class_token or (class_token is None and prefix) else attention
+    expected = of_query.flatten(1, -2).mean(1)[:, prefix:]
+    found = functional.attention_saliency(attention, prefix, class_token=class_token)
+    torch.testing.assert_close(found, expected)
+    found = functional.query_key_saliency(
+        query, key, 0.3, prefix, class_token=class_token, bias=bias
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 @given(
@@ -66,11 +88,15 @@ def test_sample_difficulty_matches_oracle(seed, batch, classes, scale, dtype):
     logits = torch.tensor(rng.standard_normal((batch, classes)) * scale).to(dtype)
     targets = torch.tensor(soft_targets(rng, batch, classes)).to(dtype)
     difficulty = functional.sample_difficulty(logits, targets)
-    assert difficulty.shape == (batch,)
+    assert difficulty.shape == (batch,) and difficulty.dtype == wide(dtype)
     expected = oracle.sample_difficulty(array(logits), array(targets))
     # A cross-entropy near zero is a difference of large logits: the error is relative to those.
-    slack = TOLERANCE[dtype] * (1 + scale / 10)
-    np.testing.assert_allclose(array(difficulty), expected, rtol=TOLERANCE[dtype], atol=slack)
+    tolerance = TOLERANCE[wide(dtype)]
+    slack = tolerance * (1 + scale / 10)
+    np.testing.assert_allclose(array(difficulty), expected, rtol=tolerance, atol=slack)
+    mixed = functional.sample_difficulty(logits.to(wide(dtype)), targets)  # targets' own type
+    np.testing.assert_array_equal(array(mixed), array(difficulty))
+    assert functional.sample_difficulty(logits, targets.double()).dtype == wide(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,8 +127,14 @@ def test_saliency_gain_matches_oracle(case):
     gain = functional.saliency_gain(case.saliency, case.easy, case.rho)
     assert gain.shape == (int(case.easy.sum()), len(case.easy))
     expected = oracle.saliency_gain(array(case.saliency), array(case.easy), case.rho)
-    tolerance = TOLERANCE[case.saliency.dtype]
+    tolerance = TOLERANCE[wide(case.saliency.dtype)]
     np.testing.assert_allclose(array(gain), expected, rtol=tolerance, atol=1e-7)
+    seen = []
+    arguments = case.saliency, case.targets, case.easy, case.rho
+    functional.decide_mixing(
+        *arguments, partners=lambda gain: seen.append(gain) or torch.arange(len(case.easy))
+    )
+    assert torch.equal(seen[0][case.easy], gain) and not seen[0][~case.easy].any()
 
 
 # Assignment
@@ -138,6 +170,12 @@ def check_against_oracle(case, out):
     np.testing.assert_array_equal(array(out.tokens), expected.tokens)
     slack = TOLERANCE[case.targets.dtype]
     np.testing.assert_allclose(array(out.targets), expected.targets, rtol=slack, atol=slack)
+
+    decision = functional.MixingDecision(out.partner, out.mask)
+    share = functional.label_share(case.saliency, decision)
+    scaled = functional.label_share(case.saliency.double() / 1024, decision)
+    assert share.dtype == wide(case.saliency.dtype)
+    np.testing.assert_allclose(array(share), array(scaled), rtol=TOLERANCE[share.dtype])
 
     gain = oracle.saliency_gain(saliency, easy, rho)
     rows = np.flatnonzero(easy)
@@ -220,6 +258,8 @@ def test_sums_that_both_vanish_leave_the_target():
     assert out.mask.tolist() == [[False, True], [False, False]]
     assert same_bits(out.tokens[0, 1], tokens[1, 1])
     assert same_bits(out.targets, targets)
+    share = functional.label_share(saliency, functional.MixingDecision(out.partner, out.mask))
+    assert share.tolist() == [0, 0]
 
 
 # Token selection

@@ -20,7 +20,8 @@ from tokenmixup import functional
 def test_no_gradient_flows_through_the_decision():
     attention = torch.rand(4, 2, 6, 6, requires_grad=True)
     logits = torch.randn(4, 3, requires_grad=True)
-    assert not functional.attention_saliency(attention, 1).requires_grad
+    for prefix in (0, 1):
+        assert not functional.attention_saliency(attention, prefix).requires_grad
     assert not functional.sample_difficulty(logits, torch.eye(3)[[0, 1, 2, 0]]).requires_grad
     case = random_case()
     saliency = case.saliency.requires_grad_()
@@ -111,10 +112,11 @@ def select(kappa=2, num_prefix_tokens=1):
         (lambda: functional.horizontal_mixup(**shape_case(rho=-0.01)), "rho.*-0.01"),
         (lambda: functional.horizontal_mixup(**shape_case(rho=math.nan)), "rho.*nan"),
         (lambda: functional.saliency_gain(torch.rand(4, 6), EASY, -math.inf), "rho.*-inf"),
+        (lambda: functional.saliency_gain(torch.rand(4), EASY, 0.1), r"\(B, T\).*\(4,\)"),
         (lambda: functional.attention_saliency(torch.rand(2, 6, 6)), r"\(2, 6, 6\)"),
         (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), 6), "6 tokens.*got 6"),
         (lambda: functional.attention_saliency(torch.rand(2, 3, 6, 6), -1), "got -1"),
-        (lambda: functional.query_key_saliency(*torch.rand(2, 2, 3, 6, 4), 0.5, 6), "got 6"),
+        (lambda: functional.query_key_saliency(*torch.rand(2, 2, 3, 6, 4), 0.5, 6), "of key"),
         (lambda: functional.saliency_gain(torch.rand(4, 6), EASY.float(), 0.1), "float32"),
         (lambda: functional.assign_partners(torch.rand(4, 3)), "4, 3"),
         (lambda: functional.assign_partners(torch.rand(4)), "4"),

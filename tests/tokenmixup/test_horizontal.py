@@ -130,6 +130,7 @@ def test_matches_oracle(scorenet_type, has_cls, cls_first, batch_first):
     layer = StubLayer(attention.roll((shift, shift), (2, 3)))
     if scorenet_type is None:
         wrapper, scorenet, tau = wrap(layer, use_scorenet=False, **arguments), None, 0.1
+        assert wrapper.config.scorenet is None
     else:
         arguments["scorenet_type"] = scorenet_type
         wrapper, scorenet, tau = middle_tau(layer, x, y, arguments, prefix)
@@ -226,6 +227,7 @@ def test_pooled_keys_are_resized_to_the_query_grid(aspect_ratio, grid, has_cls):
         (4 / 3, (14, 19), (7, 9)),  # the ratio of the image, 2% off that of the grid
         (2.0, (5, 10), (3, 5)),
         (0.5, (7, 3), (1, 1)),
+        (1.0, (1, 7), (1, 7)),  # not pooled: needs no grid
     ],
 )
 def test_pooled_grids_of_nearly_one_aspect_ratio(aspect_ratio, queries, keys):
@@ -244,6 +246,7 @@ def test_pooled_grids_of_nearly_one_aspect_ratio(aspect_ratio, queries, keys):
     "queries, keys, aspect_ratio, message",
     [
         (16, 3, 1.0, r"^3 patch tokens of the keys form no grid .* near 1: the nearest is"),
+        (4, 2, 1.0, "^2 patch tokens of the keys form no grid"),
         (13, 4, 1.0, "^13 patch tokens of the queries form no grid"),
         (16, 12, 1.0, r"^12 patch tokens of the keys form a grid of (3 x 4|4 x 3) or of .*exact"),
         (130, 35, 1.0, r"^130 patch tokens of the queries form a grid of .*pass the exact"),
@@ -357,7 +360,7 @@ def test_label_and_sink_statistics_by_hand():
             return MixingDecision(partner, mask)
 
     config = HorizontalConfig(layers=(1,), rho=0.1, scorenet=None)
-    step = horizontal_step(Given(), 1, torch.eye(3), saliency, None, config)
+    step = horizontal_step(Given(), 1, torch.eye(3), saliency / 2, None, config)
     shares = [0.6 / (0.9 + 0.6), 0.4 / (0.8 + 0.4), 0]
     taken = torch.stack([step.targets[0, 2], step.targets[1, 0]])
     assert taken.tolist() == pytest.approx(shares[:2])

@@ -161,14 +161,19 @@ def test_an_attention_that_is_set_up_otherwise():
         attach(host)
 
 
-def test_a_host_that_leaves_a_layer_out():
+@pytest.mark.parametrize(
+    "settings, missing",
+    [({"horizontal": HTM}, r"HTM was .* layer\(s\) 1:"), ({"vertical": VTM}, r"VTM was .* 2:")],
+    ids=["HTM", "VTM"],
+)
+def test_a_host_that_leaves_a_layer_out(settings, missing):
     case = BY_NAME["vit"]
     host = case.build()
-    model = attach(host, horizontal=HTM, vertical=VTM).train()
+    model = attach(host, **settings).train()
     host.forward_features = lambda images, **_: host.blocks[0](
         host._pos_embed(host.patch_embed(images))
     )
-    with pytest.raises(RuntimeError, match=r"HTM was not carried out at layer\(s\) 1"):
+    with pytest.raises(RuntimeError, match=missing):
         model(*batch(case))
 
 

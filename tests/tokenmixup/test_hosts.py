@@ -67,7 +67,7 @@ def test_layout_and_names(case):
     assert model.layout.width == WIDTH and model.num_classes == CLASSES
     assert model.layout.num_patch_tokens == (PATCHES if case.fixed_size else None)
     text = repr(model)
-    assert model.adapter.family == case.family and case.family in text
+    assert model.adapter.family == case.family and f"(host): {case.family}\n" in text
     assert "HorizontalConfig(layers=(1,)" in text and "VerticalConfig(layers=(2,)" in text
 
 
