@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from experiments.documents.markdown import block_kinds, fill_blocks
+from tests.helpers.others_warnings import advice_of_lightning
 from tests.helpers.trainers_table import MAKERS, ROOT, TRAINERS, VARIANTS, functions
 
 
+@advice_of_lightning
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
 def test_each_variant_trains(trainer, variant):

@@ -97,7 +97,26 @@ def by_accelerate(model: TokenMixupModel) -> None:
     optimiser.step()
 
 
+def by_lightning(model: TokenMixupModel) -> None:
+    import pytorch_lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.train()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(*batch).loss()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader([batch(BY_NAME["vit"])], batch_size=None)
+    L.Trainer(accelerator="cpu", fast_dev_run=True, enable_progress_bar=False).fit(Module(), loader)
+
+
 TIMM, HF = "tokenmixup/test_timm_task.py::", "tokenmixup/test_transformers_trainer.py::"
+LIGHTNING = "docs/test_lightning.py::"
 TRAINERS = (
     Trainer(
         "your own loop",
@@ -151,6 +170,20 @@ TRAINERS = (
         },
         "vit",
         by_accelerate,
+    ),
+    Trainer(
+        "Lightning",
+        "pytorch-lightning",
+        "`self.model(images, labels).loss()` in `training_step`",
+        {
+            "bf16, EMA, accumulation, clipping": LIGHTNING + "test_training_is_that_of_a_loop",
+            "SWA": LIGHTNING + "test_stochastic_weight_averaging_of_an_own_encoder",
+            "saving": LIGHTNING + "test_a_checkpoint_loads",
+            "resume": LIGHTNING + "test_training_resumes",
+            "DDP": LIGHTNING + "test_two_processes",
+        },
+        "vit",
+        by_lightning,
     ),
     Trainer(
         "adapters of peft",
