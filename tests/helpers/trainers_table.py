@@ -187,9 +187,9 @@ TRAINERS = (
     Trainer(
         "Lightning",
         "pytorch-lightning",
-        "`self.model(images, targets).loss()`",
+        "`self.model(images, labels).loss()` in `training_step`",
         {
-            "bf16, accumulation, clipping": LIGHTNING + "test_training_is_that_of_a_loop",
+            "bf16, EMA, accumulation, clipping": LIGHTNING + "test_training_is_that_of_a_loop",
             "statistics": LIGHTNING + "test_what_is_logged",
             "saving": LIGHTNING + "test_a_checkpoint_loads",
             "resume": LIGHTNING + "test_training_resumes",
