@@ -265,12 +265,16 @@ trainer = L.Trainer(
 )
 own = torch.utils.data.DataLoader(pairs[trainer.global_rank :: 2], batch_size=4)
 trainer.fit(module, own)
-torch.save((pairs, before, module.model), f"rank_{trainer.global_rank}.pt")
+torch.save(
+    (pairs, before.state_dict(), module.model.state_dict()), f"rank_{trainer.global_rank}.pt"
+)
 """
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(
+    lightning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code = page(devices='strategy="ddp", devices=2,') + IN_PARALLEL
     Path("train.py").write_text(code, encoding="utf-8")
@@ -284,19 +288,21 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in plain.items():
         assert torch.equal(saved[f"model.backbone.{name}"], value), name
 
-    (pairs, model, first), (_, _, second) = (
+    (pairs, start, first), (_, _, second) = (
         torch.load(f"rank_{rank}.pt", weights_only=True) for rank in range(2)
     )
+    mixing = {"layers": (3,), "tau": 9.0, "rho": 0.0, "scorenet_lambda": 1.0}
+    model = lightning.TokenMixupModule(mixing, {"layers": (4,), "kappa": 3}).model
+    model.load_state_dict(start)
     places = [2 * batch + 2 * i + rank for batch in (0, 4) for rank in range(2) for i in range(4)]
     loader = DataLoader([pairs[place] for place in places], batch_size=4)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(2):
         for _ in steps_by_hand(model.train(), optimiser, loader, 4):
             pass
     moved = {"backbone": 0.0, "scorenets": 0.0}
     for name, expected in model.state_dict().items():
-        one, other = first.state_dict()[name], second.state_dict()[name]
+        one, other = first[name], second[name]
         assert torch.equal(one, other)
         torch.testing.assert_close(one, expected, atol=1e-5, rtol=0)
         part = name.partition(".")[0]
