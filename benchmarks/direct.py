@@ -113,6 +113,7 @@ class DirectModel(nn.Module):
         self.class_token = model.layout.class_token
         self.prefix = model.layout.num_prefix_tokens
         self.scorenets = model.scorenets
+        self.enabled = True  # as the training step asks of a TokenMixupModel
         self.backbone: Any = model.detach()
         self.is_cct = type(self.backbone).__name__ == "CCT"
 

@@ -42,6 +42,7 @@ def test_it_runs_and_gives_the_committed_outputs(executed: NotebookNode) -> None
         )
 
 
+@pytest.mark.slow
 def test_its_models_learn(executed: NotebookNode) -> None:
     for notebook in (COMMITTED, executed):
         accuracies = re.findall(r"test accuracy ([\d.]+)", printed(notebook))

@@ -39,7 +39,7 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
     host = case.build().to(torch.float64)
     plain = switch_off_fused_attention(copy.deepcopy(host))
     images, targets = batch(case, size, torch.float64)
-    model = attach(
+    model = case.attach(
         host,
         horizontal=HorizontalConfig(layers=(1,), rho=0.01, scorenet=None),
         vertical=VerticalConfig(layers=(1, 2), kappa=KAPPA),
