@@ -13,6 +13,7 @@ from tests.helpers.cases import same_bits
 from tests.helpers.others_warnings import uses_inductor
 from tests.tokenmixup.test_functional import check_against_oracle, random_case
 from tokenmixup import functional
+from tokenmixup._targets import one_hot_targets
 
 # Gradients
 
@@ -168,6 +169,13 @@ def compiled_equals_eager(device, backend):
 def test_compiles_without_a_graph_break():
     # Only the generation of machine code is left out: it needs a compiler and 20 seconds.
     compiled_equals_eager("cpu", "aot_eager")
+
+
+def test_class_indices_become_one_hot_in_one_graph():
+    labels = torch.tensor([2, 0, 1])
+    compiled = torch.compile(one_hot_targets, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(labels, 3, 4), torch.eye(4)[labels])
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu

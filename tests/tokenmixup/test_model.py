@@ -223,10 +223,14 @@ def test_what_cannot_be_attached(host, arguments, message):
             {"layers": (1,), "tau": 0.1, "rho": 0.1, "scorenet_stop_gradient": 1},
             "scorenet_stop_gradient must be True or False",
         ),
-        (VerticalConfig, {"layers": (0,), "kappa": 1}, "no earlier layer"),
+        (VerticalConfig, {"layers": (0,), "kappa": 1}, r"no earlier layer to attend to\), got 0"),
         (VerticalConfig, {"layers": (1,), "kappa": 0}, "kappa must be an integer >= 1, got 0"),
         (VerticalConfig, {"layers": (1,), "kappa": 1.5}, "kappa must be an integer >= 1, got 1.5"),
-        (VerticalConfig, {"layers": (1,), "kappa": 1, "stop_gradient": None}, "stop_gradient"),
+        (
+            VerticalConfig,
+            {"layers": (1,), "kappa": 1, "stop_gradient": None},
+            r"^V\w+\.stop_g",
+        ),
     ],
 )
 def test_impossible_settings(kind, arguments, message):

@@ -18,6 +18,7 @@ from tests.helpers.others_warnings import uses_inductor
 from tests.tokenmixup.test_checkpointing import assert_same_gradients, checkpointed, loss_of
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 from tokenmixup.hosts import UnsupportedHostError
+from tokenmixup.rules import Rules
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
 VTM = VerticalConfig(layers=(2,), kappa=3)
@@ -115,9 +116,17 @@ def test_adapters_decide_as_their_merged_weights(name, dora):
 def test_dropout_of_adapters(case):
     """It is no part of saliency, and its random numbers are those of the plain host."""
     images, targets = batch(case, dtype=torch.float64)
+    remembered = []
+
+    class Noting(Rules):
+        def choose(self, layer, saliency, kappa):
+            remembered.append(saliency)
+            return super().choose(layer, saliency, kappa)
+
     first = {
         "horizontal": HorizontalConfig(layers=(0,), rho=0.005, scorenet=None),
-        "vertical": None,
+        "vertical": VerticalConfig(layers=(1,), kappa=3),
+        "rules": Noting(),
     }
     inner = (*READ, *MLP)  # what layer 0 gets is the same then
     merged = put_on(adapt(host_of(case), targets=inner).merge_and_unload(), **first)
@@ -126,6 +135,7 @@ def test_dropout_of_adapters(case):
         adapt(put_on(host_of(case), **first), dropout=0.5, targets=inner),
     ):
         torch.testing.assert_close(model(images, targets).targets, merged(images, targets).targets)
+        torch.testing.assert_close(*remembered[-2:])
 
     plain = adapt(host_of(case, 0.1), dropout=0.5)
     model = put_on(copy.deepcopy(plain), horizontal=MIX_NONE, vertical=None)

@@ -30,22 +30,22 @@ def test_evaluation_transform_normalises_the_image():
 
 
 def test_every_setting_reaches_its_transform():
-    crop = {"scale": (0.3, 0.6), "ratio": (0.8, 1.2), "train_interpolation": "bilinear"}
+    crop = {"scale": (0.3, 0.6), "ratio": (0.8, 1.2), "train_interpolation": "bicubic"}
     flips = {"hflip": 0.3, "vflip": 0.2}
-    erasing = {"re_prob": 0.4, "re_mode": "const", "re_count": 3}
+    erasing = {"re_prob": 0.4, "re_mode": "pixel", "re_count": 3}
     colours = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "color_jitter": 0.25}
     transform = train_transform(DataConfig(**crop, **flips, **erasing, **colours), 24)
     by_name = {type(step).__name__: step for step in transform.transforms}
     cropping = by_name["RandomResizedCropAndInterpolation"]
     assert (cropping.size, cropping.scale, cropping.ratio) == ((24, 24), (0.3, 0.6), (0.8, 1.2))
-    assert str(cropping.interpolation).lower().endswith("bilinear")
+    assert str(cropping.interpolation).lower().endswith("bicubic")
     assert by_name["RandomHorizontalFlip"].p == 0.3 and by_name["RandomVerticalFlip"].p == 0.2
     assert by_name["ColorJitter"].brightness == (0.75, 1.25)
     normalising, blotting = by_name["Normalize"], by_name["RandomErasing"]
     assert normalising.mean.tolist() == pytest.approx((0.1, 0.2, 0.3))
     assert normalising.std.tolist() == pytest.approx((0.4, 0.5, 0.6))
     assert (blotting.probability, blotting.max_count) == (0.4, 3)
-    assert not blotting.rand_color and not blotting.per_pixel
+    assert blotting.per_pixel and not blotting.rand_color
     policy = train_transform(DataConfig(auto_augment="rand-m5-n3", color_jitter=0.0), 24)
     names = {type(step).__name__ for step in policy.transforms}
     assert "RandAugment" in names and "ColorJitter" not in names
