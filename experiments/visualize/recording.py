@@ -174,7 +174,8 @@ def _calls(
         layer.register_forward_pre_hook(keep, prepend=True, with_kwargs=True) for layer in layers
     ]
     was_training = model.training
-    model.eval()  # dropout off everywhere inside
+    for part in model.children():
+        part.eval()  # dropout off
     model.training = True  # and TokenMixup on
     try:
         model(images, targets)
