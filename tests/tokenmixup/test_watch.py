@@ -96,7 +96,8 @@ def test_tau_that_no_sample_has_reached():
     least = min(out.stats["htm/layer1/difficulty_min"].item() for out in outputs[:STEPS])
     text = the_one(told, LAST)
     assert f"The least difficulty was {least:.4f}, tau is 0.04" in text
-    assert "optimiser has ScoreNet's parameters" in text
+    assert "0.04. If difficulty_min does not fall, see that the optimiser has Sco" in text
+    assert "ScoreNet's parameters and that scorenet_lambda is not too small" in text
 
 
 @pytest.mark.parametrize("settings", [{}, {"scorenet": None, "tau": None}])

@@ -253,6 +253,20 @@ def test_a_gradient_of_fp16_that_is_never_finite_stops(tmp_path):
         fit(tmp_path, Batches(40, size=2), prepare, **sections)
 
 
+@pytest.mark.parametrize("policy, finite", [("skip", False), ("stop", True)])
+def test_all_processes_skip_a_step_together(tmp_path, policy, finite):
+    """Here all is finite, but not in another process; a minimum over processes wants numbers."""
+
+    class WithAnother(World):
+        def minimum(self, tensor):
+            return tensor.masked_fill_(tensor.isfinite() & tensor.is_floating_point(), 0)
+
+    learner = learner_of(small_config(tmp_path, on_nonfinite=policy))
+    learner.world = WithAnother(0, 1, torch.device("cpu"))
+    one = torch.tensor(1.0)
+    assert learner.finite([{"loss": one}], one).tolist() == [finite] * 3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision):
     schedule = {"name": "constant", "epochs": 1, "warmup_epochs": 0}
