@@ -94,7 +94,7 @@ class Watch:
         numbers.append(-hardest.float())
         # none at all where FullyShardedDataParallel holds them flat
         parameters = [] if scorenet is None else list(scorenet.parameters())
-        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        frozen = len(parameters) > 0 and not any(p.requires_grad for p in parameters)
         now = torch.stack(numbers)
         if compiling:
             return _observe_compiled(mixed, targets, now, self.key, layer, frozen)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from tests.helpers.host_cases import randomise
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 from tokenmixup.integrations.transformers import TokenMixupTrainer
 
@@ -39,6 +40,7 @@ def build(
         hidden_dropout_prob=dropout,
     )
     host = getattr(transformers, f"{kind}ForImageClassification")(config)
+    randomise(host)  # else attention is nearly uniform, and its rounding decides what is mixed
     return attach(host, horizontal=horizontal, vertical=vertical)
 
 
