@@ -393,7 +393,15 @@ RUNS = {
         *("--layer-decay", "0.7", "--head-init-scale", "0.5", "--mixup", "0"),
     ),
     "compiled": ("--mixup", "0.8", "--cutmix", "1.0", "--torchcompile", "aot_eager"),
-    "two_processes": ("--bce-loss", "--bce-sum", "--clip-grad", "1", "--model-ema"),
+    "two_processes": (
+        "--bce-loss",
+        "--bce-sum",
+        "--clip-grad",
+        "1",
+        "--model-ema",
+        "--model-ema-decay",
+        "0.9",
+    ),
 }
 
 
