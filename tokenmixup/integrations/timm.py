@@ -4,7 +4,6 @@ Dimensions: B batch, C classes.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -18,8 +17,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from tokenmixup._targets import one_hot_targets
-from tokenmixup.functional import least_difficulty
+from tokenmixup.integrations._shared import refuse_vain_tau, settings_of, smoothed
 from tokenmixup.model import TokenMixupModel
 
 _ALLOWED = (
@@ -71,19 +69,7 @@ class TokenMixupTask(ClassificationTask):
         self.eval_model: nn.Module = model.backbone
         self._num_classes = model.num_classes
         self._smoothing, self._takes_soft = _what_to_do(self.criterion)
-        self._check_tau(model)
-
-    def _check_tau(self, model: TokenMixupModel) -> None:
-        tau = None if model.horizontal is None else model.horizontal.tau
-        if tau is None or not model.scorenets:
-            return
-        least = least_difficulty(self._soft_targets(torch.zeros(1, dtype=torch.int64))).item()
-        if tau < least:
-            raise ValueError(
-                f"HorizontalConfig.tau is {tau}, but with label smoothing {self._smoothing} and "
-                f"{self._num_classes} classes no difficulty is below {least:.4f}, so that HTM "
-                "would mix nothing: raise tau, or smooth less (timm's --smoothing)"
-            )
+        refuse_vain_tau(model, self._smoothing, "label smoothing")
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Mix, and compute the loss.
@@ -107,8 +93,7 @@ class TokenMixupTask(ClassificationTask):
     def _soft_targets(self, target: Tensor) -> Tensor:
         """Smoothed class indices; soft targets as they are."""
         if not target.is_floating_point():
-            one_hot = one_hot_targets(target, len(target), self._num_classes)
-            return one_hot * (1 - self._smoothing) + self._smoothing / one_hot.shape[1]
+            return smoothed(target, self._smoothing, self._num_classes)
         if self._smoothing and not self._takes_soft:
             raise ValueError(
                 f"{type(self.criterion).__name__} smooths class indices, but these targets are "
@@ -138,7 +123,7 @@ class TokenMixupTask(ClassificationTask):
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """ScoreNets' state, and the settings."""
         model = self._attached(module, ema)
-        return {"scorenets": model.scorenets.state_dict(), **_settings(model)}
+        return {"scorenets": model.scorenets.state_dict(), **settings_of(model)}
 
     def load_task_state(
         self,
@@ -159,7 +144,7 @@ class TokenMixupTask(ClassificationTask):
                 f"cannot be resumed with it: {restart}"
             )
         model = self._attached(module, ema)
-        for name, own in _settings(model).items():
+        for name, own in settings_of(model).items():
             if state[name] != own:
                 raise ValueError(
                     f"the checkpoint was trained with {name}={state[name]}, but this model has "
@@ -170,12 +155,6 @@ class TokenMixupTask(ClassificationTask):
     def _attached(self, module: nn.Module | None = None, ema: bool = False) -> TokenMixupModel:
         module = self.get_trainable_module(ema=ema) if module is None else module
         return cast(TokenMixupModel, unwrap_model(module))
-
-
-def _settings(model: TokenMixupModel) -> dict[str, Any]:
-    """Settings of HTM and VTM in types that a checkpoint may hold."""
-    configs = {"horizontal": model.horizontal, "vertical": model.vertical}
-    return {name: config and asdict(config) for name, config in configs.items()}
 
 
 def _what_to_do(criterion: Any) -> tuple[float, bool]:

@@ -6,7 +6,6 @@ Dimensions: B batch, C classes.
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from tokenmixup._targets import one_hot_targets
-from tokenmixup.functional import least_difficulty
+from tokenmixup.integrations._shared import refuse_vain_tau, settings_of, smoothed
 from tokenmixup.model import TokenMixupModel, TokenMixupOutput
 
 STATE_FILE = "tokenmixup.safetensors"
@@ -63,8 +61,6 @@ class TokenMixupTrainer(Trainer):
     def _check_arguments(self) -> None:
         model, smoothing = self._attached, self.args.label_smoothing_factor
         problem = model.backbone.config.problem_type
-        tau = model.horizontal.tau if model.scorenets else None
-        least = least_difficulty(self._smoothed(torch.zeros(1, dtype=torch.int64))).item()
         for refused, instead in (
             (
                 self.compute_loss_func is not None,
@@ -80,17 +76,13 @@ class TokenMixupTrainer(Trainer):
                 f"problem_type={problem!r}",
             ),
             (
-                tau is not None and tau < least,
-                f"with label_smoothing_factor={smoothing} no difficulty is below {least:.4f}, so "
-                f"that HorizontalConfig.tau={tau} would mix nothing: raise tau, or smooth less",
-            ),
-            (
                 self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 "FSDP and DeepSpeed are not supported: start several processes with torchrun",
             ),
         ):
             if refused:
                 raise ValueError(f"TokenMixupTrainer: {instead}")
+        refuse_vain_tau(model, smoothing, "label_smoothing_factor")
 
     @property
     def _attached(self) -> Any:
@@ -141,10 +133,7 @@ class TokenMixupTrainer(Trainer):
         return (loss, {"logits": out.logits}) if return_outputs else loss
 
     def _smoothed(self, labels: Tensor) -> Tensor:
-        smoothing, classes = self.args.label_smoothing_factor, self._attached.num_classes
-        if not labels.is_floating_point():
-            labels = one_hot_targets(labels, len(labels), classes)
-        return (1 - smoothing) * labels + smoothing / classes
+        return smoothed(labels, self.args.label_smoothing_factor, self._attached.num_classes)
 
     def prediction_step(
         self,
@@ -243,10 +232,8 @@ def _plain_output(logits: Tensor, targets: Tensor) -> TokenMixupOutput:
 
 
 def _settings(model: TokenMixupModel) -> dict[str, str]:
-    return {
-        name: json.dumps(asdict(config) if config is not None else None)
-        for name, config in (("horizontal", model.horizontal), ("vertical", model.vertical))
-    }
+    """As metadata of safetensors, which are text."""
+    return {name: json.dumps(settings) for name, settings in settings_of(model).items()}
 
 
 def _load(model: Any, folder: Path) -> None:
