@@ -27,13 +27,13 @@ from tests.helpers.runs_helper import HTM, VTM, small_config
 DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
 
 
-def learner_of(config, steps_per_epoch=5):
-    model = build_model(config, 10).train()
+def learner_of(config, steps_per_epoch=5, device=ONE_PROCESS.device):
+    model = build_model(config, 10).train().to(device)
     optimizer = build_optimizer(config.optimizer, config.schedule, model)
     schedule = Schedule(config.schedule, optimizer, steps_per_epoch)
     division = divide_batch(config.data, 0, 1)
     mixer = BatchMixer(config.mixup, 10, config.seed)
-    return Learner(config, model, optimizer, schedule, mixer, division, ONE_PROCESS)
+    return Learner(config, model, optimizer, schedule, mixer, division, World(0, 1, device))
 
 
 def batch(size=8, seed=0):
@@ -213,28 +213,30 @@ def replayed(graph, inputs):
 
 
 @uses_inductor
-def test_what_a_step_keeps_outlasts_the_replay_of_its_graph(tmp_path, monkeypatch):
-    """Gradients of several parts and what they measured, with a stand-in for CUDA's replay."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_step_keeps_outlasts_the_replay_of_its_graph(tmp_path, monkeypatch, device):
+    """Gradients of several parts, and what they measured; a CPU has a stand-in for the replay."""
+    if device == "cpu":
+        compiled = functools.partial(torch.compile, backend=replayed)
+        monkeypatch.setattr(torch, "compile", lambda *of, mode, **how: compiled(*of, **how))
     sections = {"vertical": VTM, "optimizer": {"name": "momentum"}}
     sections["data"] = {"batch_size": 8, "micro_batch": 4}
-    eager = learner_of(small_config(tmp_path, **sections))
-    compiled = functools.partial(torch.compile, backend=replayed)
-    monkeypatch.setattr(torch, "compile", lambda *of, mode, **how: compiled(*of, **how))
-    graphs = learner_of(small_config(tmp_path, compile="graphs", **sections))
-    for learner in (eager, graphs):
-        learner.rows, learner.seen = [], []
-        inner = learner.forward
-        learner.forward = lambda *of, inner=inner, seen=learner.seen: (
-            seen.append(inner(*of)) or seen[-1]
-        )
-        learner.rows = [step_of(learner, *batch(), step) for step in range(3)]
-    assert graphs.rows == [pytest.approx(row, rel=1e-4) for row in eager.rows]
-    for name, value in weights(eager.model).items():
-        torch.testing.assert_close(weights(graphs.model)[name], value, msg=name)
-    for later, first in zip(graphs.seen, eager.seen, strict=True):
-        torch.testing.assert_close(later.values, first.values)
-    with pytest.raises(AssertionError):  # the stand-in does overwrite what is not kept
-        torch.testing.assert_close(graphs.seen[0].loss, eager.seen[0].loss)
+    found = []
+    for mode in ("off", "graphs"):
+        config = small_config(tmp_path, compile=mode, **sections)
+        learner = learner_of(config, device=torch.device(device))
+        parts, forward = [], learner.forward
+        learner.forward = lambda *of, kept=parts, inner=forward: kept.append(inner(*of)) or kept[-1]
+        images, labels = (tensor.to(device) for tensor in batch())
+        rows = [step_of(learner, images, labels, step) for step in range(3)]
+        found.append((rows, parts, weights(learner.model)))
+    (wanted_rows, wanted_parts, wanted), (rows, parts, actual) = found
+    assert rows == [pytest.approx(row, rel=1e-4) for row in wanted_rows]
+    torch.testing.assert_close(actual, wanted)
+    for part, eager in zip(parts, wanted_parts, strict=True):
+        torch.testing.assert_close((part.values, part.finite), (eager.values, eager.finite))
+    if device == "cpu":  # the stand-in does overwrite what is not kept
+        assert parts[0].loss == parts[-1].loss and wanted_parts[0].loss != wanted_parts[-1].loss
 
 
 def test_each_part_of_each_step_draws_its_own_numbers(tmp_path):
@@ -352,9 +354,7 @@ def test_training_waits_for_the_gpu_at_rows_alone(tmp_path):
     """HTM's one exchange per step is the library's; a plain model and VTM have none."""
     device = torch.device("cuda")
     config = small_config(tmp_path, vertical=VTM, logging={"interval": 100}, device="cuda")
-    learner = learner_of(config)
-    learner.model.to(device)  # the optimiser's parameters are the same objects
-    learner = dataclasses.replace(learner, world=World(0, 1, device))
+    learner = learner_of(config, device=device)
     images, labels = (tensor.to(device) for tensor in batch())
     progress, statistics = Progress(), RunningStatistics(device)
     train_step(learner, images, labels, progress, statistics)  # optimisers allocate their state
