@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.seeding import derive_seed, seed_generators, seeded
+from experiments.seeding import derive_seed, seed_generators, seed_step, seeded
 
 
 def drawn():
@@ -35,3 +35,13 @@ def test_every_generator_is_seeded_and_given_back():
     with pytest.raises(KeyError), seeded(seed):
         raise KeyError
     assert drawn() == following
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_is_seeded_as_torch_seeds_all_devices(device):
+    drawn_after = []
+    for seed_by in (torch.manual_seed, lambda seed: seed_step(seed, torch.device(device))):
+        torch.rand(3, device=device)
+        seed_by(2**62 + 5)
+        drawn_after.append((torch.rand(3), torch.rand(3, device=device)))
+    torch.testing.assert_close(*drawn_after, rtol=0, atol=0)
