@@ -219,8 +219,8 @@ def test_what_a_step_keeps_outlasts_the_replay_of_its_graph(tmp_path, monkeypatc
     if device == "cpu":
         compiled = functools.partial(torch.compile, backend=replayed)
         monkeypatch.setattr(torch, "compile", lambda *of, mode, **how: compiled(*of, **how))
-    sections = {"vertical": VTM, "optimizer": {"name": "momentum"}}
-    sections["data"] = {"batch_size": 8, "micro_batch": 4}
+    sections = {"horizontal": HTM, "vertical": VTM, "precision": "bf16"}
+    sections |= {"optimizer": {"name": "momentum"}, "data": {"batch_size": 8, "micro_batch": 4}}
     found = []
     for mode in ("off", "graphs"):
         config = small_config(tmp_path, compile=mode, **sections)
