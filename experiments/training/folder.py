@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -30,6 +31,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
 FINAL_WEIGHTS = "final.safetensors"
 HEARTBEAT_FILE = "heartbeat.json"
+README_FILE = "README.md"
 _BEST = "best.pt"
 _LOCK = ".lock"
 _NUMBERED = re.compile(r"step-(\d{8,})\.pt")
@@ -108,6 +110,22 @@ class RunFolder:
             self.final_weights.unlink(missing_ok=True)
             text = yaml_text(as_plain(config))
             write_atomically(self.path / CONFIG_FILE, text.encode())
+            write_atomically(self.path / README_FILE, self._about(config).encode())
+
+    def _about(self, config: RunConfig) -> str:
+        """Two lines for those who find the folder: what it is, and which command goes on."""
+        with_what = [name for name in ("horizontal", "vertical") if getattr(config, name)]
+        command = shlex.join(
+            ["python", "-m", "experiments.train", "--config", str(self.path / CONFIG_FILE)]
+        )
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return (
+            f"A training of {config.model.name} on {config.data.dataset}, "
+            f"{' and '.join(with_what) + ' TokenMixup' if with_what else 'plain'}, "
+            f"{config.schedule.total_epochs} epochs, begun or resumed {now}.\n\n"
+            f"`{command}`, called in {Path.cwd()}, goes on from the newest checkpoint; "
+            f"`{FINAL_WEIGHTS}` is there when all is done.\n"
+        )
 
     def saved(self) -> list[Path]:
         """The checkpoints to resume from, the newest first."""
