@@ -17,7 +17,15 @@ from torch import Tensor
 _SOLVED, _NO_MEMORY = -1, -2
 
 
-@torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=())
+_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8 has none
+on_the_host = () if _unsafe is None else (_unsafe,)
+"""Tags of operators that run code on the host, which a CUDA graph would not replay.
+
+Compiled with ``mode="reduce-overhead"`` the graph is cut there.
+"""
+
+
+@torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=(), tags=on_the_host)
 def solve_assignment(gain: Tensor) -> Tensor:
     """Maximum of ``sum_r gain[r, column(r)]`` over one-to-one column choices.
 
