@@ -106,15 +106,17 @@ def _settled(gain: np.ndarray, columns: np.ndarray) -> np.ndarray:
     owner = np.full(gain.shape[1], spare)
     owner[columns] = np.arange(spare)
     more = gain - gain[owner[columns], columns][:, None]  # than from the row's own column
-    price, before = np.zeros(len(owner)), None
+    price, before = np.zeros(len(owner)), np.full(len(owner), -1.0)
     while not np.array_equal(price, before):
         before, lowest = price, price[owner == spare].max(initial=0)
         price = np.maximum(price, (price[columns][:, None] + more).max(0)).clip(lowest)
     tight = [*(price[columns][:, None] + more == price), price == lowest]
-    best = [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in tight]
+    best = [
+        int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in tight
+    ]
 
-    owner, columns, undecided = owner.tolist(), columns.tolist(), (1 << len(owner)) - 1
-    for first, own in enumerate(columns):
+    owners, chosen, undecided = owner.tolist(), columns.tolist(), (1 << len(owner)) - 1
+    for first, own in enumerate(chosen):
         # a path from a column before its own, over the rows behind, to its own
         path, unseen, row = [], undecided & ~(1 << own), first
         while row != first or best[row] & unseen & ((1 << own) - 1):
@@ -123,16 +125,16 @@ def _settled(gain: np.ndarray, columns: np.ndarray) -> np.ndarray:
                 unseen &= ~(1 << path[-1])
             else:
                 path.pop()
-            row = owner[path[-1]] if path else first
+            row = owners[path[-1]] if path else first
             if path and best[row] >> own & 1:
-                givers = [first, *(owner[column] for column in path)]
-                for column, taker in zip([*path, own], givers, strict=True):
-                    owner[column] = taker
+                takers = [first, *(owners[column] for column in path)]
+                for column, taker in zip([*path, own], takers, strict=True):
+                    owners[column] = taker
                     if taker != spare:
-                        columns[taker] = column
+                        chosen[taker] = column
                 break
-        undecided &= ~(1 << columns[first])
-    return np.asarray(columns)
+        undecided &= ~(1 << chosen[first])
+    return np.asarray(chosen)
 
 
 def _lowest(bits: int) -> int:

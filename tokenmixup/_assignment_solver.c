@@ -42,7 +42,6 @@ static const ptrdiff_t REDUCTIONS = 2;   /* of the auction without a step, at mo
 
 typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef int64_t integers __attribute__((vector_size(8 * LANES)));
-typedef float floats __attribute__((vector_size(4 * LANES)));
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 /* compiled for each of these, and chosen when the library is loaded */
@@ -77,20 +76,28 @@ typedef struct {
     ptrdiff_t column;
 } Offer;
 
-static inline doubles where(integers condition, doubles yes, doubles no) {
-    return (doubles)((condition & (integers)yes) | (~condition & (integers)no));
+static inline integers where(integers condition, integers yes, integers no) {
+    return (condition & yes) | (~condition & no);
 }
 
-static inline integers where_integer(integers condition, integers yes, integers no) {
-    return (condition & yes) | (~condition & no);
+static inline doubles smaller(doubles a, doubles b) {
+    for (int lane = 0; lane < LANES; lane++) a[lane] = a[lane] < b[lane] ? a[lane] : b[lane];
+    return a;
+}
+
+static inline doubles larger(doubles a, doubles b) {
+    for (int lane = 0; lane < LANES; lane++) a[lane] = a[lane] > b[lane] ? a[lane] : b[lane];
+    return a;
 }
 
 static inline doubles everywhere(double value) { return (doubles){0} + value; }
 
 /* Price less gain, which a row wants to be small, of the columns from `column` on. */
 static inline doubles reduced(const Problem *problem, ptrdiff_t row, ptrdiff_t column) {
-    const floats *single = (const floats *)(problem->gain + row * problem->stride + column);
-    return *(const doubles *)(problem->price + column) - __builtin_convertvector(*single, doubles);
+    const float *single = problem->gain + row * problem->stride + column;
+    doubles gain;
+    for (int lane = 0; lane < LANES; lane++) gain[lane] = single[lane];
+    return *(const doubles *)(problem->price + column) - gain;
 }
 
 static double reduced_of_one(const Problem *problem, ptrdiff_t row, ptrdiff_t column) {
@@ -117,10 +124,10 @@ static Offer best_offer(const Problem *problem, ptrdiff_t row) {
     for (ptrdiff_t c = 0; c < problem->stride; c += LANES, index += LANES) {
         doubles value = reduced(problem, row, c);
         integers better = value < best;
-        doubles worse = where(better, best, value);
-        second = where(worse < second, worse, second);
-        at = where_integer(better, index, at);
-        best = where(better, value, best);
+        doubles worse = (doubles)where(better, (integers)best, (integers)value);
+        at = where(better, index, at);
+        second = smaller(worse, second);
+        best = smaller(value, best);
     }
     int lane = smallest(best);
     Offer offer = {best[lane], INFINITY, at[lane]};
@@ -241,13 +248,11 @@ static ptrdiff_t nearest(const Problem *problem, ptrdiff_t row, double before) {
         doubles *distance = (doubles *)(problem->distance + c);
         integers *from = (integers *)(problem->from + c);
         doubles over = reduced(problem, row, c) + before;
-        integers nearer = over < *distance;
-        *from = where_integer(nearer, (integers){0} + row, *from);
-        *distance = where(nearer, over, *distance);
+        *from = where(over < *distance, (integers){0} + row, *from);
+        *distance = smaller(over, *distance);
         doubles open = *distance + *(const doubles *)(problem->closed + c);
-        nearer = open < least;
-        at = where_integer(nearer, index, at);
-        least = where(nearer, open, least);
+        at = where(open < least, index, at);
+        least = smaller(open, least);
     }
     return at[smallest(least)];
 }
@@ -324,17 +329,35 @@ static ptrdiff_t search(Problem *problem, ptrdiff_t waiting) {
     return match(problem, left); /* others may have had a column that one row's paths led to */
 }
 
-static int ascending(const void *first, const void *second) {
-    double a = *(const double *)first, b = *(const double *)second;
-    return (a > b) - (a < b);
+/* The value that `rank` others are not above, of `count` (Hoare, 1961); their order changes. */
+static double ranked(double *values, ptrdiff_t count, ptrdiff_t rank) {
+    ptrdiff_t low = 0, high = count - 1;
+    while (low < high) {
+        const double pivot = values[(low + high) / 2];
+        ptrdiff_t left = low, right = high;
+        while (left <= right) {
+            while (values[left] < pivot) left++;
+            while (values[right] > pivot) right--;
+            if (left > right) break;
+            double value = values[left];
+            values[left++] = values[right];
+            values[right--] = value;
+        }
+        if (rank <= right)
+            high = right;
+        else if (rank >= left)
+            low = left;
+        else
+            break;
+    }
+    return values[rank];
 }
 
 /* The lowest price that at least `count` columns do not exceed becomes the least of all. */
 static double raise_lowest(Problem *problem, ptrdiff_t count) {
-    double *sorted = problem->distance;
-    memcpy(sorted, problem->price, problem->columns * sizeof *sorted);
-    qsort(sorted, problem->columns, sizeof *sorted, ascending);
-    double lowest = sorted[count - 1];
+    double *prices = problem->distance; /* of no search yet */
+    memcpy(prices, problem->price, problem->columns * sizeof *prices);
+    double lowest = ranked(prices, problem->columns, count - 1);
     for (ptrdiff_t c = 0; c < problem->columns; c++)
         if (problem->price[c] < lowest) problem->price[c] = lowest;
     return lowest;
@@ -384,8 +407,8 @@ static double mean_range(const Problem *problem) {
         doubles least = everywhere(INFINITY), most = -least;
         for (ptrdiff_t c = 0; c + LANES <= problem->columns; c += LANES) {
             doubles value = reduced(problem, r, c);
-            least = where(value < least, value, least);
-            most = where(value > most, value, most);
+            least = smaller(value, least);
+            most = larger(value, most);
         }
         double low = INFINITY, high = -INFINITY;
         for (int lane = 0; lane < LANES; lane++) {
