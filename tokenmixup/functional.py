@@ -253,11 +253,11 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
 def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
-    The solver is exact, not a heuristic (an auction and shortest augmenting paths, in float64 on
-    the host). Totals that differ by less than 2^-40 of their gains count as equal, also in float64,
-    and the rows' and columns' positions decide among those, whatever the other gains are. Only
-    where so many assignments are equal that float64 cannot tell their positions apart (hundreds of
-    samples, each with its saliency on one token) the choice depends on the solver, C or lapx.
+    The solver is exact, not a heuristic (an auction and shortest augmenting paths on the host).
+    Gains count in whole multiples of a number between 2^-50 and 2^-49 of B times the greatest. Of
+    assignments with equal totals it takes the one whose columns come first in lexicographic order,
+    whatever the other gains are and whichever solver, C or lapx, does it. Rows without any gain
+    take the columns that are left.
 
     Args:
         gain: (E, B) with E <= B.
