@@ -87,7 +87,7 @@ def make_config(workload: Workload, variant: str, device: torch.device) -> RunCo
     overrides: dict[str, str] = {
         "device": device.type,
         "precision": workload.precision,
-        "compile": str(workload.compile).lower(),
+        "compile": "on" if workload.compile else "off",
         "data.batch_size": str(workload.batch),
         "data.micro_batch": "null",
         "model.weights": "null",

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from experiments.errors import ConfigError, FieldError
@@ -141,6 +148,12 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _as_word(value: Any) -> Any:
+    if isinstance(value, bool):  # as files of earlier versions have it
+        return "on" if value else "off"
+    return value
+
+
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     json.dumps(values, allow_nan=False)  # a ValueError for nan and infinity
     return values
@@ -180,6 +193,7 @@ Ratios = Annotated[
 Arguments = Annotated[dict[str, Any], AfterValidator(_finite), "names with finite, plain values"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Compile = Annotated[Literal["off", "on", "graphs", "auto"], BeforeValidator(_as_word)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -400,8 +414,9 @@ class RunConfig:
     """Of training: fp32, or mixed precision in bf16 or fp16."""
     eval_precision: Precision = "fp32"
     """Of evaluation."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: Compile = "off"
+    """Compile forward pass, loss and statistics with torch.compile: on; graphs, which also replays
+    them as CUDA graphs; auto, which is on with CUDA and off on a CPU."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last memory format, which is often faster."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -25,6 +25,17 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed the generators that a training step draws from: torch's, of the CPU and of its device.
+
+    It gives the numbers that `torch.manual_seed` would, which looks for devices of every other kind
+    as well and takes longer than all that is drawn.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Give Python, NumPy and torch's CPU generator back afterwards as they were.

@@ -14,6 +14,7 @@ from experiments.training.evaluation import Assessment
 from experiments.training.folder import RunFolder
 from experiments.training.optim import build_optimizer, check_optimizer
 from experiments.training.run import Run, model_to_train
+from experiments.training.step import refuse_graphs_without_gpu
 
 
 def check_training(config: RunConfig, allow_changed: list[str]) -> None:
@@ -23,7 +24,7 @@ def check_training(config: RunConfig, allow_changed: list[str]) -> None:
         UserError: any setting or file that cannot work.
     """
     assert config.output is not None, "the reader of the config fills it in"
-    choose_device(config.device)
+    refuse_graphs_without_gpu(config.compile, choose_device(config.device))
     divide_batch(config.data, 0, int(os.environ.get("WORLD_SIZE", "1")))
     folder = RunFolder(Path(config.output))
     folder.refuse_unwritable_place()

@@ -19,7 +19,7 @@ import torch
 
 from experiments import provenance
 from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
-from experiments.config import RunConfig, as_plain, yaml_text
+from experiments.config import RunConfig, as_plain, build_config, settings_of, yaml_text
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
@@ -264,8 +264,10 @@ def restore(
     """
     path, content = saved
     try:
+        # read as a file is, so that one of an earlier version means what it meant
+        before = as_plain(build_config(settings_of(content["config"], str(path)), str(path)))
         now = as_plain(learner.config)
-        for text in refuse_changed_config(path, content["config"], now, allow_changed):
+        for text in refuse_changed_config(path, before, now, allow_changed):
             warn(f"resuming with another config: {text}")
         if text := _changed_versions(content["versions"]):
             warn(f"resuming with other versions: {text}; results may differ from here on")

@@ -58,6 +58,8 @@ class RunningStatistics:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._one = torch.ones(1, device=device)
+        self._given: tuple[str, ...] = ()  # the names of the last step, in its own order
         self._restart()
 
     def _restart(self) -> None:
@@ -69,16 +71,19 @@ class RunningStatistics:
         self._names: list[str] = []
         self._sums = self._low = self._high = torch.empty(0)
 
-    def add_step(self, parts: Sequence[dict[str, Tensor]], finite: Tensor) -> None:
+    def add_step(self, names: tuple[str, ...], parts: Sequence[Tensor], finite: Tensor) -> None:
         """Take in a step, without waiting for the device.
 
         Args:
-            parts: 0-d tensors by name for each part of the batch; all parts have the same names.
+            names: of the values.
+            parts: (V,) float32 for each part of the batch.
             finite: (3,) bool, whether each of `CHECKED` was finite.
         """
         self.steps += 1
         self._finite = self._finite & finite
         self._good_steps = self._good_steps + self._finite
+        if names != self._given:
+            self._arrange(names)
         for values in parts:
             self._add(values)
 
@@ -87,19 +92,25 @@ class RunningStatistics:
         self.steps += 1
         self._good_steps = self._good_steps + 1
 
-    def _add(self, values: dict[str, Tensor]) -> None:
-        names = sorted(values)
-        stacked = torch.stack([values[name].float() for name in names])
-        one = torch.ones((), device=stacked.device)
-        weighted = stacked * torch.stack([values.get(_weight_of(name), one) for name in names])
+    def _arrange(self, names: tuple[str, ...]) -> None:
+        """Note, in the names' sorted order, where a step's values are, and where their weights."""
+        self._given, self._sorted = names, sorted(names)
+        places = {name: place for place, name in enumerate(names)}
+        weights = [places.get(_weight_of(name), len(names)) for name in self._sorted]
+        rows = ([places[name] for name in self._sorted], weights)
+        self._places = torch.tensor(rows, device=self._device)  # (2, V)
+
+    def _add(self, values: Tensor) -> None:
+        values, weights = torch.cat((values, self._one))[self._places]
+        weighted = values * weights
         if not self._names:
-            self._names = names
-            self._sums, self._low, self._high = weighted, stacked, stacked
+            self._names = self._sorted
+            self._sums, self._low, self._high = weighted, values, values
         else:
-            assert names == self._names, "a step has other statistics than the one before"
+            assert self._sorted == self._names, "a step has other statistics than the one before"
             self._sums = self._sums + weighted
-            self._low = torch.minimum(self._low, stacked)
-            self._high = torch.maximum(self._high, stacked)
+            self._low = torch.minimum(self._low, values)
+            self._high = torch.maximum(self._high, values)
         self._added += 1
 
     def refuse_not_finite(self, world: World, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from experiments.checkpoint import load_weights, save_final_weights
@@ -22,13 +23,7 @@ from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import Agreement, World
-from experiments.training.evaluation import (
-    autocast,
-    evaluate,
-    model_and_images,
-    place,
-    to_device,
-)
+from experiments.training.evaluation import evaluate, model_and_images, place, to_device
 from experiments.training.folder import CHECKPOINT_FOLDER, RunFolder, captured, restore
 from experiments.training.metrics import (
     METRICS_FILE,
@@ -40,10 +35,9 @@ from experiments.training.metrics import (
     mean_of_rows,
 )
 from experiments.training.optim import Schedule, build_optimizer, check_optimizer
-from experiments.training.step import Learner
+from experiments.training.step import Learner, refuse_graphs_without_gpu
 from experiments.training.stopping import StopRequests, explain_fault
-from tokenmixup import TokenMixupModel, TokenMixupOutput
-from tokenmixup.functional import soft_cross_entropy
+from tokenmixup import TokenMixupModel
 from tokenmixup.rules import Rules
 
 
@@ -68,16 +62,14 @@ def train_step(
     """
     parts = []
     for mixed_images, targets in learner.micro_batches(images, labels, progress):
-        with autocast(learner.device, learner.config.precision):
-            output: TokenMixupOutput = learner.forward(mixed_images, targets)
-        assert output.targets is not None, "a training pass is given targets"
-        loss = soft_cross_entropy(output.logits, output.targets).mean()
-        learner.backward(loss + output.scorenet_loss)
-        parts.append(learner.measured(loss, output))
+        result = learner.forward(mixed_images, targets)
+        learner.backward(result.loss)
+        parts.append(result)
     gradient = learner.clip_gradient()
     finite = learner.finite(parts, gradient["gradient_norm"])
     if learner.update(finite, progress):
-        statistics.add_step([part | gradient for part in parts], finite)
+        names, values = (*result.names, *gradient), torch.stack(tuple(gradient.values()))
+        statistics.add_step(names, [torch.cat((part.values, values)) for part in parts], finite)
     else:
         statistics.add_skipped_step()
 
@@ -152,6 +144,7 @@ class Run:
                 loader process was killed.
             DataError: images cannot be read.
         """
+        refuse_graphs_without_gpu(self.config.compile, self.world.device)
         self._requests = requests or StopRequests()
         with ExitStack() as stack:
             if self.world.is_main:
@@ -331,7 +324,7 @@ class Run:
         except (TrainingStopped, DataError) as error:
             raise type(error)(f"{error}; {self.folder.last_good()}") from None
         except (RuntimeError, OSError) as error:
-            told = explain_fault(error, self.config.data, self.batches.division.micro_batch)
+            told = explain_fault(error, self.config, self.batches.division.micro_batch)
             if told is None:
                 raise
             raise TrainingStopped(f"{told}; {self.folder.last_good()}") from error

@@ -1,12 +1,14 @@
-"""What an optimiser step needs besides forward, loss and backward, which `run.train_step` shows.
+"""The parts of an optimiser step, which `run.train_step` shows.
 
-Dimensions: B batch, C classes.
+Dimensions: B batch, C classes, V values that a pass measures.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +17,78 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.config import RunConfig
 from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division
-from experiments.errors import TrainingStopped
-from experiments.seeding import derive_seed
+from experiments.errors import ConfigError, TrainingStopped
+from experiments.seeding import derive_seed, seed_step
 from experiments.training.distributed import World
+from experiments.training.evaluation import autocast
 from experiments.training.metrics import CHECKED, Progress
 from experiments.training.optim import Schedule
 from tokenmixup import TokenMixupModel, TokenMixupOutput
+from tokenmixup.functional import soft_cross_entropy
 
 _MOST_OVERFLOWS = 32
 """Steps in a row that fp16's scaler may leave out: from any scale that it starts with, so many
 halvings lead to one at which a finite gradient cannot overflow."""
+
+
+def refuse_graphs_without_gpu(mode: str, device: torch.device) -> None:
+    """Refuse `compile: graphs` on a CPU, where torch would leave the graphs out.
+
+    Raises:
+        ConfigError: it says what to choose.
+    """
+    if mode == "graphs" and device.type != "cuda":
+        raise ConfigError(
+            f"compile: got 'graphs', but the device is {device.type}, and the graphs are CUDA's; "
+            "allowed here: off, on, auto"
+        )
+
+
+class StepResult(NamedTuple):
+    """What the forward pass of one part of a batch gives.
+
+    Attributes:
+        loss: 0-d, to go backward from: the part's share of the batch's loss.
+        names: of the values, sorted.
+        values: (V,) float32, without gradient.
+        finite: (2,) bool, whether the training loss and ScoreNet's are finite.
+    """
+
+    loss: Tensor
+    names: tuple[str, ...]
+    values: Tensor
+    finite: Tensor
+
+
+class TrainingPass(nn.Module):
+    """Forward pass, loss and statistics of one part of a batch, as one graph to compile.
+
+    Args:
+        model: to train.
+        precision: of the forward pass.
+        parts: of a batch in this process.
+    """
+
+    def __init__(self, model: TokenMixupModel, precision: str, parts: int) -> None:
+        super().__init__()
+        self.model, self.precision, self.parts = model, precision, parts
+
+    def forward(self, images: Tensor, targets: Tensor) -> StepResult:
+        """Images (B, 3, H, W), targets (B, C) -> what to go backward from, and what to keep."""
+        with autocast(images.device, self.precision):
+            output: TokenMixupOutput = self.model(images, targets)
+        assert output.targets is not None, "a training pass is given targets"
+        loss = soft_cross_entropy(output.logits, output.targets).mean()
+        values = {"loss": loss, **output.stats}
+        if self.model.horizontal is not None and self.model.enabled:
+            values["scorenet_loss"] = output.scorenet_loss
+        names = tuple(sorted(values))
+        return StepResult(
+            (loss + output.scorenet_loss) / self.parts,
+            names,
+            torch.stack([values[name].detach().float() for name in names]),
+            torch.stack((loss.detach(), output.scorenet_loss.detach())).isfinite(),
+        )
 
 
 @dataclass
@@ -44,16 +108,26 @@ class Learner:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.config.precision == "fp16"
         )
+        mode = self.config.compile
+        if mode == "auto":
+            mode = "on" if self.device.type == "cuda" else "off"
+        self._graphs = mode == "graphs"
         # compiled, parallel or neither, the weights are those of `model`
-        self.forward: Any = torch.compile(self.model) if self.config.compile else self.model
+        run: Any = TrainingPass(self.model, self.config.precision, self.division.count)
+        if mode != "off":
+            how = "reduce-overhead" if self._graphs else None
+            run = torch.compile(run, fullgraph=True, mode=how)
         if self.world.size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
-                self.forward, devices, gradient_as_bucket_view=True
-            )
+            run = DistributedDataParallel(run, devices, gradient_as_bucket_view=True)
+        self.training_pass = run
         self._overflows = torch.zeros((), device=self.device)
         """Steps in a row, up to the last one, that the scaler has left out."""
         self._parameters = list(self.model.parameters())
+        self._adds_up = self._graphs and self.division.count > 1
+        if self._adds_up:  # a gradient that a graph gave would not outlast its next replay
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
 
     def micro_batches(
         self, images: Tensor, labels: Tensor, progress: Progress
@@ -72,23 +146,28 @@ class Learner:
         parts = zip(images.chunk(count), labels.chunk(count), strict=True)
         for index, (some_images, some_labels) in enumerate(parts):
             part = self.division.first + index  # within the batch of all processes
-            torch.manual_seed(derive_seed(self.config.seed, "step", progress.step, part))
+            seed_step(derive_seed(self.config.seed, "step", progress.step, part), self.device)
             last = index + 1 == count
-            with nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
+            with nullcontext() if last or self.world.size == 1 else self.training_pass.no_sync():
                 yield self.mixer(
                     some_images, some_labels, progress.epochs_done, progress.step, part
                 )
 
+    def forward(self, images: Tensor, targets: Tensor) -> StepResult:
+        """The forward pass of one part, what it measures staying on the device.
+
+        The loss is there until the next pass, everything else for good.
+        """
+        if not self._graphs:
+            return self.training_pass(images, targets)
+        torch.compiler.cudagraph_mark_step_begin()
+        result: StepResult = self.training_pass(images, targets)
+        # the next replay writes where this one did
+        return result._replace(values=result.values.clone(), finite=result.finite.clone())
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part's loss to that of the batch."""
-        self.scaler.scale(loss / self.division.count).backward()
-
-    def measured(self, loss: Tensor, output: TokenMixupOutput) -> dict[str, Tensor]:
-        """The statistics of one part, which stay on the device."""
-        values = {"loss": loss.detach(), **output.stats}
-        if self.config.horizontal is not None and self.model.enabled:
-            values["scorenet_loss"] = output.scorenet_loss.detach()
-        return values
+        self.scaler.scale(loss).backward()
 
     def clip_gradient(self) -> dict[str, Tensor]:
         """Clip the gradient where the config says so; gives the norm that it had.
@@ -97,34 +176,30 @@ class Learner:
         Then the norm is 0, and so is `finite_share`.
         """
         self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        # the arithmetic of torch's get_total_norm, in half of the host's time: there is one device
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         limit = self.config.optimizer.clip_grad
         if limit is not None:
-            norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        else:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         if not self.scaler.is_enabled():
             return {"gradient_norm": norm}
         finite = norm.isfinite()
         self._overflows = (self._overflows + 1).where(~finite, 0.0)
         return {"gradient_norm": norm.where(finite, 0.0), "finite_share": finite.float()}
 
-    def finite(self, parts: Sequence[dict[str, Tensor]], norm: Tensor) -> Tensor:
+    def finite(self, parts: Sequence[StepResult], norm: Tensor) -> Tensor:
         """Whether each of `CHECKED` is finite, (3,) bool; for `skip`, in all processes.
 
         Args:
-            parts: the statistics of each part.
+            parts: what the passes of this step gave.
             norm: of the gradient.
         """
-        nothing = torch.zeros_like(norm)
-        losses = [
-            torch.stack([part.get(name, nothing).isfinite() for part in parts]).all()
-            for name in ("loss", "scorenet_loss")
-        ]
-        gradient = norm.isfinite()
+        losses = functools.reduce(torch.logical_and, [part.finite for part in parts])
+        gradient = norm < math.inf  # one operation, where isfinite has four
         if self.scaler.is_enabled():
             gradient = self._overflows < _MOST_OVERFLOWS
-        finite = torch.stack((*losses, gradient))
+        finite = torch.cat((losses, gradient.reshape(1)))
         if self.config.on_nonfinite == "skip":
             finite = self.world.minimum(finite.float()).bool()
         return finite
@@ -139,7 +214,7 @@ class Learner:
         if applied:
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._adds_up)
         progress.step += 1
         if applied:
             return True

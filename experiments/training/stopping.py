@@ -8,11 +8,13 @@ from types import FrameType
 
 import torch
 
-from experiments.config import DataConfig
+from experiments.config import RunConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_SECONDS = 1.0
 """A scheduler and torchrun may both send a signal: so close together, they count as one request."""
+_COMPILER = ("torch._dynamo.", "torch._inductor.")
+"""Modules of torch.compile's own errors; others it hands on as they are."""
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -54,8 +56,9 @@ class StopRequests:
             os._exit(128 + number)
 
 
-def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) -> str | None:
+def explain_fault(error: BaseException, config: RunConfig, images_per_pass: int) -> str | None:
     """Say what happened and one way out, or None where the error is the program's own."""
+    data = config.data
     said = str(error).strip().partition("\n")[0][:200].rstrip(" .")
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return (
@@ -67,6 +70,11 @@ def explain_fault(error: BaseException, data: DataConfig, images_per_pass: int) 
         return (
             f"a data-loader process was killed ({said}), most often by the kernel for want of "
             f"memory; fewer of them need less (data.workers, now {data.workers})"
+        )
+    if type(error).__module__.startswith(_COMPILER):
+        return (
+            f"torch.compile failed ({said}); --compile off (now {config.compile}) trains the same "
+            "model without it"
         )
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"

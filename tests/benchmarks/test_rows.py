@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, report, solver
+from benchmarks import gpu, host, report, solver
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
@@ -189,7 +189,7 @@ def test_rows_that_were_measured_on_a_busy_machine_are_named():
 
 
 def test_an_unknown_block_is_named():
-    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, in-short, pairing, "):
+    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, host, in-short, pairing, "):
         report.block("pairings", {}, {})
 
 
@@ -202,10 +202,9 @@ def test_rows_without_records_are_shown_as_not_measured():
 
 CPU_ROWS = [row for row in report.ROWS if row is not report.GPU_ROW]
 # the two that start several Pythons take longest
-SMOKE = [
-    pytest.param(row, marks=pytest.mark.slow if row.name in ("startup", "scaling") else ())
-    for row in CPU_ROWS
-]
+MARKS = dict.fromkeys(("startup", "scaling"), pytest.mark.slow)
+MARKS["host"] = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+SMOKE = [pytest.param(row, marks=MARKS.get(row.name, ())) for row in CPU_ROWS]
 
 
 @forks

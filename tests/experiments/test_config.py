@@ -54,6 +54,19 @@ PLAIN_SCALARS = {
 }
 
 
+@pytest.mark.parametrize("written", ["off", "on", "graphs", "auto", "true", "false"])
+def test_compile_as_it_is_written(tmp_path, written):
+    """YAML 1.1 would read `on` as true; true and false are what earlier versions wrote."""
+    path = tmp_path / "a.yaml"
+    path.write_text(f"compile: {written}\n")
+    config = load_config(path)
+    assert config.compile == {"true": "on", "false": "off"}.get(written, written)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml_text(as_plain(config)))
+    assert load_config(again) == config
+    assert load_config(path, {"compile": "graphs"}).compile == "graphs"
+
+
 @pytest.mark.parametrize(("written", "value"), PLAIN_SCALARS.items())
 def test_yaml_reads_the_types_of_its_core_schema(written, value):
     found = parse_yaml(f"a: {written}", "text")["a"]

@@ -37,7 +37,7 @@ IN_THE_FILE = {
     "seed: 010": "seed: got '010'; allowed: a whole number from 0",
     "schedule: {epochs: 1:30}": "schedule.epochs: got '1:30'; allowed: a whole number from 1",
     "schedule: {lr: 1:30.5}": "schedule.lr: got '1:30.5'; allowed: a finite number above 0",
-    "compile: yes": "compile: got 'yes'; allowed: true or false",
+    "compile: yes": "compile: got 'yes'; allowed: one of off, on, graphs, auto",
     "data: {root: }": "data.root: got None; allowed: text of 1 to",
     "precision: fp8": "precision: got 'fp8'; allowed: one of fp32, bf16, fp16",
     "schedule: {lr: -1}": "schedule.lr: got -1; allowed: a finite number above 0",

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.config import DataConfig
+from experiments.config import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run
 from experiments.training.stopping import explain_fault
+from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.runs_helper import HTM, AtLook, final_bytes, fit, small_config
 
 STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
@@ -82,6 +83,37 @@ def test_memory_that_runs_out(tmp_path, limit):
         run.fit()
 
 
+def unsupported(run, monkeypatch):
+    host = run.learner.model.backbone
+    host.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    return "Call to `torch._dynamo.graph_break"
+
+
+def no_compiler(run, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    return "InvalidCxxCompiler: No working C"
+
+
+@uses_inductor
+@pytest.mark.parametrize(
+    "break_it", [unsupported, pytest.param(no_compiler, marks=pytest.mark.slow)]
+)
+def test_a_compilation_that_fails(tmp_path, monkeypatch, break_it):
+    run = Run(small_config(tmp_path, compile="on"), ONE_PROCESS)
+    said = break_it(run, monkeypatch)
+    message = rf"torch\.compile failed \(.*{said}.*\); --compile off \(now on\) trains the same"
+    with pytest.raises(TrainingStopped, match=message):
+        run.fit()
+
+
+def test_cuda_graphs_without_cuda_are_refused(tmp_path):
+    run = Run(small_config(tmp_path, compile="graphs"), ONE_PROCESS)
+    message = r"^compile: got 'graphs', but the device is cpu, .*; allowed here: off, on, auto$"
+    with pytest.raises(ConfigError, match=message):
+        run.fit()
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -97,7 +129,8 @@ def test_memory_that_runs_out(tmp_path, limit):
     ],
 )
 def test_faults_from_outside_are_explained_and_no_others(error, told):
-    found = explain_fault(error, DataConfig(eval_batch_size=64), images_per_pass=16)
+    config = RunConfig(data=DataConfig(eval_batch_size=64))
+    found = explain_fault(error, config, images_per_pass=16)
     assert found is None if told is None else re.search(told, found)
 
 

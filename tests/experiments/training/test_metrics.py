@@ -26,11 +26,17 @@ def tensors(**values):
     return {f"htm/layer1/{name}": torch.tensor(value) for name, value in values.items()}
 
 
+def add(statistics, *parts, finite=FINITE):
+    """Add a step of parts with these values by name."""
+    stacked = [torch.stack(tuple(part.values())) for part in parts]
+    statistics.add_step(tuple(parts[0]), stacked, finite)
+
+
 def added(*steps):
     """Statistics of steps of one part each."""
     statistics = RunningStatistics(CPU)
     for values in steps:
-        statistics.add_step([values], FINITE)
+        add(statistics, values)
     return statistics
 
 
@@ -43,7 +49,7 @@ def test_means_minima_and_maxima():
         {"loss": 2.5, "htm/layer1/difficulty_min": 0.1, "htm/layer1/saliency_max": 0.3, "steps": 2}
     )
     assert statistics.read(ONE_PROCESS) == {"steps": 0}
-    statistics.add_step([{"loss": torch.tensor(7.0)}, {"loss": torch.tensor(9.0)}], FINITE)
+    add(statistics, {"loss": torch.tensor(7.0)}, {"loss": torch.tensor(9.0)})
     statistics.add_skipped_step()
     assert statistics.read(ONE_PROCESS) == {"loss": 8.0, "steps": 2}
 
@@ -64,7 +70,7 @@ def test_means_over_easy_samples_count_a_step_by_its_easy_samples():
 def test_what_is_not_finite_is_named_with_its_first_step():
     statistics = added(*[{"loss": torch.tensor(1.0)}] * 2)
     for finite in ([True, True, False], [False, True, True], [True] * 3):
-        statistics.add_step([{"loss": torch.tensor(1.0)}], torch.tensor(finite))
+        add(statistics, {"loss": torch.tensor(1.0)}, finite=torch.tensor(finite))
     with pytest.raises(TrainingStopped, match=r"^step 13 \(epoch 4\): the norm of the gradient is"):
         statistics.refuse_not_finite(ONE_PROCESS, Progress(3, 15))
 
@@ -86,7 +92,7 @@ def test_what_was_measured_is_shared_by_another_number_of_processes():
     for sharing, world in ((1, ONE_PROCESS), (2, TwoProcesses())):
         statistics = RunningStatistics(CPU)
         statistics.load_state_dicts(states, sharing)
-        statistics.add_step([{**second, "loss": torch.tensor(5.0)}] * (2 // sharing), FINITE)
+        add(statistics, *[{**second, "loss": torch.tensor(5.0)}] * (2 // sharing))
         expected = {"loss": 4.25, "htm/layer1/difficulty_min": 0.2, "htm/layer1/saliency_max": 0.1}
         assert statistics.read(world) == pytest.approx({**expected, "steps": 2})
 
@@ -103,7 +109,7 @@ def test_adding_never_reads_a_tensor(monkeypatch):
             patch.setattr(torch.Tensor, name, forbidden)
         for _ in range(3):
             values = {"loss": torch.ones(()), **tensors(easy_share=0.5, tokens_mixed=2.0)}
-            statistics.add_step([values], FINITE)
+            add(statistics, values)
     assert statistics.read(ONE_PROCESS)["loss"] == 1.0
 
 

@@ -1,11 +1,15 @@
 """The training step against a plain one written here, and steps that are not finite."""
 
 import dataclasses
+import functools
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from experiments.config import MixupConfig
 from experiments.data.augment import BatchMixer
@@ -16,19 +20,20 @@ from experiments.training.distributed import ONE_PROCESS, World
 from experiments.training.metrics import Progress, RunningStatistics, read_metrics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import Run, train_step
-from experiments.training.step import Learner
+from experiments.training.step import Learner, StepResult
+from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 DROPOUT = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
 
 
-def learner_of(config, steps_per_epoch=5):
-    model = build_model(config, 10).train()
+def learner_of(config, steps_per_epoch=5, device=ONE_PROCESS.device):
+    model = build_model(config, 10).train().to(device)
     optimizer = build_optimizer(config.optimizer, config.schedule, model)
     schedule = Schedule(config.schedule, optimizer, steps_per_epoch)
     division = divide_batch(config.data, 0, 1)
     mixer = BatchMixer(config.mixup, 10, config.seed)
-    return Learner(config, model, optimizer, schedule, mixer, division, ONE_PROCESS)
+    return Learner(config, model, optimizer, schedule, mixer, division, World(0, 1, device))
 
 
 def batch(size=8, seed=0):
@@ -135,12 +140,11 @@ def test_a_step_is_the_naive_one(tmp_path, horizontal):
 def test_bf16_computes_in_bf16_and_no_statistic_keeps_the_graph(tmp_path):
     learner = learner_of(small_config(tmp_path, precision="bf16", horizontal=HTM))
     seen = []
-    measured = learner.measured
-    learner.measured = lambda *of: seen.append((measured(*of), of[1])) or seen[-1][0]
-    step_of(learner, *batch())
-    ((values, output),) = seen
-    assert output.logits.dtype == torch.bfloat16
-    assert not any(value.requires_grad for value in values.values())
+    learner.model.register_forward_hook(lambda *of: seen.append(of[2].logits.dtype))
+    result = learner.forward(batch()[0], F.one_hot(batch()[1], 10).float())
+    assert seen == [torch.bfloat16]
+    assert result.loss.requires_grad
+    assert not result.values.requires_grad and not result.finite.requires_grad
 
 
 def test_a_step_depends_on_its_number_alone(tmp_path):
@@ -151,7 +155,7 @@ def test_a_step_depends_on_its_number_alone(tmp_path):
     results = []
     for drawn in (0, 7):
         torch.manual_seed(drawn)
-        torch.rand(drawn)
+        np.random.seed(drawn)
         learner = learner_of(config)
         step_of(learner, *batch(), step=4)
         results.append(weights(learner.model))
@@ -172,6 +176,67 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1])
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(divided.model.state_dict()[name], value)
+
+
+def replayed(graph, inputs):
+    """Compiles as CUDA graphs work: outputs have one place, where the next replay writes as well.
+
+    What is read although a replay has overwritten it is not a number.
+    """
+    given = []  # the outputs of each graph in this generation
+
+    def place(compiled, _):
+        memory = []
+
+        def replay(*arguments):
+            found = compiled(*arguments)
+            if not memory:
+                memory.extend(t.clone() if isinstance(t, torch.Tensor) else t for t in found)
+            for kept, new in zip(memory, found, strict=True):
+                if isinstance(new, torch.Tensor):
+                    kept.copy_(new)
+            given.append(memory)
+            return tuple(k.detach() if isinstance(k, torch.Tensor) else k for k in memory)
+
+        return make_boxed_func(replay)
+
+    def forward(*arguments):
+        for memory in given:
+            for kept in memory:
+                if isinstance(kept, torch.Tensor) and kept.is_floating_point():
+                    kept.fill_(torch.nan)
+        given.clear()
+        return run(*arguments)
+
+    run = aot_autograd(fw_compiler=place, bw_compiler=place)(graph, inputs)
+    return forward
+
+
+@uses_inductor
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_step_keeps_outlasts_the_replay_of_its_graph(tmp_path, monkeypatch, device):
+    """Gradients of several parts, and what they measured; a CPU has a stand-in for the replay."""
+    if device == "cpu":
+        compiled = functools.partial(torch.compile, backend=replayed)
+        monkeypatch.setattr(torch, "compile", lambda *of, mode, **how: compiled(*of, **how))
+    sections = {"vertical": VTM, "optimizer": {"name": "momentum"}}
+    sections["data"] = {"batch_size": 8, "micro_batch": 4}
+    found = []
+    for mode in ("off", "graphs"):
+        config = small_config(tmp_path, compile=mode, **sections)
+        learner = learner_of(config, device=torch.device(device))
+        parts, forward = [], learner.forward
+        learner.forward = lambda *of, kept=parts, inner=forward: kept.append(inner(*of)) or kept[-1]
+        images, labels = (tensor.to(device) for tensor in batch())
+        rows = [step_of(learner, images, labels, step) for step in range(3)]
+        found.append((rows, parts, weights(learner.model)))
+    (wanted_rows, wanted_parts, wanted), (rows, parts, actual) = found
+    assert rows == [pytest.approx(row, rel=1e-4) for row in wanted_rows]
+    torch.testing.assert_close(actual, wanted)
+    for part, eager in zip(parts, wanted_parts, strict=True):
+        torch.testing.assert_close((part.values, part.finite), (eager.values, eager.finite))
+    if device == "cpu":  # the stand-in does overwrite what is not kept
+        assert parts[0].loss == parts[-1].loss and wanted_parts[0].loss != wanted_parts[-1].loss
 
 
 def test_each_part_of_each_step_draws_its_own_numbers(tmp_path):
@@ -264,7 +329,8 @@ def test_all_processes_skip_a_step_together(tmp_path, policy, finite):
     learner = learner_of(small_config(tmp_path, on_nonfinite=policy))
     learner.world = WithAnother(0, 1, torch.device("cpu"))
     one = torch.tensor(1.0)
-    assert learner.finite([{"loss": one}], one).tolist() == [finite] * 3
+    part = StepResult(one, ("loss",), torch.ones(1), torch.ones(2, dtype=torch.bool))
+    assert learner.finite([part], one).tolist() == [finite] * 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -288,9 +354,7 @@ def test_training_waits_for_the_gpu_at_rows_alone(tmp_path):
     """HTM's one exchange per step is the library's; a plain model and VTM have none."""
     device = torch.device("cuda")
     config = small_config(tmp_path, vertical=VTM, logging={"interval": 100}, device="cuda")
-    learner = learner_of(config)
-    learner.model.to(device)  # the optimiser's parameters are the same objects
-    learner = dataclasses.replace(learner, world=World(0, 1, device))
+    learner = learner_of(config, device=device)
     images, labels = (tensor.to(device) for tensor in batch())
     progress, statistics = Progress(), RunningStatistics(device)
     train_step(learner, images, labels, progress, statistics)  # optimisers allocate their state

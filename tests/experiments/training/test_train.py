@@ -152,6 +152,6 @@ def test_compiled_training_learns_the_same(tmp_path):
     sections = {"horizontal": HTM, "vertical": VTM, "schedule": {"epochs": 2}}
     sections["tokenmixup_off_epoch"] = 1
     plain = read_metrics(fit(tmp_path, "plain", **sections))
-    compiled = read_metrics(fit(tmp_path, "compiled", compile=True, **sections))
+    compiled = read_metrics(fit(tmp_path, "compiled", compile="on", **sections))
     for row, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-2)
