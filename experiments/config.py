@@ -180,6 +180,7 @@ Ratios = Annotated[
 Arguments = Annotated[dict[str, Any], AfterValidator(_finite), "names with finite, plain values"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+EvalPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -398,8 +399,9 @@ class RunConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Precision = "fp32"
     """Of training: fp32, or mixed precision in bf16 or fp16."""
-    eval_precision: Precision = "fp32"
-    """Of evaluation."""
+    eval_precision: EvalPrecision = "fp32"
+    """Of evaluation: fp32, as all published figures; on a GPU tf32, which rounds the factors of
+    products in float32; or mixed precision in bf16 or fp16. Every figure is recorded with it."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False

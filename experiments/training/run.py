@@ -27,7 +27,6 @@ from experiments.training.evaluation import (
     evaluate,
     model_and_images,
     place,
-    to_device,
 )
 from experiments.training.folder import CHECKPOINT_FOLDER, RunFolder, captured, restore
 from experiments.training.metrics import (
@@ -116,7 +115,7 @@ class Run:
         if per_class is not None:
             images = draw_per_class(images, per_class, num_classes, config.seed)
         self.num_classes = num_classes
-        share = (world.device.type == "cuda", world.rank, world.size)
+        share = (world.device, world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
 
@@ -215,8 +214,7 @@ class Run:
         learner.model.enabled = is_on(config.tokenmixup_off_epoch, epoch)
         timer = StepTimer(learner.device)
         with self._progress_bar(steps, first) as advance:
-            for batch in timer.batches(self.batches.epoch(epoch, first)):
-                images, labels = to_device(batch, learner.device, config)
+            for images, labels in timer.batches(self.batches.epoch(epoch, first)):
                 rate = learner.schedule.set_step(progress.step)
                 train_step(learner, images, labels, progress, self.statistics)
                 timer.step_done()
@@ -373,7 +371,8 @@ class Run:
         self._say(
             f"{self.folder.path}: {self.config.model.name}, {size:.2f} M parameters, "
             f"{self.batches.num_images} training and {self.val_batches.num_images} validation "
-            f"images, {processes}{self.world.device.type}, {self.config.precision}{resumed}"
+            f"images, {processes}{self.world.device.type}, {self.config.precision}, evaluated in "
+            f"{self.config.eval_precision}{resumed}"
         )
 
     def _epoch_line(self, number: int) -> str:
