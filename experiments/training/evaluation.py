@@ -111,7 +111,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals[:3] += torch.stack((best[:, 0].sum(), best.sum(), loss))
             seen += len(labels)
-        totals[3] = seen
+        totals[3].fill_(seen)
     model.train(was_training)
     top1, top5, loss_sum, count_sum = world.sum(totals).tolist()
     images_seen = round(count_sum)
