@@ -400,8 +400,9 @@ class RunConfig:
     precision: Precision = "fp32"
     """Of training: fp32, or mixed precision in bf16 or fp16."""
     eval_precision: EvalPrecision = "fp32"
-    """Of evaluation: fp32, as all published figures; on a GPU tf32, which rounds the factors of
-    products in float32; or mixed precision in bf16 or fp16. Every figure is recorded with it."""
+    """Of evaluation: fp32, as every figure in the documents; on a GPU tf32, which rounds the
+    factors of products in float32; or mixed precision in bf16 or fp16. It is recorded with each
+    figure."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False
