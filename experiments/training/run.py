@@ -174,6 +174,7 @@ class Run:
                     self._train_epoch()
                     self._end_epoch()
                 self._agreement.finish()
+                self.folder.settle()
                 if self.world.is_main:
                     save_final_weights(self.folder.final_weights, self.learner.model)
             self._beat("finished", at_once=True)
@@ -284,6 +285,7 @@ class Run:
             return
         self._agreement.finish()
         self._save()
+        self.folder.settle()
         self._beat("stopped", at_once=True)
         reason = self._requests.reason or "another process was asked to stop"
         where = self.folder.saved()[0] if self.world.is_main else self.folder.path
@@ -293,7 +295,7 @@ class Run:
         )
 
     def _save(self) -> None:
-        """Write the state of all processes; no checkpoint holds what is not finite."""
+        """Begin to write the state of all processes; no checkpoint holds what is not finite."""
         self.statistics.refuse_not_finite(self.world, self.progress)
         state = captured(self.learner, self.batches, self.progress, self.statistics)
         if state is None or self._metrics is None:
