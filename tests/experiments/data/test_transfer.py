@@ -159,6 +159,7 @@ def test_a_stream_of_its_own_brings_the_batches_while_the_gpu_computes(tmp_path)
     ]
     wanted = [next(Transfer(config, CPU)([batch]))[0][0, :, 0, 0] for batch in loaded]
     square = torch.randn(4096, 4096, device=device)
+    square = torch.tanh(square @ square)  # libraries load
     least, most, labels = [], [], []
     torch.cuda.set_sync_debug_mode("error")
     try:
