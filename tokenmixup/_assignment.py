@@ -5,8 +5,8 @@ Dimensions: R rows, B columns, R <= B.
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lap
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _SOLVED, _NO_MEMORY = -1, -2
+_LIBRARY = Path(__file__).with_name("_assignment_solver.so")  # as setup.py names it
 _DIGITS = 50  # as in _assignment_solver.c
 
 
@@ -164,10 +165,9 @@ def compiled_solver() -> Callable[..., Any] | None:
     It is a plain library without Python's interface: ctypes needs no headers of Python to build it,
     and lets other threads run while it computes.
     """
-    found = importlib.util.find_spec("tokenmixup._assignment_solver")
-    if found is None or found.origin is None:
+    if not _LIBRARY.exists():
         return None
-    solver: Any = ctypes.CDLL(found.origin).tokenmixup_solve_assignment
+    solver: Any = ctypes.CDLL(str(_LIBRARY)).tokenmixup_solve_assignment
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
     solver.restype, solver.argtypes = length, (pointer, length, length, pointer)
     return cast(Callable[..., Any], solver)
