@@ -28,7 +28,6 @@ from experiments.documents.markdown import aligned_table
 from experiments.errors import ConfigError
 from experiments.provenance import ROOT
 from experiments.training.distributed import World
-from experiments.training.evaluation import to_device
 
 WORKLOADS = (
     Workload("CCT-7/3×1", 128, "bf16", compile=True),
@@ -179,9 +178,7 @@ def _loading(settings: Settings, workload: Workload, steps: dict[str, Steps]) ->
     config = step.learner.config
     data = dataclasses.replace(config.data, workers=processes, batch_size=workload.batch)
     images = PhotographPieces(count * workload.batch)
-    batches = TrainBatches(
-        dataclasses.replace(config, data=data), images, 100, device.type == "cuda"
-    )
+    batches = TrainBatches(dataclasses.replace(config, data=data), images, 100, device)
     waits: list[float] = []
     try:
         for epoch in (0, 1):  # the first one starts the loader's processes
@@ -192,7 +189,7 @@ def _loading(settings: Settings, workload: Workload, steps: dict[str, Steps]) ->
                 before = time.perf_counter()
                 batch = next(stream)
                 waits.append(time.perf_counter() - before)
-                step.train(*to_device(batch, device, config))
+                step.train(*batch)
             _synchronise(device)
             seconds = time.perf_counter() - start
             next(stream, None)  # ends the epoch

@@ -21,11 +21,12 @@ from benchmarks.timing import Timing, interleaved, milliseconds, ratio, recorded
 from experiments.config import RunConfig, load_config
 from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division
+from experiments.data.transfer import memory_format
 from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from experiments.training.distributed import ONE_PROCESS, World
-from experiments.training.evaluation import place, to_device
+from experiments.training.evaluation import place
 from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import train_step
@@ -145,7 +146,8 @@ class Steps:
         shape = (workload.batch, 3, config.model.image_size, config.model.image_size)
         images = torch.randn(shape, generator=generator)
         labels = torch.randint(family.classes, shape[:1], generator=generator)
-        self.images, self.labels = to_device((images, labels), world.device, config)
+        self.images = images.to(world.device, memory_format=memory_format(config))
+        self.labels = labels.to(world.device)
         self.progress = Progress()
         self.statistics = RunningStatistics(world.device)
 

@@ -35,6 +35,7 @@ __all__ = [
     "LOCK_FILE",
     "RUN_FORMAT",
     "Loaded",
+    "copied",
     "load_checkpoint",
     "load_plain",
     "load_released",
@@ -78,6 +79,24 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def copied(content: Any, earlier: Any = None) -> Any:
+    """A state dict, or anything with tensors in it, in memory of its own on the CPU.
+
+    An earlier copy is written over where its tensors fit: new memory takes many times as long.
+    """
+    if isinstance(content, Tensor):
+        kind = (content.shape, content.dtype)
+        if isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == kind:
+            return earlier.copy_(content)
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        before = earlier if isinstance(earlier, dict) else {}
+        return {key: copied(value, before.get(key)) for key, value in content.items()}
+    if isinstance(content, list):
+        return [copied(value) for value in content]
+    return content
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

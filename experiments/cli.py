@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from experiments.config import (
     RunConfig,
@@ -108,10 +109,22 @@ def parse(
         raise ConfigError(f"command line: {words[0]!r}: expected --config FILE or --KEY VALUE")
     given = {name: value for name, value in found.items() if name in own}
     overrides = {name: value for name, value in found.items() if name not in own}
+    if not argv:
+        print(_configs_text(), end="")
     for name, option in own.items():
         if option.required and name not in given:
             raise ConfigError(f"command line: --{name}: missing; it is {option.help}")
     return Command(load_config(given["config"], overrides), given["config"], given)
+
+
+def _configs_text() -> str:
+    """The configs of this project, each with the first sentence of its first comment."""
+    lines = []
+    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")):
+        about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        lines.append((os.path.relpath(path), about))
+    width = max(len(path) for path, _ in lines)
+    return "".join(f"{path:<{width}}  {about}\n" for path, about in lines)
 
 
 def split_options(

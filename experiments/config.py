@@ -194,6 +194,7 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_finite), "names with finit
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Compile = Annotated[Literal["off", "on", "graphs", "auto"], BeforeValidator(_as_word)]
+EvalPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -412,8 +413,10 @@ class RunConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Precision = "fp32"
     """Of training: fp32, or mixed precision in bf16 or fp16."""
-    eval_precision: Precision = "fp32"
-    """Of evaluation."""
+    eval_precision: EvalPrecision = "fp32"
+    """Of evaluation: fp32, as every figure in the documents; on a GPU tf32, which rounds the
+    factors of products in float32; or mixed precision in bf16 or fp16. It is recorded with each
+    figure."""
     compile: Compile = "off"
     """Compile forward pass, loss and statistics with torch.compile: on; graphs, which also replays
     them as CUDA graphs; auto, which is on with CUDA and off on a CPU."""

@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
         print(note)
     print(
         f"top-1 {result.top1:.2f}%  top-5 {result.top5:.2f}%  loss {result.loss:.4f}  "
-        f"{result.images} images in {seconds:.1f} s"
+        f"{result.images} images in {seconds:.1f} s, in {config.eval_precision} on "
+        f"{world.device.type}"
     )
 
 

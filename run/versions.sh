@@ -15,7 +15,7 @@ folder=${VERSIONS:-.versions}
 
 wanted() { # the Python and packages of an environment; `oldest` are pyproject.toml's lower bounds
   case $1 in
-    oldest) echo 3.11 torch==2.8.0 torchvision==0.23.0 timm==1.0.31 transformers==5.0.0 ;;
+    oldest) echo 3.11 torch==2.8.0 torchvision==0.23.0 timm==1.0.31 transformers==5.0.0 accelerate==1.4.0 peft==0.18.0 pytorch-lightning==2.6.0 ;;
     between) echo 3.12 torch==2.11.0 torchvision==0.26.0 timm==1.0.31 transformers==5.17.0 ;;
     newest) echo 3.13 torch torchvision timm transformers ;;
     *) echo "versions: got $1; allowed: oldest, between, newest" >&2 && return 1 ;;

@@ -5,8 +5,8 @@ Dimensions: R rows, B columns, R <= B.
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lap
@@ -15,13 +15,24 @@ import torch
 from torch import Tensor
 
 _SOLVED, _NO_MEMORY = -1, -2
+_LIBRARY = Path(__file__).with_name("_assignment_solver.so")  # as setup.py names it
+_DIGITS = 50  # as in _assignment_solver.c
 
 
-@torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=())
+_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8 has none
+on_the_host = () if _unsafe is None else (_unsafe,)
+"""Tags of operators that run code on the host, which a CUDA graph would not replay.
+
+Compiled with ``mode="reduce-overhead"`` the graph is cut there.
+"""
+
+
+@torch.library.custom_op("tokenmixup::solve_assignment", mutates_args=(), tags=on_the_host)
 def solve_assignment(gain: Tensor) -> Tensor:
     """Maximum of ``sum_r gain[r, column(r)]`` over one-to-one column choices.
 
-    Exact to 2^-40 of the gains, see :func:`_tilt`.
+    Exact for gains in whole numbers, see :func:`_whole`. Of assignments with equal totals it is the
+    one that is first in the order of its columns, whatever way it was found.
 
     Args:
         gain: (R, B) with R <= B, floating point, any device. The host reads it once.
@@ -47,7 +58,7 @@ def _(gain: Tensor) -> Tensor:
 
 
 def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
-    """By `_assignment_solver.c`, which computes in float64 from gains in float32."""
+    """By `_assignment_solver.c`, which takes gains in float32."""
     columns = torch.empty(len(gain), dtype=torch.int64)
     done = solver(gain.data_ptr(), *gain.shape, columns.data_ptr())
     if done == _NO_MEMORY:
@@ -59,37 +70,84 @@ def _by_solver(solver: Callable[..., Any], gain: Tensor) -> Tensor:
 
 
 def by_lap(gain: Tensor) -> np.ndarray:
-    """By lapx the same total, for gains in float64 and where there is no solver in C."""
-    cost = -gain.to(torch.float64).numpy()
-    if not np.isfinite(cost).all():
-        row, column = np.argwhere(~np.isfinite(cost))[0]
-        _refuse(row, column, -cost[row, column])
-    cost *= _tilt(*cost.shape)
+    """By lapx the same partners, for gains in float64 and where there is no solver in C."""
+    values = gain.to(torch.float64).numpy()
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        _refuse(row, column, values[row, column])
+    whole = _whole(values)
     # rows without gain add nothing to the total: they are handed the columns that are left
-    active = np.asarray(cost.any(axis=1))
-    columns = np.empty(len(cost), dtype=np.int64)
+    active = np.asarray(whole.any(axis=1))
+    columns = np.empty(len(whole), dtype=np.int64)
     if active.any():
-        rows, chosen = lap.lapjvr(cost[active], extend_cost=True, return_cost=False)
-        columns[np.flatnonzero(active)[rows]] = chosen
-    free = np.setdiff1d(np.arange(cost.shape[1]), columns[active])
+        _, found = lap.lapjvr(-whole[active], extend_cost=True, return_cost=False)
+        columns[active] = _settled(whole[active], found)
+    free = np.setdiff1d(np.arange(whole.shape[1]), columns[active])
     columns[~active] = free[: np.count_nonzero(~active)]
     return columns
 
 
-def _tilt(rows: int, columns: int) -> np.ndarray:
-    """Factors next to 1, (rows, columns), that make one of several best assignments the best.
+def _whole(gain: np.ndarray) -> np.ndarray:
+    """Gains (R, B) in whole multiples of 2^-50 to 2^-49 of B times the greatest.
+
+    Sums of so many such numbers are not rounded in float64, so that equal totals stay equal. Gains
+    in float32 keep all their digits, unless they are thousands of times smaller than the greatest.
+    """
+    _, exponent = np.frexp(np.abs(gain).max(initial=0))
+    return np.rint(np.ldexp(gain, _DIGITS - exponent - gain.shape[1].bit_length()))
+
+
+def _settled(gain: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Of the best assignments, given any of them, the one that is first in lexicographic order.
 
     Equal totals are common: where some samples are more salient than others at every token, every
     exchange among them has the same total. Which one a solver finds depends on its path, and so on
-    the last bits of other gains: the partners of a run would depend on its number of processes. A
-    tilt of 2^-40 is far above the rounding of float64 and far below the precision of float32; of
-    gains in float64 it hides smaller differences. No factor is above 1, so that the greatest
-    numbers stay finite. Two pairs of places whose tilts differ by less than float64's rounding stay
-    tied: it takes hundreds of samples that may all be exchanged.
+    the last bits of other gains: the partners of a run would depend on its number of processes.
+
+    Prices prove an assignment optimal if each row's column has the smallest price less gain for it.
+    The best assignments are those of columns that are so for their rows, whatever the prices are.
+
+    Args:
+        gain: (R, B), whole numbers.
+        columns: (R,), the columns of a best assignment.
     """
-    row, column = np.arange(1, rows + 1) * 2**0.5, np.arange(1, columns + 1) * 0.6180339887498949
-    tilt = 2.0**-40 * np.outer(row - np.floor(row), column - np.floor(column))
-    return (1 + tilt) / (1 + 2.0**-40)
+    spare = len(gain)  # a row of zeros, which owns the columns that are left
+    owner = np.full(gain.shape[1], spare)
+    owner[columns] = np.arange(spare)
+    more = gain - gain[owner[columns], columns][:, None]  # than from the row's own column
+    price, before = np.zeros(len(owner)), np.full(len(owner), -1.0)
+    while not np.array_equal(price, before):
+        before, lowest = price, price[owner == spare].max(initial=0)
+        price = np.maximum(price, (price[columns][:, None] + more).max(0)).clip(lowest)
+    tight = [*(price[columns][:, None] + more == price), price == lowest]
+    best = [
+        int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in tight
+    ]
+
+    owners, chosen, undecided = owner.tolist(), columns.tolist(), (1 << len(owner)) - 1
+    for first, own in enumerate(chosen):
+        # a path from a column before its own, over the rows behind, to its own
+        path, unseen, row = [], undecided & ~(1 << own), first
+        while row != first or best[row] & unseen & ((1 << own) - 1):
+            if best[row] & unseen:
+                path.append(_lowest(best[row] & unseen))
+                unseen &= ~(1 << path[-1])
+            else:
+                path.pop()
+            row = owners[path[-1]] if path else first
+            if path and best[row] >> own & 1:
+                takers = [first, *(owners[column] for column in path)]
+                for column, taker in zip([*path, own], takers, strict=True):
+                    owners[column] = taker
+                    if taker != spare:
+                        chosen[taker] = column
+                break
+        undecided &= ~(1 << chosen[first])
+    return np.asarray(chosen)
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
 
 
 def _refuse(row: int, column: int, value: float) -> NoReturn:
@@ -107,10 +165,9 @@ def compiled_solver() -> Callable[..., Any] | None:
     It is a plain library without Python's interface: ctypes needs no headers of Python to build it,
     and lets other threads run while it computes.
     """
-    found = importlib.util.find_spec("tokenmixup._assignment_solver")
-    if found is None or found.origin is None:
+    if not _LIBRARY.exists():
         return None
-    solver: Any = ctypes.CDLL(found.origin).tokenmixup_solve_assignment
+    solver: Any = ctypes.CDLL(str(_LIBRARY)).tokenmixup_solve_assignment
     pointer, length = ctypes.c_void_p, ctypes.c_ssize_t
     solver.restype, solver.argtypes = length, (pointer, length, length, pointer)
     return cast(Callable[..., Any], solver)

@@ -6,8 +6,9 @@ it again; otherwise they change nothing.
 Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -81,9 +82,9 @@ class _Hook:
     def _remembered(self, record: StepRecord) -> Remembered:
         """What this VTM layer attends to."""
         tokens = remembered_before(record.memory, self.index)
-        positions = remembered_before(record.positions, self.index)
-        assert tokens is not None and positions is not None, "layers before it remember theirs"
-        return Remembered(tokens, positions)
+        assert tokens is not None, "layers before it remember theirs"
+        earlier = [layer for layer in sorted(record.positions) if layer < self.index]
+        return Remembered(tokens, tuple(record.positions[layer] for layer in earlier))
 
 
 class _LayerHook(_Hook):
@@ -160,22 +161,24 @@ class _LayerHook(_Hook):
         config = self.watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
-        logits, scorenet = None, None
+        difficulty, scorenet = None, None
         if str(self.index) in self.scorenets:
             # Also when run again: checkpointing expects the same tensors to be saved.
             scorenet = cast(ScoreNet, self.scorenets[str(self.index)])
-            logits, losses = scorenet_loss(scorenet, tokens, targets, config)
+            difficulty, losses = scorenet_loss(scorenet, tokens, targets, config)
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
             saliency = self._input_saliency(tokens, args, kwargs)
-            step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
+            step = horizontal_step(
+                self.shared.rules, self.index, targets, saliency, difficulty, config
+            )
             record.decisions[self.index] = (targets, step.decision)
             record.targets = self.watch.observe(
-                f"layer {self.index}", scorenet, targets, step.targets, step.stats
+                *(f"layer {self.index}", scorenet, targets, step.targets, step.decision.mask),
+                step.stats,
             )
-            for name, value in step.stats.items():
-                record.stats[f"htm/layer{self.index}/{name}"] = value
+            record.stats.append(partial(_named, f"htm/layer{self.index}/", step.stats))
         decision = record.decisions[self.index][1]
         return self.shared.rules.mix(tokens, decision, self.shared.layout.num_prefix_tokens)
 
@@ -204,6 +207,17 @@ class _ProjectionHook(_Hook):
         return layer_saliency(adapter, layout, self.layer, query_key, args, kwargs)
 
 
+def _named(prefix: str, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics of an HTM layer, by their full names."""
+    return {prefix + name: value for name, value in stats.items()}
+
+
+def _remembered_tokens(index: int, count: int, device: torch.device) -> dict[str, Tensor]:
+    """The statistics of a VTM layer."""
+    found = torch.full((), count, dtype=torch.float32, device=device)
+    return {f"vtm/layer{index}/remembered_tokens": found}
+
+
 def _remembers(shared: Attachment, index: int) -> bool:
     return shared.vertical is not None and index < shared.vertical.layers[-1]
 
@@ -218,11 +232,10 @@ class _AttendHook(_Hook):
         if record is None:
             return None
         _refuse_without_gradients(record, self.index)
-        remembered = self._remembered(record)
+        remembered = record.attending[self.index] = self._remembered(record)
         if not again:
-            tokens = remembered.tokens
-            count = tokens.new_full((), tokens.shape[1], dtype=torch.float32)
-            record.stats[f"vtm/layer{self.index}/remembered_tokens"] = count
+            count, device = remembered.tokens.shape[1], remembered.tokens.device
+            record.stats.append(partial(_remembered_tokens, self.index, count, device))
             record.attended.add(self.index)
         return self.shared.adapter.with_memory(self.layer, remembered, args, kwargs)
 
@@ -234,7 +247,7 @@ class _OwnTokensHook(_Hook):
         record, _ = self.shared.session.current()
         if record is None:
             return None
-        remembered = self._remembered(record)
+        remembered = record.attending.pop(self.index)
         return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
 from tokenmixup.functional import MixingDecision
+from tokenmixup.hosts.base import Remembered
 
 _Announce = Callable[[Tensor], None]
 _may_be_saved: Callable[[_Announce], _Announce] = unserializable_hook
@@ -40,9 +41,10 @@ class StepRecord:
     Attributes:
         targets: soft targets (B, C) as mixed so far, None where none were given.
         scorenet_losses: losses of each sample (B,), one of each HTM layer.
-        stats: 0-d tensors by name.
+        stats: what computes 0-d tensors by name, of one layer each.
         memory: remembered tokens (B, K, D) by layer.
         entering: by layer that is running, its tokens (B, N, D) and its arguments.
+        attending: by VTM layer whose attention is running, what it attends to.
         decisions: by HTM layer, the targets before its mixing and what it decided.
         positions: by layer, the positions (B, K) that it remembers.
         attended: VTM layers whose attention got its remembered tokens.
@@ -56,9 +58,10 @@ class StepRecord:
     def __init__(self, targets: Tensor | None) -> None:
         self.targets = targets
         self.scorenet_losses: list[Tensor] = []
-        self.stats: dict[str, Tensor] = {}
+        self.stats: list[Callable[[], dict[str, Tensor]]] = []
         self.memory: dict[int, Tensor] = {}
         self.entering: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
+        self.attending: dict[int, Remembered] = {}
         self.decisions: dict[int, tuple[Tensor, MixingDecision]] = {}
         self.positions: dict[int, Tensor] = {}
         self.attended: set[int] = set()

@@ -10,10 +10,10 @@ SUM_TOLERANCE = 0.01
 """How far from 1 the sum of a row may be: above what rounding to bfloat16 (2^-9) adds up to."""
 
 
-def are_distributions(targets: Tensor) -> Tensor:
-    """Which rows of targets (B, C) are finite, nowhere negative and sum to 1, (B,) bool."""
+def no_distributions(targets: Tensor) -> Tensor:
+    """Which rows of targets (B, C) are not finite, somewhere negative, or do not sum to 1: (B,)."""
     total = targets.sum(1, dtype=torch.promote_types(targets.dtype, torch.float32))
-    return ((total - 1).abs() <= SUM_TOLERANCE) & (targets.amin(1) >= 0)
+    return (total.clamp(1 - SUM_TOLERANCE, 1 + SUM_TOLERANCE) != total) | (targets.amin(1) < 0)
 
 
 def soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:
@@ -52,7 +52,7 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
     if not targets.is_floating_point():
         raise ValueError(f"targets (B, C) must be floating point, got {targets.dtype}")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = (~are_distributions(targets)).nonzero()
+        bad = no_distributions(targets).nonzero()
         if len(bad):
             row = int(bad[0])
             least, total = targets[row].min(), targets[row].double().sum()

@@ -6,12 +6,13 @@ Dimensions: B batch, C classes.
 import itertools
 import warnings
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tokenmixup._assignment import on_the_host
 from tokenmixup._session import in_backward
 from tokenmixup.config import HorizontalConfig
 from tokenmixup.functional import least_difficulty
@@ -34,14 +35,16 @@ class _Seen:
     Attributes:
         steps: its training steps.
         largest_batch: the greatest B among them.
-        greatest: greatest easy share, mixed share, saliency difference and negative difficulty,
-            (4,) on the model's device.
-        read: those and the least difficulty that the targets allow, (5,), on their way to the host.
+        masks: the tokens that it mixed in the last steps, bool, on the model's device.
+        mixed: whether it mixed anything in the steps before those, 0-d, likewise.
+        read: that, the numbers of one step, and the least difficulty that the targets allow, (5,),
+            on their way to the host.
     """
 
     steps: int = 0
     largest_batch: int = 0
-    greatest: Tensor | None = None
+    masks: list[Tensor] = field(default_factory=list)
+    mixed: Tensor | None = None
     read: Tensor | None = None
 
 
@@ -70,6 +73,7 @@ class Watch:
         scorenet: ScoreNet | None,
         targets: Tensor,
         mixed: Tensor,
+        mask: Tensor,
         stats: Mapping[str, Tensor],
     ) -> Tensor:
         """Count a training step of a layer.
@@ -79,6 +83,7 @@ class Watch:
             scorenet: its ScoreNet, or None.
             targets: before its mixing, (B, C).
             mixed: after it, (B, C).
+            mask: the tokens that it mixed, (B, T) bool.
             stats: of the step.
 
         Returns:
@@ -87,18 +92,13 @@ class Watch:
         compiling = torch.compiler.is_compiling()
         if not compiling and (in_backward() or self._is_over(layer)):
             return mixed
-        # float32: the numbers are for a message
-        names = ("easy_share", "mixed_share", "saliency_difference_max")
-        numbers = [stats[name].float() for name in names]
-        hardest = stats.get("difficulty_min", torch.zeros_like(numbers[0]))
-        numbers.append(-hardest.float())
         # none at all where FullyShardedDataParallel holds them flat
         parameters = [] if scorenet is None else list(scorenet.parameters())
         frozen = len(parameters) > 0 and not any(p.requires_grad for p in parameters)
-        now = torch.stack(numbers)
         if compiling:
-            return _observe_compiled(mixed, targets, now, self.key, layer, frozen)
-        self.see(layer, targets, now, frozen)
+            now = _numbers(stats)
+            return _observe_compiled(mixed, targets, mask, now, self.key, layer, frozen)
+        self.see(layer, targets, mask, lambda: _numbers(stats), frozen)
         return mixed
 
     def _is_over(self, layer: str) -> bool:
@@ -106,8 +106,15 @@ class Watch:
         return self._warned or (seen is not None and seen.steps >= STEPS + _ARRIVES)
 
     @torch.no_grad()
-    def see(self, layer: str, targets: Tensor, now: Tensor, frozen: bool) -> None:
-        """As :meth:`observe`, outside of compiled code; ``now`` is one step's ``greatest``."""
+    def see(
+        self,
+        layer: str,
+        targets: Tensor,
+        mask: Tensor,
+        numbers: Callable[[], Tensor],
+        frozen: bool,
+    ) -> None:
+        """As :meth:`observe`, outside of compiled code."""
         if self._is_over(layer):
             return
         if frozen:
@@ -123,13 +130,18 @@ class Watch:
         seen.steps += 1
         seen.largest_batch = max(seen.largest_batch, len(targets))
         if seen.steps <= STEPS:
-            earlier = now if seen.greatest is None else seen.greatest.to(now.device)
-            seen.greatest = torch.maximum(earlier, now)
+            seen.masks.append(mask)
+        if len(seen.masks) == _ARRIVES or seen.steps == STEPS:
+            masks = [] if seen.mixed is None else [seen.mixed]
+            masks += seen.masks
+            seen.mixed = torch.cat([one.to(mask.device).flatten() for one in masks]).any()
+            seen.masks = []
         if seen.steps == STEPS:
-            assert seen.greatest is not None
-            least = least_difficulty(targets).min().float().reshape(1)
+            assert seen.mixed is not None
+            least = least_difficulty(targets).min().float()
+            read = torch.cat((torch.stack((seen.mixed.float(), least)), numbers()))
             # pinned memory, filled when the device gets there; nobody waits for it
-            seen.read = torch.cat((seen.greatest, least)).to("cpu", non_blocking=True)
+            seen.read = read.to("cpu", non_blocking=True)
         elif self._is_over(layer):
             cause = self._cause(seen)
             if cause:
@@ -138,7 +150,7 @@ class Watch:
     def _cause(self, seen: _Seen) -> str | None:
         """Why nothing was mixed, and what to do; None if something was."""
         assert seen.read is not None
-        easy, mixed, difference, negative, least = seen.read.tolist()
+        mixed, least, easy, difference, hardest = seen.read.tolist()
         tau, rho = self.config.tau, self.config.rho
         if mixed > 0:
             return None
@@ -154,14 +166,15 @@ class Watch:
             )
         if easy == 0:
             return (
-                f"no sample was easy. The least difficulty was {-negative:.4f}, tau is {tau}. "
+                f"no sample was easy. In the last of them the least difficulty was {hardest:.4f}, "
+                f"tau is {tau}. "
                 "If difficulty_min does not fall, see that the optimiser has ScoreNet's parameters "
                 "and that scorenet_lambda is not too small, or raise tau"
             )
         if difference <= rho:
             return (
-                f"rho is {rho:g}, but the greatest saliency difference was {difference:.3g}. "
-                "Lower rho; 1 / (number of patch tokens) is a value to begin with"
+                f"rho is {rho:g}, but in the last of them the greatest saliency difference was "
+                f"{difference:.3g}. Lower rho; begin with 1 / (number of patch tokens)"
             )
         return "there were easy samples and differences above rho, but its rules moved no token"
 
@@ -171,22 +184,47 @@ class Watch:
         warnings.warn(text, TokenMixupWarning, stacklevel=2)
 
 
+def _numbers(stats: Mapping[str, Tensor]) -> Tensor:
+    """Easy share, greatest saliency difference and least difficulty of a step, (3,).
+
+    In float32: they are for a message.
+    """
+    easy = stats["easy_share"]
+    hardest = stats.get("difficulty_min", torch.zeros_like(easy))
+    return torch.stack((easy, stats["saliency_difference_max"], hardest)).float()
+
+
 _keys = itertools.count()
 _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 """By key, as an operator's arguments cannot be objects; a watch lives as long as its model."""
 
 
-@torch.library.custom_op("tokenmixup::observe", mutates_args=())
+@torch.library.custom_op("tokenmixup::observe", mutates_args=(), tags=on_the_host)
 def _observe_compiled(
-    mixed: Tensor, targets: Tensor, now: Tensor, key: int, layer: str, frozen: bool
+    mixed: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    now: Tensor,
+    key: int,
+    layer: str,
+    frozen: bool,
 ) -> Tensor:
     """Run :meth:`Watch.see` at each step of compiled code, which cannot count itself."""
     watch = _watches.get(key)
     if watch is not None:
-        watch.see(layer, targets, now, frozen)
+        # the next step may write to the same memory
+        watch.see(layer, targets, mask.clone(), lambda: now, frozen)
     return mixed.clone()
 
 
 @_observe_compiled.register_fake
-def _(mixed: Tensor, targets: Tensor, now: Tensor, key: int, layer: str, frozen: bool) -> Tensor:
+def _(
+    mixed: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    now: Tensor,
+    key: int,
+    layer: str,
+    frozen: bool,
+) -> Tensor:
     return torch.empty_like(mixed)

@@ -13,7 +13,6 @@ as in ``docs/paper_map.md``.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmixup._assignment import solve_assignment
-from tokenmixup._targets import are_distributions, check_soft_targets
+from tokenmixup._precision import without_autocast
+from tokenmixup._targets import check_soft_targets, no_distributions
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
 _CPU_CHUNK = 1 << 20
 """Elements of the largest temporary on a CPU: 4 MiB in float32, which stay in the cache."""
-_DEVICE_CHUNK = 1 << 24
-"""The same on a device, where few large kernels are faster: 64 MiB in float32."""
+_DEVICE_CHUNK = 1 << 26
+"""The same on a device, where few large kernels are faster: 256 MiB in float32."""
 
 
 class HorizontalMixup(NamedTuple):
@@ -104,9 +104,9 @@ def query_key_saliency(
     """Saliency as :func:`attention_saliency` gives it, from queries and keys alone.
 
     The map softmax(scale * Q K^T + bias) is never stored whole: with a class token only its row
-    is computed, without one the map of one head and a few samples at a time. Fused attention can
-    thus stay on in the layer itself. Scores are computed in float32, also where autocast is on:
-    rounding a score of 100 to bfloat16 may change its probability by a quarter.
+    is computed, without one the maps of as many samples at a time as are fast to compute. Fused
+    attention can thus stay on in the layer itself. Scores are computed in float32, also where
+    autocast is on: rounding a score of 100 to bfloat16 may change its probability by a quarter.
 
     Args:
         query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
@@ -120,42 +120,40 @@ def query_key_saliency(
         Saliency, (B, T), without gradient, in float32 or wider.
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
-    with _without_autocast(query.device.type):
-        if _reads_class_token(num_prefix_tokens, class_token):
-            bias = None if bias is None else bias[:, :, :1]
-            scores = _scores(query[:, :, :1], key, scale, bias)
-            return scores.softmax(-1)[:, :, 0, num_prefix_tokens:].mean(1)
-        samples, heads, tokens = key.shape[:3]
-        at_once = _rows_at_once(key, query.shape[2] * tokens)
-        parts = []
-        for first in range(0, max(1, samples), at_once):
-            part = slice(first, first + at_once)
-            of_part = bias if bias is None or len(bias) == 1 else bias[part]
-            columns = key.new_zeros((len(key[part]), tokens))
-            for head in range(heads):
-                of_head = None if of_part is None else of_part[:, head]
-                scores = _scores(query[part, head], key[part, head], scale, of_head)
-                columns = columns + scores.softmax(-1).mean(1)
-            parts.append(columns / heads)
-        return torch.cat(parts)[:, num_prefix_tokens:]
+    if _reads_class_token(num_prefix_tokens, class_token):
+        query, bias = query[:, :, :1], None if bias is None else bias[:, :, :1]
+    samples, heads, tokens = key.shape[:3]
+    maps = _rows_at_once(key, query.shape[2] * tokens)
+    of_heads = heads if maps >= heads else 1
+    of_samples = max(1, maps // heads)
+    parts = []
+    with without_autocast(query.device.type):
+        for first in range(0, max(1, samples), of_samples):
+            part = slice(first, first + of_samples)
+            columns = []
+            for head in range(0, heads, of_heads):
+                at = (part, slice(head, head + of_heads))
+                added = None if bias is None else bias[at if len(bias) > 1 else (slice(1), at[1])]
+                columns.append(_scores(query[at], key[at], scale, added).softmax(-1).mean((1, 2)))
+            parts.append(columns[0] if len(columns) == 1 else torch.stack(columns).mean(0))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:, num_prefix_tokens:]
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """``scale * Q K^T + bias`` in float32 or wider.
+    """``scale * Q K^T + bias`` in float32 or wider: (B, H, Q, d), (B, H, N, d) -> (B, H, Q, N).
 
-    The scale comes last: half-precision numbers are exact in TF32, which tensor cores multiply
-    where torch is allowed to use it, but their scaled values need not be.
+    The scale is the product's own factor, applied last: half-precision numbers are exact in TF32,
+    which tensor cores multiply where torch is allowed to use it, but their scaled values need not
+    be.
     """
-    dtype = _wide(query)
-    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
+    dtype, layout = _wide(query), torch.contiguous_format  # one operation for both changes
+    query = query.to(dtype, memory_format=layout)
+    key = key.to(dtype, memory_format=layout)
+    product = torch.baddbmm(
+        query.new_empty(()), query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale
+    )
+    scores = product.unflatten(0, query.shape[:2])
     return scores if bias is None else scores + bias
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Operations keep the type of their tensors inside."""
-    if device_type == "meta":  # which computes nothing, and which torch.autocast refuses
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -171,13 +169,18 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
+    return -expected_log_likelihood(logits, targets)
+
+
+def expected_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """``sum_c y[c] log softmax(logits)[c]``, the negative of :func:`soft_cross_entropy`."""
     if logits.dim() != 2 or logits.shape != targets.shape:
         raise ValueError(
             "logits and targets must both be (B, C), got "
             f"{tuple(logits.shape)} and {tuple(targets.shape)}"
         )
     dtype = _wide(logits)
-    return F.cross_entropy(logits.to(dtype), targets.detach().to(dtype), reduction="none")
+    return (logits.to(dtype).log_softmax(1) * targets.detach().to(dtype)).sum(1)
 
 
 @torch.no_grad()
@@ -243,19 +246,18 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses it, without temporaries
         return (columns - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
     parts = rows.split(_rows_at_once(rows, columns.numel()))
-    return torch.cat(
-        [(columns - part.unsqueeze(1)).sub_(rho).clamp_min_(0).sum(-1) for part in parts]
-    )
+    gains = [(columns - part.unsqueeze(1)).sub_(rho).clamp_min_(0).sum(-1) for part in parts]
+    return gains[0] if len(gains) == 1 else torch.cat(gains)
 
 
 def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
-    The solver is exact, not a heuristic (an auction and shortest augmenting paths, in float64 on
-    the host). Totals that differ by less than 2^-40 of their gains count as equal, also in float64,
-    and the rows' and columns' positions decide among those, whatever the other gains are. Only
-    where so many assignments are equal that float64 cannot tell their positions apart (hundreds of
-    samples, each with its saliency on one token) the choice depends on the solver, C or lapx.
+    The solver is exact, not a heuristic (an auction and shortest augmenting paths on the host).
+    Gains count in whole multiples of a number between 2^-50 and 2^-49 of B times the greatest. Of
+    assignments with equal totals it takes the one whose columns come first in lexicographic order,
+    whatever the other gains are and whichever solver, C or lapx, does it. Rows without any gain
+    take the columns that are left.
 
     Args:
         gain: (E, B) with E <= B.
@@ -283,7 +285,7 @@ def mixing_mask(saliency: Tensor, partner: Tensor, easy: Tensor, rho: float) -> 
     Returns:
         (B, T) bool.
     """
-    return (saliency[partner] - saliency > rho) & easy.unsqueeze(1)
+    return (saliency.index_select(0, partner) - saliency > rho) & easy.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -315,10 +317,10 @@ def decide_mixing(
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
+    gain = _gain(saliency, saliency, rho) * easy.unsqueeze(1)
     # The solver, which has to read the gains anyway, finds bad targets by the nan that they make,
     # without another device synchronisation.
-    factor = torch.where(are_distributions(targets), easy, float("nan"))
-    partner = partners(_gain(saliency, saliency, rho) * factor.unsqueeze(1))
+    partner = partners(gain.masked_fill(no_distributions(targets).unsqueeze(1), float("nan")))
     taken = mask(saliency, partner, easy, rho)
     own = torch.arange(len(partner), device=partner.device)
     return MixingDecision(torch.where(taken.any(1), partner, own), taken)
@@ -326,8 +328,31 @@ def decide_mixing(
 
 def mix_tokens(tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int = 0) -> Tensor:
     """Carry out a decision on tokens (B, N, D): ``where(M, x[partner], x)``, prefixes kept."""
-    mask = F.pad(decision.mask, (num_prefix_tokens, 0))
-    return torch.where(mask.unsqueeze(-1), tokens[decision.partner], tokens)
+    mask = F.pad(decision.mask, (num_prefix_tokens, 0)) if num_prefix_tokens else decision.mask
+    # the compiler makes its own gradient
+    mixed = _mixed if torch.compiler.is_compiling() else _Mixing.apply
+    return mixed(tokens, decision.partner, mask.unsqueeze(-1))
+
+
+def _mixed(tokens: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    # index_select would not keep the layout, on which the host's own rounding may depend
+    return torch.where(mask, tokens[partner], tokens)
+
+
+class _Mixing(torch.autograd.Function):
+    """:func:`_mixed`, whose gradient torch would compute in twice as many operations."""
+
+    forward = staticmethod(_mixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        partner, mask = ctx.saved_tensors
+        kept = gradient.masked_fill(mask, 0)
+        return kept.index_add(0, partner, gradient * mask), None, None
 
 
 @torch.no_grad()
@@ -337,12 +362,9 @@ def label_share(saliency: Tensor, decision: MixingDecision) -> Tensor:
     It is 0 for a sample without replaced tokens, or with a + b = 0.
     """
     saliency = saliency.to(_wide(saliency))
-    partner, mask = decision.partner, decision.mask
-    kept = torch.where(mask, 0, saliency).sum(1)
-    taken = torch.where(mask, saliency[partner], 0).sum(1)
-    total = kept + taken
-    mixed = mask.any(1) & (total > 0)
-    return torch.where(mixed, taken / torch.where(mixed, total, 1), 0)
+    mixed = torch.where(decision.mask, saliency.index_select(0, decision.partner), saliency)
+    total = mixed.sum(1)
+    return ((mixed * decision.mask).sum(1) / total).nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -351,8 +373,10 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
 
     A sample without replaced tokens, or with a + b = 0, keeps its target as it is.
     """
-    share = label_share(saliency, decision).unsqueeze(1)
-    blend = (1 - share) * targets + share * targets[decision.partner]
+    share = label_share(saliency, decision)
+    dtype = torch.promote_types(targets.dtype, share.dtype)
+    own, share = targets.to(dtype), share.to(dtype).unsqueeze(1)
+    blend = torch.lerp(own, own.index_select(0, decision.partner), share)
     return torch.where(share > 0, blend.to(targets.dtype), targets)
 
 
@@ -421,8 +445,8 @@ def select_salient_tokens(
 
 def gather_tokens(tokens: Tensor, positions: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Patch tokens at positions (B, K) of tokens (B, N, D) -> (B, K, D)."""
-    index = (positions + num_prefix_tokens).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, index)
+    places = positions + num_prefix_tokens if num_prefix_tokens else positions
+    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 @torch.no_grad()
@@ -440,7 +464,7 @@ def _rows_at_once(like: Tensor, elements: int) -> int:
     the computation. A compiler would only have a larger graph: it gets all rows at once.
     """
     if torch.compiler.is_compiling():
-        return max(1, len(like))
+        return 1 << 40
     most = _CPU_CHUNK if like.device.type == "cpu" else _DEVICE_CHUNK
     return max(1, most // max(1, elements))
 

@@ -5,7 +5,9 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmixup._session import in_backward
+from tokenmixup._statistics import Statistics
 from tokenmixup._targets import soft_targets
 from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, ScoreNetType
 from tokenmixup.functional import (
+    DIFFICULTY_SCALE,
     MixingDecision,
     attention_saliency,
+    expected_log_likelihood,
     label_share,
-    sample_difficulty,
-    soft_cross_entropy,
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
@@ -39,20 +42,24 @@ class HorizontalStep:
     Attributes:
         decision: partners (B,) and token mask (B, T).
         targets: relabelled targets, (B, C).
-        stats: 0-d tensors on the model's device, by name.
+        stats: 0-d tensors on the model's device, by name; computed when they are read.
     """
 
     decision: MixingDecision
     targets: Tensor
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
 
 
 def scorenet_loss(
     scorenet: ScoreNet, tokens: Tensor, targets: Tensor, config: HorizontalConfig
 ) -> tuple[Tensor, Tensor]:
-    """ScoreNet's logits (B, C) and its loss ``lambda * CE(ScoreNet(x), y)`` of each sample (B,)."""
+    """Difficulty ``d = CE(ScoreNet(x), y) / 10``, without gradient, and the loss ``lambda * CE``.
+
+    Both are of each sample, (B,).
+    """
     logits = scorenet(tokens.detach() if config.scorenet_stop_gradient else tokens)
-    return logits, config.scorenet_lambda * soft_cross_entropy(logits, targets)
+    likelihood = expected_log_likelihood(logits, targets)  # -CE
+    return likelihood.detach() / -DIFFICULTY_SCALE, -config.scorenet_lambda * likelihood
 
 
 @torch.no_grad()
@@ -61,7 +68,7 @@ def horizontal_step(
     layer: int,
     targets: Tensor,
     saliency: Tensor,
-    logits: Tensor | None,
+    difficulty: Tensor | None,
     config: HorizontalConfig,
 ) -> HorizontalStep:
     """Difficulty, partners, mask and relabelling of one layer.
@@ -71,7 +78,7 @@ def horizontal_step(
         layer: index of the layer.
         targets: soft targets before this layer's mixing, (B, C).
         saliency: of the layer's unmixed tokens, (B, T).
-        logits: ScoreNet's, (B, C); None makes every sample easy.
+        difficulty: of each sample, (B,); None makes every sample easy.
         config: thresholds.
 
     Raises:
@@ -82,47 +89,57 @@ def horizontal_step(
             "the batch has no samples: there is nothing to mix, and a mean loss over it is not a "
             "number. Leave empty batches out of the training"
         )
-    if logits is None:
-        difficulty = None
+    if difficulty is None:
         easy = torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
     else:
         assert config.tau is not None, "HorizontalConfig checks that ScoreNet comes with tau"
-        difficulty = sample_difficulty(logits, targets)
         easy = difficulty <= config.tau
     saliency = rules.saliency(layer, saliency)
     decision = rules.decide(layer, saliency, targets, easy, config.rho)
     return HorizontalStep(
         decision,
         rules.relabel(targets, saliency, decision),
-        _statistics(saliency, easy, difficulty, decision),
+        Statistics(partial(_statistics, saliency, easy, difficulty, decision)),
     )
 
 
 def _statistics(
     saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
 ) -> dict[str, Tensor]:
-    """The numbers by which to choose tau and rho, as 0-d tensors: no device synchronisation."""
-    partner, mask = decision.partner, decision.mask
-    num_easy = easy.sum()
-    at_least_one = num_easy.clamp_min(1)
-    difference = (saliency[partner] - saliency) * easy.unsqueeze(1)
-    possible = (saliency.amax(0) - saliency) * easy.unsqueeze(1)
-    tiny = torch.finfo(saliency.dtype).tiny
-    place = torch.arange(saliency.shape[1], device=saliency.device)
-    stats = {
-        "easy_share": easy.float().mean(),
-        "mixed_share": mask.any(1).float().mean(),
-        "tokens_mixed": mask.sum() / at_least_one,
-        "label_share": label_share(saliency, decision).sum() / at_least_one,
-        "largest_saliency_share": (saliency.amax(1) / saliency.sum(1).clamp_min(tiny)).mean(),
-        "same_place_share": (saliency.argmax(1) == place.unsqueeze(1)).float().mean(1).max(),
-        "saliency_difference_max": possible.max(),
-        "saliency_difference_mean": difference.abs().sum() / (at_least_one * saliency.shape[1]),
+    """The numbers by which to choose tau and rho, each a place of one tensor on the device."""
+    mask = decision.mask
+    largest, place = saliency.max(1)
+    difference = saliency.index_select(0, decision.partner) - saliency
+    possible = saliency.amax(0) - saliency
+    means = {
+        "easy_share": easy,
+        "mixed_share": mask.any(1),
+        "largest_saliency_share": largest
+        / saliency.sum(1).clamp_min(torch.finfo(saliency.dtype).tiny),
+    }
+    of_easy = {
+        "tokens_mixed": mask.sum(1),
+        "label_share": label_share(saliency, decision),
+        "saliency_difference_mean": difference.abs().mean(1) * easy,
+    }
+    greatest = {
+        "same_place_share": (place == place.unsqueeze(1)).sum(1) / len(place),
+        "saliency_difference_max": possible.amax(1) * easy,
     }
     if difficulty is not None:
-        stats["difficulty_min"] = difficulty.min()
-        stats["difficulty_mean"] = difficulty.mean()
-    return stats
+        means["difficulty_mean"] = difficulty
+        greatest["difficulty_min"] = -difficulty
+    values = torch.cat(
+        (
+            torch.stack(list(means.values())).mean(1),
+            torch.stack(list(of_easy.values())).sum(1) / easy.sum().clamp_min(1),
+            torch.stack(list(greatest.values())).amax(1),
+        )
+    )
+    found = dict(zip((*means, *of_easy, *greatest), values.unbind(), strict=True))
+    if difficulty is not None:
+        found["difficulty_min"] = -found["difficulty_min"]
+    return found
 
 
 _POOLINGS: dict[str, ScoreNetType] = {
@@ -251,15 +268,17 @@ class HorizontalTokenMixupLayer(nn.Module):
             attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
         saliency = self._saliency(attention, tokens)
 
-        logits, loss = None, earlier_loss
+        difficulty, loss = None, earlier_loss
         if self.scorenet is not None:
-            logits, loss = scorenet_loss(self.scorenet, tokens, targets, self.config)
+            difficulty, loss = scorenet_loss(self.scorenet, tokens, targets, self.config)
             loss = loss if earlier_loss is None else earlier_loss + loss
-        step = horizontal_step(_PAPER, 0, targets, saliency, logits, self.config)
+        step = horizontal_step(_PAPER, 0, targets, saliency, difficulty, self.config)
         mixed = self._original(_PAPER.mix(tokens, step.decision, self.num_prefix_tokens))
         self._report(step)
         name = self.layer_name or "the wrapped layer"
-        relabelled = self._watch.observe(name, self.scorenet, targets, step.targets, step.stats)
+        relabelled = self._watch.observe(
+            name, self.scorenet, targets, step.targets, step.decision.mask, step.stats
+        )
         carried = relabelled if loss is None else (relabelled, loss)
         return self.layer(mixed, carried, *args, **kwargs)
 

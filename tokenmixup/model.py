@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenmixup._hooks import Attachment, has_hooks, install_hooks, mark
 from tokenmixup._session import Session, StepRecord
+from tokenmixup._statistics import Statistics
 from tokenmixup._targets import soft_targets
 from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
@@ -42,13 +43,14 @@ class TokenMixupOutput(NamedTuple):
         targets: soft targets (B, C), mixed; None where none were given. As they were given where
             the model is not ``enabled``.
         scorenet_loss: 0-d, mean over the batch, lambda applied, summed over the HTM layers.
-        stats: 0-d tensors on the model's device, by name (``htm/layer3/easy_share``, ...).
+        stats: 0-d tensors on the model's device, by name (``htm/layer3/easy_share``, ...). They
+            are computed when the first is read; a compiled model computes them in each step.
     """
 
     logits: Tensor
     targets: Tensor | None
     scorenet_loss: Tensor
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
 
     def loss(self, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """The loss to train with, 0-d: that of the logits on the mixed targets, and ScoreNet's.
@@ -300,13 +302,14 @@ class TokenMixupModel(nn.Module):
 
     def _collect(self, record: StepRecord, logits: Tensor) -> TokenMixupOutput:
         self._check_carried_out(record)
-        loss = _no_loss(logits)
-        for losses in record.scorenet_losses:
-            loss = loss + losses.mean()
-        if not torch.compiler.is_compiling():
-            for output in (loss, logits):
-                self._session.mark_backward(record, output)
-        return TokenMixupOutput(logits, record.targets, loss, record.stats)
+        means = [losses.mean() for losses in record.scorenet_losses]
+        loss = sum(means[1:], means[0]) if means else _no_loss(logits)
+        if torch.compiler.is_compiling():
+            return TokenMixupOutput(logits, record.targets, loss, _merged(record.stats))
+        for output in (loss, logits):
+            self._session.mark_backward(record, output)
+        stats = Statistics(partial(_merged, record.stats))
+        return TokenMixupOutput(logits, record.targets, loss, stats)
 
     def _check_carried_out(self, record: StepRecord) -> None:
         mixing = self.horizontal.layers if self.horizontal is not None else ()
@@ -373,6 +376,11 @@ class TokenMixupModel(nn.Module):
                 f"(vertical): {self.vertical}",
             )
         )
+
+
+def _merged(parts: Sequence[Callable[[], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The statistics of all layers."""
+    return {name: value for part in parts for name, value in part().items()}
 
 
 def _no_loss(logits: Tensor) -> Tensor:

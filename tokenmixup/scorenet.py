@@ -6,6 +6,7 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, C classes.
 import torch
 from torch import Tensor, nn
 
+from tokenmixup._precision import without_autocast
 from tokenmixup.config import ScoreNetType
 
 
@@ -50,15 +51,20 @@ class ScoreNet(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Class logits (B, C) of tokens (B, N, D)."""
-        if self.pool is not None:
-            weight = self.pool(tokens).softmax(dim=1)  # (B, N, 1)
-            pooled = torch.einsum("bnk,bnd->bd", weight, tokens)
-        elif self.pooling == "cls":
-            pooled = tokens[:, 0]
-        else:
-            pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return self.head(pooled)
+        """Class logits (B, C) of tokens (B, N, D), in the type of the weights, autocast or not.
+
+        It is so small that casts would be most of its cost, and tau is compared with its loss.
+        """
+        with without_autocast(tokens.device.type):
+            tokens = tokens.to(self.head.weight.dtype)
+            if self.pool is not None:
+                weight = self.pool(tokens).softmax(dim=1)  # (B, N, 1)
+                pooled = torch.einsum("bnk,bnd->bd", weight, tokens)
+            elif self.pooling == "cls":
+                pooled = tokens[:, 0]
+            else:
+                pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
+            return self.head(pooled)
 
     def extra_repr(self) -> str:
         """Name the pooling."""

@@ -25,8 +25,26 @@ def normalisation(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, .
     return mean, std
 
 
+def mean_and_std(config: DataConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The same as tensors (3, 1, 1)."""
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(device) for v in normalisation(config))
+    return mean, std
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (..., 3, H, W) from 0 to 255 as normalised floats.
+
+    These are the operations of torchvision's ToTensor and Normalize, so that a CPU gives the same
+    bits; a GPU multiplies by 1 / 255 instead.
+    """
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
 def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
     """timm's augmentation for training: PIL image -> tensor (3, H, W).
+
+    It holds pixels in uint8, for `normalise`; with random erasing, which writes normalised values,
+    it is normalised already.
 
     Raises:
         DataError: a policy of `data.auto_augment` that timm does not know.
@@ -49,6 +67,7 @@ def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tens
             interpolation=config.train_interpolation,
             mean=mean,
             std=std,
+            normalize=config.re_prob > 0,  # timm erases nothing without
             re_prob=config.re_prob,
             re_mode=config.re_mode,
             re_count=config.re_count,
@@ -61,17 +80,15 @@ def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tens
 
 
 def eval_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
-    """timm's transform for evaluation, without anything random: PIL image -> (3, H, W)."""
+    """timm's transform for evaluation, without anything random: PIL image -> uint8 (3, H, W)."""
     from timm.data import create_transform
 
-    mean, std = normalisation(config)
     return create_transform(
         input_size=image_size,
         is_training=False,
         interpolation=config.interpolation,
         crop_pct=config.crop_pct,
-        mean=mean,
-        std=std,
+        normalize=False,
     )
 
 

@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from experiments.config import DataConfig, RunConfig
 from experiments.data.augment import eval_transform, train_transform
 from experiments.data.datasets import Images, UnreadableImage, read_image
+from experiments.data.transfer import Loaded, Transfer
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, generators_kept, seed_generators
 
 Key = tuple[int, int]  # epoch, index
 Sample = tuple[Tensor, int, str]  # image (3, H, W), label, why another image stands in its place
-Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), labels (B,)
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), normalised, and labels (B,), on the device
 
+_CPU = torch.device("cpu")
 _SUBSTITUTES = 10  # images that are tried in place of an unreadable one
 _SAVING_SECONDS = 10  # how long a loader process outlives SIGTERM
 
@@ -146,14 +148,14 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 class TrainBatches:
-    """One process's share of the training batches, epoch by epoch."""
+    """One process's share of the training batches, epoch by epoch, on its device."""
 
     def __init__(
         self,
         config: RunConfig,
         images: Images,
         num_classes: int,
-        pin_memory: bool = False,
+        device: torch.device = _CPU,
         rank: int = 0,
         size: int = 1,
     ) -> None:
@@ -167,7 +169,8 @@ class TrainBatches:
         dataset = SeededImages(images, transform, seed, num_classes, data.max_bad_images > 0)
         self.division = divide_batch(data, rank, size)
         self._keys = EpochBatches(len(images), data.batch_size, seed, self.division)
-        self._loader = _loader(dataset, self._keys, data.workers, pin_memory, seed)
+        self._loader = _loader(dataset, self._keys, data.workers, device, seed)
+        self.transfer = Transfer(config, device)
         self.images = images
         self.num_images = len(images)
         self.steps_per_epoch = len(images) // data.batch_size
@@ -182,10 +185,11 @@ class TrainBatches:
             DataError: more images than allowed cannot be read; the message names the last.
         """
         self._keys.epoch, self._keys.first_step = epoch, first_step
-        for images, labels, problems in _loaded(self._loader):
+        for images, labels, problems in self.transfer(_loaded(self._loader)):
             for problem in problems:
                 self._count_bad(problem)
             yield images, labels
+            del images, labels  # before the next batch is begun
 
     def close(self) -> None:
         """End the loader's processes, which otherwise live until Python exits."""
@@ -202,14 +206,14 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """This process's share of the validation split; over all processes, every image once."""
+    """This process's share of the validation split, on its device; over all, every image once."""
 
     def __init__(
         self,
         config: RunConfig,
         images: Images,
         num_classes: int,
-        pin_memory: bool = False,
+        device: torch.device = _CPU,
         rank: int = 0,
         size: int = 1,
     ) -> None:
@@ -219,14 +223,16 @@ class EvalBatches:
         length = data.eval_batch_size or data.batch_size
         keys = [(0, index) for index in range(rank, len(images), size)]
         batches = [keys[start : start + length] for start in range(0, len(keys), length)]
-        self._loader = _loader(dataset, batches, data.workers, pin_memory, config.seed)
+        self._loader = _loader(dataset, batches, data.workers, device, config.seed)
+        self._transfer = Transfer(config, device)
         self.num_images = len(images)
         self.common_batches = -(-(len(images) // size) // length)
         """Batches that every process has at least."""
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, labels, _ in _loaded(self._loader):
+        for images, labels, _ in self._transfer(_loaded(self._loader)):
             yield images, labels
+            del images, labels
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -237,7 +243,7 @@ class EvalBatches:
 
 
 def _loader(
-    dataset: SeededImages, batch_sampler: Any, workers: int, pin_memory: bool, seed: int
+    dataset: SeededImages, batch_sampler: Any, workers: int, device: torch.device, seed: int
 ) -> DataLoader[Sample]:
     # the loader draws a seed for its processes in every epoch: from a generator of its own
     generator = torch.Generator()
@@ -246,7 +252,7 @@ def _loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=generator,
         collate_fn=_collate,
@@ -254,7 +260,7 @@ def _loader(
     )
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(samples: list[Sample]) -> Loaded:
     images, labels = default_collate([sample[:2] for sample in samples])
     return images, labels, [sample[2] for sample in samples]
 
@@ -270,7 +276,7 @@ def _outlive_main_process(number: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SAVING_SECONDS))
 
 
-def _loaded(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+def _loaded(loader: DataLoader[Any]) -> Iterator[Loaded]:
     """The loader's batches; errors that came from its processes in one line."""
     try:
         yield from loader

@@ -78,6 +78,19 @@ def main(argv: Sequence[str]) -> None:
         print()
         for name in names:
             print(f"{results / name}.json, {name}.md, {name}.html")
+    if "train" not in options:
+        _refuse_nothing(results, rows)
+
+
+def _refuse_nothing(results: Path, rows: list[Row]) -> None:
+    from experiments.reproduce.table import row_records
+
+    ours = {record.row: record.ours for record in row_records(results).read()}
+    if all(ours.get(row.name) is None for row in rows):
+        raise DataError(
+            "nothing could be evaluated: the lines above say why of each row; --download fetches "
+            "released checkpoints"
+        )
 
 
 def evaluate(

@@ -241,16 +241,20 @@ def remarks_of(table: PaperTable) -> list[str]:
 
 
 def sources_of(table: PaperTable) -> list[str]:
-    """Day, hardware, versions, commit and command of the figures; equal ones once."""
-    entries: list[tuple[str, Record]] = [
-        (line.name, line.record) for line in table.lines if line.record and line.ours is not None
+    """Day, hardware, precision, versions, commit, command of the figures; equal ones once."""
+    entries: list[tuple[str, Record, str]] = [
+        (line.name, line.record, f"evaluated in {line.record.precision}, ")
+        for line in table.lines
+        if line.record and line.ours is not None
     ]
-    entries += [(f"{line.name}, seed {s.seed}", s) for line in table.trained for s in line.seeds]
+    entries += [
+        (f"{line.name}, seed {s.seed}", s, "") for line in table.trained for s in line.seeds
+    ]
     found: dict[str, list[str]] = {}
-    for name, record in entries:
+    for name, record, precision in entries:
         versions = ", ".join(f"{key} {value}" for key, value in record.versions.items())
         source = (
-            f"{record.time.partition('T')[0]}, {record.hardware}, {versions}, "
+            f"{record.time.partition('T')[0]}, {record.hardware}, {precision}{versions}, "
             f"commit {record.commit or 'unknown'}, `{record.command}`"
         )
         found.setdefault(source, []).append(name)

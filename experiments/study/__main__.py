@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ options:
   --study FILE     the study, a YAML file of configs/studies
   --jobs N         trainings at a time, each in its own process (default: 1)
   --threads N      threads per training (default: 1)
+  --only NAMES     only these variants, divided by commas; page and picture are left alone
+  --seed SEED      only this seed of the study; page and picture are left alone
   --run NAME/SEED  one training alone, in this process
   --report         only rewrite page and picture from the records, and the documents' tables
   --judge DIR      mix test images by the saliency of the finished trainings at layer 0, and record
@@ -32,7 +35,7 @@ options:
 --SECTION.KEY VALUE sets a key of the config in every training; python -m experiments.train --help
 lists the keys.
 """
-_VALUES = ("study", "jobs", "threads", "run", "judge", "output", "results")
+_VALUES = ("study", "jobs", "threads", "only", "seed", "run", "judge", "output", "results")
 _OPTIONS = {name: cli.Option("") for name in _VALUES} | {"report": cli.Option("", False)}
 
 
@@ -50,15 +53,11 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if "study" not in options:
         raise ConfigError("command line: --study: missing; it is a file of configs/studies")
-    for mode, other in (
-        ("report", "run"),
-        ("report", "jobs"),
-        ("run", "jobs"),
-        ("judge", "run"),
-        ("judge", "jobs"),
-    ):
-        if mode in options and other in options:
-            raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
+    chosen = ("jobs", "only", "seed")
+    for mode, others in (("report", chosen), ("run", chosen), ("judge", chosen)):
+        for other in ("run", *others) if mode != "run" else others:
+            if mode in options and other in options:
+                raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
     output = Path(options.get("output", "output/studies"))
     results = Path(options.get("results", "results"))
 
@@ -87,8 +86,9 @@ def main(argv: Sequence[str]) -> None:
     from experiments.study.run import Runner, whole_number
     from experiments.training.stopping import StopRequests
 
+    part = _part(study, options)
     runner = Runner(
-        study,
+        part,
         command=["-m", "experiments.study", "--study", study.file],
         places=["--output", str(output), "--results", str(results)],
         overrides=overrides,
@@ -104,10 +104,30 @@ def main(argv: Sequence[str]) -> None:
         try:
             runner.train(jobs, requests)
         except (SavedAndStopped, TrainingFailed):
-            if runner.records.path.exists():
+            if part == study and runner.records.path.exists():
                 _show(study, results)  # the trainings that are done so far
             raise
-    _show(study, results)
+    if part == study:
+        _show(study, results)
+
+
+def _part(study: "Study", options: Mapping[str, str]) -> "Study":
+    """The variants and the seed that `--only` and `--seed` name."""
+    variants, seeds = study.variants, study.seeds
+    if "only" in options:
+        names = [name.strip() for name in options["only"].split(",")]
+        for name in names:
+            if name not in variants:
+                raise ConfigError(
+                    f"command line: --only: got {name!r}; allowed: {', '.join(variants)}"
+                )
+        variants = {name: variants[name] for name in variants if name in names}
+    if "seed" in options:
+        seeds = tuple(seed for seed in seeds if str(seed) == options["seed"])
+        if not seeds:
+            allowed = ", ".join(map(str, study.seeds))
+            raise ConfigError(f"command line: --seed: got {options['seed']!r}; allowed: {allowed}")
+    return replace(study, variants=variants, seeds=seeds)
 
 
 def _show(study: "Study", results: Path) -> None:

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.config import RunConfig
-from experiments.data.augment import normalisation
+from experiments.data.augment import mean_and_std
 from experiments.data.datasets import Images
 from experiments.data.loading import Batch, EvalBatches
+from experiments.data.transfer import memory_format
 from experiments.study.sinks import layer_saliencies, sink_statistics
 from experiments.training.distributed import World
-from experiments.training.evaluation import Evaluation, evaluate, to_device
+from experiments.training.evaluation import Evaluation, evaluate
 from tokenmixup import TokenMixupModel
 
 CALIBRATION_BINS = 15
@@ -105,7 +106,7 @@ def measure(
         each of `CORRUPTIONS`, `train_top1`, `train_loss`, and as `layer0/largest_share` what
         `sink_statistics` says of each layer's saliency, for the first of `images`.
     """
-    clean = EvalBatches(config, images, num_classes)
+    clean = EvalBatches(config, images, num_classes, world.device)
     seen: list[tuple[Tensor, Tensor]] = []
     result = evaluate(
         model, clean, world, config, on_logits=lambda *batch: seen.append((batch[0], batch[1]))
@@ -115,22 +116,20 @@ def measure(
     for name, corruption in CORRUPTIONS.items():
         corrupted = _corrupted(clean, corruption, config)
         found[f"top1_{name}"] = evaluate(model, corrupted, world, config).top1
-    own = evaluate(model, EvalBatches(config, train_images, num_classes), world, config)
+    train = EvalBatches(config, train_images, num_classes, world.device)
+    own = evaluate(model, train, world, config)
     found |= {"train_top1": own.top1, "train_loss": own.loss}
-    for layer, saliency in enumerate(_saliencies(model, clean, world, config)):
+    for layer, saliency in enumerate(_saliencies(model, clean)):
         for name, value in sink_statistics(saliency).items():
             found[f"layer{layer}/{name}"] = value
     return result, found
 
 
-def _saliencies(
-    model: TokenMixupModel, batches: EvalBatches, world: World, config: RunConfig
-) -> list[Tensor]:
+def _saliencies(model: TokenMixupModel, batches: EvalBatches) -> list[Tensor]:
     """The saliency (I, T) at each layer, for the first images."""
     model.eval()
     parts, wanted = [], SALIENCY_IMAGES
-    for batch in batches:
-        images, _ = to_device(batch, world.device, config)
+    for images, _ in batches:
         parts.append([saliency.cpu() for saliency in layer_saliencies(model, images[:wanted])])
         wanted -= len(images)
         if wanted <= 0:
@@ -139,7 +138,9 @@ def _saliencies(
 
 
 def _corrupted(batches: EvalBatches, corruption: Corruption, config: RunConfig) -> Iterator[Batch]:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in normalisation(config.data))
+    mean, std = mean_and_std(config.data)
     generator = torch.Generator().manual_seed(0)
     for images, labels in batches:
-        yield (corruption(images * std + mean, generator) - mean) / std, labels
+        pixels = images.cpu().contiguous() * std + mean
+        corrupted = (corruption(pixels, generator) - mean) / std
+        yield corrupted.to(images.device, memory_format=memory_format(config)), labels

@@ -12,11 +12,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from experiments.training.evaluation import Evaluation
 from experiments.training.metrics import CLOCK_VALUES, mean_of_rows, read_metrics
 from experiments.training.run import Run
 from experiments.training.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _CLOCK_FILE = "study_clock.json"
 _NOT_STATISTICS = {"split", "epoch", "step", "steps", "lr", *CLOCK_VALUES}
@@ -131,26 +134,28 @@ class Runner:
         total, failed = len(self.trainings()), None
         done = total - len(waiting)
         running: dict[subprocess.Popen[bytes], Training] = {}
-        print(f"{self.study.name}: {done} of {total} trainings are done", flush=True)
-        while running or (waiting and failed is None):
-            if requests.reason is not None:
-                self._stop(running, requests.reason)
-            while waiting and failed is None and len(running) < jobs:
-                training = waiting.pop(0)
-                print(f"{training.name}: started, log in {training.log}", flush=True)
-                running[self._start(training)] = training
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            for process in [p for p in running if p.poll() is not None]:
-                training = running.pop(process)
-                key = (training.variant.name, training.seed)
-                found = [r for r in self.records.read() if (r.variant, r.seed) == key]
-                if process.returncode == 0 and found:
-                    done += 1
-                    measured = f"{found[0].top1:.2f}% in {found[0].seconds:.0f} s"
-                    print(f"{training.name}: {measured} ({done} of {total})", flush=True)
-                    self.finished()
-                else:
-                    failed = failed or _failure(training, process.returncode)
+        logs = f"; each keeps a log, {self.runs}/NAME/seedN/log.txt" if waiting else ""
+        print(f"{self.study.name}: {done} of {total} trainings are done{logs}", flush=True)
+        with _bars() as show:
+            while running or (waiting and failed is None):
+                if requests.reason is not None:
+                    self._stop(running, requests.reason)
+                while waiting and failed is None and len(running) < jobs:
+                    training = waiting.pop(0)
+                    running[self._start(training)] = training
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                for process in [p for p in running if p.poll() is not None]:
+                    training = running.pop(process)
+                    key = (training.variant.name, training.seed)
+                    found = [r for r in self.records.read() if (r.variant, r.seed) == key]
+                    if process.returncode == 0 and found:
+                        done += 1
+                        measured = f"{found[0].top1:.2f}% in {found[0].seconds:.0f} s"
+                        print(f"{training.name}: {measured} ({done} of {total})", flush=True)
+                        self.finished()
+                    else:
+                        failed = failed or _failure(training, process.returncode)
+                show(running.values())
         if failed is not None:
             raise failed
 
@@ -324,6 +329,31 @@ def _failure(training: Training, code: int) -> SavedAndStopped | TrainingFailed:
         "from its last checkpoint",
         code,
     )
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[Iterable[Training]], None]]:
+    """A bar with the time left for each running training, on a terminal alone."""
+    if not sys.stdout.isatty():
+        yield lambda running: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:  # prints appear above the bars
+        tasks: dict[str, TaskID] = {}
+
+        def show(running: Iterable[Training]) -> None:
+            trainings = {training.name: training for training in running}
+            for name in tasks.keys() - trainings.keys():
+                progress.remove_task(tasks.pop(name))
+            for name, training in trainings.items():
+                if name not in tasks:
+                    epochs = training.config.schedule.total_epochs
+                    tasks[name] = progress.add_task(name, total=epochs)
+                rows = read_metrics(training.folder)
+                progress.update(tasks[name], completed=rows[-1]["epoch"] if rows else 0)
+
+        yield show
 
 
 @contextmanager

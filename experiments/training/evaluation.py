@@ -1,12 +1,12 @@
 """Evaluation on the whole validation split: of a model in training, or of weights from a file.
 
-Also where models and batches go: device, memory format, precision.
+Also where models go, and in which precision they compute.
 
 Dimensions: B batch, C classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,8 +24,10 @@ from experiments.data.datasets import (
     stated_num_classes,
 )
 from experiments.data.loading import Batch, EvalBatches
+from experiments.data.transfer import memory_format
+from experiments.errors import ConfigError
 from experiments.models.build import build_model
-from experiments.training.distributed import World
+from experiments.training.distributed import World, choose_device
 from tokenmixup import TokenMixupModel
 
 _Model = TypeVar("_Model")
@@ -46,11 +48,38 @@ class Evaluation:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """torch's mixed precision for a forward pass; nothing in fp32."""
-    if precision == "fp32":
+    """torch's mixed precision for a forward pass; nothing in fp32 and tf32."""
+    if precision in ("fp32", "tf32"):
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """On a GPU, products in float32 round their factors to TF32 for "tf32", and never otherwise.
+
+    By default torch lets cuDNN round those of convolutions.
+    """
+    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.allow_tf32, convolutions.allow_tf32
+    matrices.allow_tf32 = convolutions.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matrices.allow_tf32, convolutions.allow_tf32 = before
+
+
+def refuse_tf32_without_gpu(config: RunConfig) -> None:
+    """Refuse an evaluation in TF32 where nothing would be rounded to it.
+
+    Raises:
+        ConfigError: on a CPU, or on a GPU of before 2020.
+    """
+    if config.eval_precision != "tf32":
+        return
+    if choose_device(config.device).type != "cuda" or not torch.cuda.is_tf32_supported():
+        raise ConfigError("eval_precision: got 'tf32'; allowed on this device: fp32, bf16, fp16")
 
 
 def evaluate(
@@ -63,42 +92,32 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on every image once, over all processes; restores the model's mode.
 
-    `batches` are this process's share of the images; `on_batch` is called before each, and
-    `on_logits` after it, with its logits (B, C) and labels (B,).
+    `batches` are this process's share of the images, on its device; `on_batch` is called before
+    each, and `on_logits` after it, with its logits (B, C) and labels (B,). The host waits for the
+    device once, at the end.
     """
     was_training, device = model.training, world.device
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with torch.inference_mode():
-        for batch in batches:
+    seen = 0
+    with torch.inference_mode(), float32_products(config.eval_precision):
+        for images, labels in batches:
             on_batch()
-            images, labels = to_device(batch, device, config)
             with autocast(device, config.eval_precision):
                 logits = model(images)
             logits = logits.float()  # (B, C)
             on_logits(logits, labels)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            count = loss.new_tensor(len(labels))
-            totals += torch.stack((best[:, 0].sum(), best.sum(), loss, count)).double()
+            totals[:3] += torch.stack((best[:, 0].sum(), best.sum(), loss))
+            seen += len(labels)
+        totals[3].fill_(seen)
     model.train(was_training)
     top1, top5, loss_sum, count_sum = world.sum(totals).tolist()
     images_seen = round(count_sum)
     return Evaluation(
         100 * top1 / images_seen, 100 * top5 / images_seen, loss_sum / images_seen, images_seen
     )
-
-
-def memory_format(config: RunConfig) -> torch.memory_format:
-    """The layout of images and convolutions in memory."""
-    return torch.channels_last if config.channels_last else torch.contiguous_format
-
-
-def to_device(batch: Batch, device: torch.device, config: RunConfig) -> Batch:
-    """Copy a batch to the device without waiting for it, in the configured memory format."""
-    images, labels = batch
-    images = images.to(device, non_blocking=True, memory_format=memory_format(config))
-    return images, labels.to(device, non_blocking=True)
 
 
 def place(model: TokenMixupModel, device: torch.device, config: RunConfig) -> TokenMixupModel:
@@ -128,6 +147,7 @@ def model_and_images(
     Raises:
         UserError: any setting that cannot work, or data that is missing.
     """
+    refuse_tf32_without_gpu(config)
     num_classes = known_num_classes(config)
     model = None if num_classes is None else make(num_classes)
     with world.main_first():  # downloads
@@ -155,7 +175,7 @@ class Assessment:
             (config.data.val_split,),
             lambda num_classes: assemble(config, checkpoint, num_classes, world.device),
         )
-        share = (world.device.type == "cuda", world.rank, world.size)
+        share = (world.device, world.rank, world.size)
         self.batches = EvalBatches(config, self.images, num_classes, *share)
 
     def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,7 +19,12 @@ import filelock
 import torch
 
 from experiments import provenance
-from experiments.checkpoint import load_checkpoint, refuse_changed_config, save_checkpoint
+from experiments.checkpoint import (
+    copied,
+    load_checkpoint,
+    refuse_changed_config,
+    save_checkpoint,
+)
 from experiments.config import RunConfig, as_plain, build_config, settings_of, yaml_text
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
@@ -30,6 +37,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
 FINAL_WEIGHTS = "final.safetensors"
 HEARTBEAT_FILE = "heartbeat.json"
+README_FILE = "README.md"
 _BEST = "best.pt"
 _LOCK = ".lock"
 _NUMBERED = re.compile(r"step-(\d{8,})\.pt")
@@ -37,17 +45,26 @@ _SECONDS_BETWEEN_HEARTBEATS = 10.0
 
 
 class RunFolder:
-    """One run's files. The main process alone writes them."""
+    """One run's files. The main process alone writes them.
+
+    A checkpoint is copied at once and written by a thread, one at a time, while the run goes on.
+    What goes wrong there is raised in the main thread by the next `beat`, `settle` or save.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / CHECKPOINT_FOLDER
         self.final_weights = path / FINAL_WEIGHTS
         self._next_beat = 0.0
+        self._thread: ThreadPoolExecutor
+        self._underway: Future[None] | None = None
+        self._copy: dict[str, Any] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder and keep other writers out of it; a crash releases the lock.
+
+        At the end the thread finishes what it writes.
 
         Raises:
             ConfigError: another process writes there, or it cannot be written.
@@ -70,7 +87,8 @@ class RunFolder:
                 path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
                 for folder in (self.path, self.checkpoints):
                     remove_half_written(folder)
-            yield
+            with ThreadPoolExecutor(1, "checkpoints") as self._thread:
+                yield
         finally:
             lock.release()
 
@@ -108,6 +126,22 @@ class RunFolder:
             self.final_weights.unlink(missing_ok=True)
             text = yaml_text(as_plain(config))
             write_atomically(self.path / CONFIG_FILE, text.encode())
+            write_atomically(self.path / README_FILE, self._about(config).encode())
+
+    def _about(self, config: RunConfig) -> str:
+        """Two lines for those who find the folder: what it is, and which command goes on."""
+        with_what = [name for name in ("horizontal", "vertical") if getattr(config, name)]
+        command = shlex.join(
+            ["python", "-m", "experiments.train", "--config", str(self.path / CONFIG_FILE)]
+        )
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return (
+            f"A training of {config.model.name} on {config.data.dataset}, "
+            f"{' and '.join(with_what) + ' TokenMixup' if with_what else 'plain'}, "
+            f"{config.schedule.total_epochs} epochs, begun or resumed {now}.\n\n"
+            f"`{command}`, called in {Path.cwd()}, goes on from the newest checkpoint; "
+            f"`{FINAL_WEIGHTS}` is there when all is done.\n"
+        )
 
     def saved(self) -> list[Path]:
         """The checkpoints to resume from, the newest first."""
@@ -117,7 +151,9 @@ class RunFolder:
         return sorted(found, key=_step_of, reverse=True)
 
     def last_good(self) -> str:
-        """Name the newest checkpoint in a message."""
+        """Name the newest checkpoint in a message, that being written included if it succeeds."""
+        if self._underway is not None:
+            wait([self._underway])
         saved = self.saved()
         return f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
 
@@ -171,18 +207,42 @@ class RunFolder:
         return None
 
     def save(self, step: int, content: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint; of those up to it, the newest `keep` stay."""
-        save_checkpoint(self._numbered(step), content)
-        older = [path for path in self.saved() if _step_of(path) <= step]
-        for path in older[keep:]:
-            path.unlink(missing_ok=True)
+        """Begin to write a checkpoint; of those up to it, the newest `keep` stay."""
+
+        def remove_older() -> None:
+            older = [path for path in self.saved() if _step_of(path) <= step]
+            for path in older[keep:]:
+                path.unlink(missing_ok=True)
+
+        self._begin_to_write(self._numbered(step), content, remove_older)
 
     def save_best(self, content: dict[str, Any]) -> None:
-        """Write the checkpoint of the best validation."""
-        save_checkpoint(self.checkpoints / _BEST, content)
+        """Begin to write the checkpoint of the best validation."""
+        self._begin_to_write(self.checkpoints / _BEST, content, lambda: None)
+
+    def settle(self) -> None:
+        """Wait until what is being written is on the disk, and raise what went wrong there."""
+        underway, self._underway = self._underway, None
+        if underway is not None:
+            underway.result()
+
+    def _begin_to_write(
+        self, path: Path, content: dict[str, Any], finish: Callable[[], object]
+    ) -> None:
+        self.settle()  # and the memory of the last copy is free
+        self._copy |= copied(content, self._copy)
+        copy = {key: self._copy[key] for key in content}
+
+        def write() -> None:
+            save_checkpoint(path, copy)
+            finish()
+
+        self._underway = self._thread.submit(write)
 
     def beat(self, state: str, progress: Progress, at_once: bool = False) -> None:
         """Write the heartbeat, at most every ten seconds unless `at_once`."""
+        if self._underway is not None and self._underway.done():
+            self.settle()
         now = time.monotonic()
         if now < self._next_beat and not at_once:
             return

@@ -23,7 +23,7 @@ from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model
 from experiments.training.distributed import Agreement, World
-from experiments.training.evaluation import evaluate, model_and_images, place, to_device
+from experiments.training.evaluation import evaluate, model_and_images, place
 from experiments.training.folder import CHECKPOINT_FOLDER, RunFolder, captured, restore
 from experiments.training.metrics import (
     METRICS_FILE,
@@ -108,7 +108,7 @@ class Run:
         if per_class is not None:
             images = draw_per_class(images, per_class, num_classes, config.seed)
         self.num_classes = num_classes
-        share = (world.device.type == "cuda", world.rank, world.size)
+        share = (world.device, world.rank, world.size)
         self.batches = TrainBatches(config, images, num_classes, *share)
         self.val_batches = EvalBatches(config, val_images, num_classes, *share)
 
@@ -168,6 +168,7 @@ class Run:
                     self._train_epoch()
                     self._end_epoch()
                 self._agreement.finish()
+                self.folder.settle()
                 if self.world.is_main:
                     save_final_weights(self.folder.final_weights, self.learner.model)
             self._beat("finished", at_once=True)
@@ -208,8 +209,7 @@ class Run:
         learner.model.enabled = is_on(config.tokenmixup_off_epoch, epoch)
         timer = StepTimer(learner.device)
         with self._progress_bar(steps, first) as advance:
-            for batch in timer.batches(self.batches.epoch(epoch, first)):
-                images, labels = to_device(batch, learner.device, config)
+            for images, labels in timer.batches(self.batches.epoch(epoch, first)):
                 rate = learner.schedule.set_step(progress.step)
                 train_step(learner, images, labels, progress, self.statistics)
                 timer.step_done()
@@ -279,6 +279,7 @@ class Run:
             return
         self._agreement.finish()
         self._save()
+        self.folder.settle()
         self._beat("stopped", at_once=True)
         reason = self._requests.reason or "another process was asked to stop"
         where = self.folder.saved()[0] if self.world.is_main else self.folder.path
@@ -288,7 +289,7 @@ class Run:
         )
 
     def _save(self) -> None:
-        """Write the state of all processes; no checkpoint holds what is not finite."""
+        """Begin to write the state of all processes; no checkpoint holds what is not finite."""
         self.statistics.refuse_not_finite(self.world, self.progress)
         state = captured(self.learner, self.batches, self.progress, self.statistics)
         if state is None or self._metrics is None:
@@ -366,7 +367,8 @@ class Run:
         self._say(
             f"{self.folder.path}: {self.config.model.name}, {size:.2f} M parameters, "
             f"{self.batches.num_images} training and {self.val_batches.num_images} validation "
-            f"images, {processes}{self.world.device.type}, {self.config.precision}{resumed}"
+            f"images, {processes}{self.world.device.type}, {self.config.precision}, evaluated in "
+            f"{self.config.eval_precision}{resumed}"
         )
 
     def _epoch_line(self, number: int) -> str:

@@ -16,9 +16,9 @@ of the config's validation split.
 
   python -m experiments.visualize --compare RUN... [--out DIR]
 
-compares run folders instead: it prints a table (the first run is the unit of time) and writes it
-as JSON and Markdown, with the training curves (runs that differ by their seed alone become one
-line with a band) and what HTM and VTM of the finished runs do to a few validation images."""
+compares run folders instead: it prints a table and writes it as JSON and Markdown, with the
+training curves (runs that differ by their seed alone become one line with a band) and what HTM and
+VTM of the finished runs do to a few validation images."""
 
 
 def main(argv: Sequence[str]) -> None:

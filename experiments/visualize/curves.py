@@ -4,9 +4,9 @@ Dimensions: P points of a curve, R runs.
 """
 
 import json
+import os
 import re
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,19 @@ def read_history(folder: Path) -> History:
     return history
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Names that tell run folders apart: `HTM` and `VTM` of `.../HTM/seed1` and `.../VTM/seed1`."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    parts = [path.relative_to(os.path.commonpath(paths)).parts for path in paths]
+    if len({len(part) for part in parts}) == 1:
+        while len({part[-1] for part in parts}) == 1:
+            parts = [part[:-1] for part in parts]
+    return ["/".join(part) for part in parts]
+
+
 def mean_over_layers(row: Mapping[str, Any], leaf: str) -> float | None:
     """Mean of a value over the layers that have it, such as `htm/layer3/LEAF`; None without."""
     named = (value for name, value in row.items() if name.rpartition("/")[2] == leaf)
@@ -92,23 +105,19 @@ def mean_over_layers(row: Mapping[str, Any], leaf: str) -> float | None:
 def compare(histories: list[History]) -> list[dict[str, Any]]:
     """The rows of `comparison.json`, one per run.
 
-    `top1` is in per cent, after the last epoch. `step_seconds` is the median over the rows of
-    training but the first, which warms up. What HTM and VTM did are means over steps and layers,
-    None in a run without.
+    `top1` is in per cent, after the last epoch. What HTM and VTM did are means over steps and
+    layers, None in a run without. Times are not compared: the runs were trained at different times.
     """
     table: list[dict[str, Any]] = []
-    for history in histories:
+    names = names_of([history.folder for history in histories])
+    for name, history in zip(names, histories, strict=True):
         train = history.split("train")
-        times = [row["step_seconds"] for row in train if "step_seconds" in row]
-        seconds = statistics.median(times[1:] or times)
         means = mean_of_rows(train)
         table.append(
             {
-                "name": history.folder.resolve().name,
+                "name": name,
                 "folder": str(history.folder),
                 "top1": history.split("validation")[-1]["top1"],
-                "step_seconds": seconds,
-                "relative_step_time": seconds / (table[0]["step_seconds"] if table else seconds),
                 "mixed_share": mean_over_layers(means, "mixed_share"),
                 "tokens_mixed": mean_over_layers(means, "tokens_mixed"),
                 "tokens_remembered": mean_over_layers(means, "remembered_tokens"),
@@ -123,7 +132,6 @@ def markdown(table: list[dict[str, Any]]) -> str:
     """The table in Markdown, aligned, so that it reads well on a terminal too."""
     columns = {  # title: key, format
         "top-1": ("top1", "{:.2f}%"),
-        "time per step": ("relative_step_time", "{:.2f} x"),
         "samples mixed": ("mixed_share", "{:.1%}"),
         "tokens mixed": ("tokens_mixed", "{:.1f}"),
         "tokens remembered": ("tokens_remembered", "{:.0f}"),
@@ -140,8 +148,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
 def paths_text(folders: list[Path]) -> str:
     """Where each run's checkpoints, weights and TensorBoard logs are."""
     lines = []
-    for folder in folders:
-        lines.append(f"{folder.resolve().name}:\n")
+    for name, folder in zip(names_of(folders), folders, strict=True):
+        lines.append(f"{name}:\n")
         for title, path in (
             ("checkpoints", folder / CHECKPOINT_FOLDER),
             ("final weights", folder / FINAL_WEIGHTS),
@@ -220,6 +228,8 @@ def group_by_seed(histories: list[History]) -> list[Group]:
         DataError: two runs are the same experiment with the same seed.
     """
     experiments: dict[str, list[History]] = {}
+    folders = [history.folder for history in histories]
+    names = dict(zip(folders, names_of(folders), strict=True))
     for history in histories:
         members = experiments.setdefault(history.experiment, [])
         for other in members:
@@ -229,7 +239,7 @@ def group_by_seed(histories: list[History]) -> list[Group]:
                     f"seed {history.seed}; give one of them"
                 )
         members.append(history)
-    labels = [_label(members) for members in experiments.values()]
+    labels = [_label(members, names[members[0].folder]) for members in experiments.values()]
     groups = []
     for label, members in zip(labels, experiments.values(), strict=True):
         name = label if labels.count(label) == 1 else str(members[0].folder)
@@ -238,12 +248,11 @@ def group_by_seed(histories: list[History]) -> list[Group]:
     return groups
 
 
-def _label(runs: list[History]) -> str:
-    """The name of the first folder; without the seed where there are several."""
-    name = runs[0].folder.resolve().name
+def _label(runs: list[History], name: str) -> str:
+    """The name of the first of them; without the seed where there are several."""
     if len(runs) == 1:
         return name
-    return re.sub(rf"[-_. ]?(seed|s)?[-_. ]?{runs[0].seed}$", "", name) or name
+    return re.sub(rf"[-_. /]?(seed|s)?[-_. ]?{runs[0].seed}$", "", name) or name
 
 
 def band(group: Group, quantity: Quantity) -> Band | None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from experiments.config import RunConfig
-from experiments.data.augment import BatchMixer, eval_transform, normalisation
+from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
 from experiments.data.datasets import (
     known_num_classes,
     open_images,
@@ -159,7 +159,8 @@ def _scene(
     """
     assert model.num_classes is not None, "models of a run have a classifier"
     transform = eval_transform(config.data, config.model.image_size)
-    batch = torch.stack([transform(image) for image in images])
+    mean, std = mean_and_std(config.data)
+    batch = normalise(torch.stack([transform(image) for image in images]), mean, std)
     device = next(model.parameters()).device
     known = torch.tensor([-1 if label is None else label for label in labels])
     if None in labels:
@@ -170,7 +171,6 @@ def _scene(
     mixup = dataclasses.replace(config.mixup, prob=0.0)
     _, targets = BatchMixer(mixup, model.num_classes, config.seed)(batch, known, 0, 0, 0)
     recording = record(model, batch.to(device), targets.to(device))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(config.data))
     shown = batch * std + mean
     if shown.shape[-1] > _SHOWN_PIXELS:
         size = (_SHOWN_PIXELS, _SHOWN_PIXELS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments import cli, evaluate, train
+from experiments.provenance import ROOT
 from tests.helpers.runs_helper import HTM, write_config
 
 
@@ -227,3 +228,13 @@ def test_mistakes_in_evaluation(words, message, tmp_path, capsys):
     error = fails(capsys, evaluate, "--config", path, *words)
     assert message in error
     assert message in fails(capsys, evaluate, "--config", path, *words, "--check")
+
+
+def test_without_arguments_the_configs_are_listed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.run(train.main, []) == 2
+    out, err = capsys.readouterr()
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert listed.keys() == {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert all(about.endswith(".") and about[:8] != "configs/" for about in listed.values())
+    assert "--config: missing" in err

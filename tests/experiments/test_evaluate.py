@@ -54,7 +54,9 @@ def test_a_plain_hosts_file_says_what_it_left_out(trained, capsys, tmp_path):
     torch.save(host, tmp_path / "host.bin")
     out = evaluated(capsys, config, tmp_path / "host.bin")
     assert "left as initialised: scorenets.1.pool.weight" in out
-    assert "top-1" in out and "355 images" in out
+    assert "top-1" in out and "355 images" in out and " s, in fp32 on cpu\n" in out
+    low = evaluated(capsys, config, tmp_path / "host.bin", "--eval-precision", "bf16")
+    assert " s, in bf16 on cpu\n" in low
 
 
 def test_a_plain_model_takes_the_host_and_says_so(trained, capsys, tmp_path):

@@ -5,6 +5,7 @@ variants in docs/hosts.md, and the families in README.md.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,13 +27,16 @@ def variants() -> str:
 
 
 def families() -> str:
-    """One row per family, with the number of tested variants."""
+    """A sentence with the classes of each library, and how many variants are tested."""
     from tests.helpers.host_cases import CASES
 
-    lines = ["| supported hosts | variants tested |", "| --- | --- |"]
-    for family in dict.fromkeys(case.family for case in CASES):
-        lines.append(f"| {family} | {sum(case.family == family for case in CASES)} |")
-    return "\n".join(lines) + "\n"
+    classes: dict[str, dict[str, None]] = {}  # by library, each once and in order
+    for case in CASES:
+        library, _, name = case.family.rpartition(" ")
+        classes.setdefault(library, {})[f"`{name}`"] = None
+    libraries = [f"{key} {', '.join(names)}".strip() for key, names in classes.items()]
+    text = f"{len(CASES)} variants of hosts are tested: {'; '.join(libraries)}."
+    return textwrap.fill(text, 120) + "\n"
 
 
 def block(name: str) -> str:

@@ -35,6 +35,7 @@ def evaluated(name: str, ours: float, images: int | None = None) -> RowRecord:
         row=name,
         ours=ours,
         images=everything if images is None else images,
+        precision="tf32",
         **SOURCE,
     )
 

@@ -43,30 +43,30 @@ class Checkout:
         return done.returncode, done.stdout, steps.read_text().splitlines()
 
 
-def test_quickstart_trains_evaluates_and_compares(tmp_path: Path) -> None:
+def test_quickstart_trains_draws_and_compares(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, "quickstart.sh")
     output = "output/quickstart"
-    names = ["digits_baseline", "digits_HTM", "digits_VTM", "digits_HVTM"]
-    more = ["--schedule.epochs", "1 2"]
-    status, said, steps = checkout.run(*more)
+    status, said, steps = checkout.run("--schedule.epochs", "1 2")
     assert status == 0, said
-    expected = []
-    for name in names:
-        config = f"--config configs/{name}.yaml"
-        weights = f"--checkpoint {output}/{name}/final.safetensors"
-        expected += [
-            f"-m experiments.train {config} --output {output}/{name} {' '.join(more)}",
-            f"-m experiments.evaluate {config} {weights} {' '.join(more)}",
-        ]
-    assert steps[:-1] == expected
-    assert " ".join(f"{output}/{name}" for name in names) in steps[-1], "all four are compared"
+    study = (
+        "-m experiments.study --study configs/studies/digits.yaml --seed 1 --jobs 2 "
+        f"--output {output} --results {output}/results"
+    )
+    runs = [f"{output}/digits/{name}/seed1" for name in ("plain", "HTM", "VTM", "HTM-VTM")]
+    assert steps == [
+        f"{study} --only plain, HTM + VTM --schedule.epochs 1 2",
+        "-m experiments.visualize --config configs/digits_HVTM.yaml "
+        f"--checkpoint {runs[-1]}/final.safetensors --out {output}/pictures",
+        f"{study} --schedule.epochs 1 2",
+        f"-m experiments.visualize --compare {' '.join(runs)} --out {output}/comparison",
+    ]
 
-    kept = checkout.root / output / names[0] / "kept"
+    kept = checkout.root / runs[0] / "kept"
     kept.parent.mkdir(parents=True)
     kept.touch()
     assert checkout.run()[0] == 0
     assert kept.exists()
-    status, said, steps = checkout.run("--fresh", FAIL="experiments.train")
+    status, said, steps = checkout.run("--fresh", FAIL="experiments.study")
     assert not kept.exists()
     assert status == 1
     assert "The same command resumes it" in said.splitlines()[-1]

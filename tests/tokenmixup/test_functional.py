@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers import oracle
 from tests.helpers.cases import DTYPES, TOLERANCE, Case, array, cases, same_bits, soft_targets
 from tokenmixup import functional
-from tokenmixup._targets import are_distributions
+from tokenmixup._targets import no_distributions
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -324,8 +324,8 @@ def test_any_chunk_gives_the_reference(samples, tokens, seed, most):
     np.testing.assert_allclose(gain.numpy(), expected, rtol=2e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("device, most", [("cpu", 2**20), ("meta", 2**24)])
-@given(elements=st.integers(0, 2**25))
+@pytest.mark.parametrize("device, most", [("cpu", 2**20), ("meta", 2**26)])
+@given(elements=st.integers(0, 2**27))
 def test_a_chunk_is_the_largest_that_fits(device, most, elements):
     rows = functional._rows_at_once(torch.empty(3, device=device), elements)
     assert rows >= 1 and (rows == 1 or rows * elements <= most)
@@ -416,4 +416,4 @@ def test_smoothed_and_mixed_targets_are_distributions(dtype, classes):
     smooth[torch.arange(20), labels] += 0.9
     for targets in (soft, smooth, 0.3 * smooth + 0.7 * smooth.flip(0), 0.37 * soft + 0.63 * smooth):
         assert targets.dtype == dtype
-        assert are_distributions(targets).all()
+        assert not no_distributions(targets).any()

@@ -30,7 +30,7 @@ from tests.helpers.toy_encoder import (
     scorenet_of,
 )
 from tokenmixup import HorizontalConfig, HorizontalTokenMixupLayer
-from tokenmixup.functional import MixingDecision
+from tokenmixup.functional import MixingDecision, sample_difficulty
 from tokenmixup.horizontal import horizontal_step
 from tokenmixup.rules import Rules
 
@@ -380,7 +380,8 @@ def test_statistics_by_hand_with_some_and_without_easy_samples(easy):
             return MixingDecision(torch.tensor([2, 0, 2]), mask)
 
     config = HorizontalConfig(layers=(1,), rho=0.1, tau=0.1 if easy else 0.0)
-    stats = horizontal_step(Given(), 1, torch.eye(3), saliency, logits, config).stats
+    measured = sample_difficulty(logits, torch.eye(3))
+    stats = horizontal_step(Given(), 1, torch.eye(3), saliency, measured, config).stats
     found = {name: stats[name].item() for name in stats}
     difficulty = oracle.sample_difficulty(array(logits), np.eye(3))
     assert sorted(difficulty <= config.tau) == [False] * (3 - easy) + [True] * easy

@@ -367,12 +367,15 @@ SECTION = re.search(r"^## timm's train.py$(.*?)(^## |\Z)", PAGE, re.DOTALL | re.
 IMPORTS, ATTACH, TASK = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 SURELY = ATTACH.replace("tau=0.2", "tau=0.3")  # above ln(10) / 10: all samples are easy at first
 AFTER_CREATION = "    if args.head_init_scale is not None:\n"
+DESTROY = "    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()\n"
 EDITS = (
     ("import torch\n", "import torch\n" + IMPORTS),
     (AFTER_CREATION, textwrap.indent(SURELY, "    ") + AFTER_CREATION),
     (TASK.partition("\n")[0].replace("TokenMixup", "Classification"), TASK.partition("\n")[0]),
     # not for TokenMixup: DistributedDataParallel takes no list of devices on a CPU
     ("device_ids=[device]", "device_ids=None"),
+    # nor this: a process that leaves its group to the interpreter's end hangs there now and then
+    ("    main()\n", "    main()\n" + DESTROY),
 )
 SIZES = {"img_size": "32", "patch_size": "8", "embed_dim": "48", "depth": "5", "num_heads": "3"}
 COMMON = (

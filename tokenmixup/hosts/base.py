@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmixup._precision import without_autocast
 from tokenmixup.functional import query_key_saliency
 
 Args = tuple[Any, ...]
@@ -58,11 +59,16 @@ class Remembered(NamedTuple):
 
     Attributes:
         tokens: (B, M, D), as they entered the layers that remembered them, before any norm.
-        positions: (B, M) int64, the place of each among the T patch tokens.
+        positions_by_layer: the places (B, K) of each layer's among the T patch tokens, int64.
     """
 
     tokens: Tensor
-    positions: Tensor
+    positions_by_layer: tuple[Tensor, ...]
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, M) int64, the place of each token among the T patch tokens."""
+        return torch.cat(self.positions_by_layer, dim=1)
 
 
 class HostAdapter(ABC):
@@ -401,13 +407,17 @@ def joint_query_key(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys (B, H, N, d) from a joint projection.
 
-    With ``class_row`` the queries are those of token 0 alone, (B, H, 1, d).
+    With ``class_row`` the queries are those of token 0 alone, (B, H, 1, d), in the type of the
+    weight, autocast or not: casts would be most of their cost.
     """
-    queries = tokens[:, :1] if class_row else tokens
-    return (
-        joint_projection(queries, weight, bias, 0, heads),
-        joint_projection(tokens, weight, bias, 1, heads),
-    )
+    if class_row:
+        with without_autocast(tokens.device.type):
+            query = joint_projection(tokens[:, :1].to(weight.dtype), weight, bias, 0, heads)
+        return query, joint_projection(tokens, weight, bias, 1, heads)
+    rows = slice(2 * weight.shape[0] // 3)
+    both = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
+    query, key = both.chunk(2, dim=-1)
+    return split_heads(query, heads), split_heads(key, heads)
 
 
 def module_query_key(

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform
 from timm.data.mixup import Mixup
 
 from experiments.config import DataConfig, MixupConfig, load_config
@@ -12,21 +13,47 @@ from experiments.data.augment import (
     BatchMixer,
     eval_transform,
     least_difficulty,
+    mean_and_std,
+    normalise,
     refuse_unreachable_tau,
     train_transform,
 )
+from experiments.data.datasets import DigitImages
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tests.helpers.runs_helper import HTM, ROOT, small_config
 from tokenmixup.functional import sample_difficulty
 
 
-def test_evaluation_transform_normalises_the_image():
-    config = DataConfig(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+def test_images_are_normalised():
+    config = DataConfig(mean=(0.5, 0.4, 0.5), std=(0.25, 0.25, 0.2))
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
-    expected = (np.asarray(image).transpose(2, 0, 1) / 255 - 0.5) / 0.25
-    actual = eval_transform(config, 32)(image).numpy()
+    expected = np.asarray(image) / 255 - (0.5, 0.4, 0.5)
+    expected = (expected / (0.25, 0.25, 0.2)).transpose(2, 0, 1)
+    pixels = eval_transform(config, 32)(image)
+    actual = normalise(pixels, *mean_and_std(config)).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("erasing", [0.0, 0.25])
+def test_augmented_images_are_timms_own_to_the_bit(erasing):
+    """Handed over as pixels wherever nothing is erased."""
+    facts = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.21)}
+    shared = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": erasing, "re_mode": "pixel"}
+    config = DataConfig(**shared, **facts)
+    ranges = {"scale": config.scale, "ratio": config.ratio, "interpolation": "random"}
+    own = create_transform(24, is_training=True, **shared, **facts, **ranges)
+    ours = train_transform(config, 24)
+    images, found, expected = DigitImages("validation"), [], []
+    for seed in range(20):
+        for transform, kept in ((ours, found), (own, expected)):
+            with seeded(seed):
+                kept.append(transform(images[seed][0]))
+    batch = torch.stack(found)
+    if not erasing:
+        assert batch.dtype == torch.uint8
+        batch = normalise(batch, *mean_and_std(config))
+    assert torch.equal(batch, torch.stack(expected))
 
 
 def test_every_setting_reaches_its_transform():

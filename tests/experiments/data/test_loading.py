@@ -20,6 +20,7 @@ from experiments.errors import DataError
 from tests.helpers.others_warnings import forks
 from tests.helpers.runs_helper import small_config
 
+CPU = torch.device("cpu")
 AUGMENTED = {
     "auto_augment": "rand-m9-mstd0.5-inc1",
     "re_prob": 0.25,
@@ -97,7 +98,7 @@ def test_evaluation_sees_each_image_once_in_order(tmp_path):
 def test_processes_share_the_evaluation(tmp_path, size, length):
     config = small_config(tmp_path, data={"eval_batch_size": length, "batch_size": 64})
     images = DigitImages("tune_validation")
-    shares = [EvalBatches(config, images, 10, False, rank, size) for rank in range(size)]
+    shares = [EvalBatches(config, images, 10, CPU, rank, size) for rank in range(size)]
     labels = [[labels.tolist() for _, labels in share] for share in shares]
     assert [len(share) for share in shares] == [len(share) for share in labels]
     assert shares[0].common_batches == min(map(len, labels))

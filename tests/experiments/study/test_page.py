@@ -96,7 +96,7 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
     for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
         text = document.read_text(encoding="utf-8")
-        assert "generated: study digits" in text
+        assert "generated: study " in text
         assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
 
 

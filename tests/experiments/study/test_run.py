@@ -69,6 +69,25 @@ def test_finished_trainings_are_not_repeated(tmp_path):
             changed.missing()
 
 
+def test_a_part_of_a_study(tmp_path, capsys):
+    """`--only` and `--seed` train what they name, and leave the page to the whole study."""
+    path = write_study(tmp_path)
+    store = study_records(tmp_path / "results", "tiny")
+    study.main(words_of(tmp_path, path, "--only", "mask,plain", "--seed", "2", "--jobs", "2"))
+    assert {(r.variant, r.seed) for r in store.read()} == {("plain", 2), ("mask", 2)}
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "0 of 2 trainings are done" in first and "seedN/log.txt" in first
+    assert sorted(line.partition(":")[0] for line in lines) == ["mask/2", "plain/2"]
+    assert not (store.path.parent / "README.md").exists()
+    for words, expected in (
+        (("--only", "plain, VTM"), "--only: got 'VTM'; allowed: plain, HTM, mask"),
+        (("--seed", "3"), "--seed: got '3'; allowed: 1, 2"),
+        (("--seed", "1", "--run", "HTM/1"), "--seed: has no meaning with --run"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            study.main(words_of(tmp_path, path, *words))
+
+
 def test_the_same_training_is_taken_from_another_study(tmp_path):
     first = runner_of(tmp_path, write_study(tmp_path))
     first.records.keep(record_of(first.study, "HTM", 1, 51.0))

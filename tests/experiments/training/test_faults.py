@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run
 from experiments.training.stopping import explain_fault
-from tests.helpers.others_warnings import uses_inductor
+from tests.helpers.others_warnings import forks, uses_inductor
 from tests.helpers.runs_helper import HTM, AtLook, final_bytes, fit, small_config
 
 STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
@@ -27,6 +28,7 @@ STEPS = {"train_split": "tune_validation", "batch_size": 25}  # 11 an epoch
     "ignore:Exception ignored in. <function _MultiProcessingDataLoaderIter.__del__"
     ":pytest.PytestUnraisableExceptionWarning"
 )
+@forks
 def test_a_loader_process_that_the_kernel_kills(tmp_path):
     sections = {"data": {**STEPS, "workers": 1}, "schedule": {"epochs": 2}}
 
@@ -56,11 +58,16 @@ def limit():
 
 def test_a_disk_without_room(tmp_path, limit):
     sections = {"data": STEPS, "schedule": {"epochs": 2}}
-    stop = AtLook(14, lambda: limit(resource.RLIMIT_FSIZE, 10_000))
-    with pytest.raises(TrainingStopped, match=r"File too large; the last checkpoint is .*11\.pt"):
-        fit(tmp_path, requests=stop, **sections)
-    limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
     checkpoints = tmp_path / "output" / "run" / "checkpoints"
+
+    def fill():
+        while not (checkpoints / "step-00000011.pt").exists():  # written beside the evaluation
+            time.sleep(0.01)
+        limit(resource.RLIMIT_FSIZE, 10_000)
+
+    with pytest.raises(TrainingStopped, match=r"File too large; the last checkpoint is .*11\.pt"):
+        fit(tmp_path, requests=AtLook(14, fill), **sections)
+    limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
     # in the first evaluation; nothing half written stays behind
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000011.pt"]
     resumed = fit(tmp_path, **sections)
@@ -152,6 +159,7 @@ def image_sections(folder, **data):
     }
 
 
+@forks
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_vanishes_is_named(tmp_path, folder_of_images, workers):
     gone = folder_of_images / "train" / "class1" / "05.png"

@@ -126,6 +126,7 @@ class Crash(Exception):
         ("experiments.training.run:evaluate", 2),
         ("experiments.files:os.replace", 3),  # within the writing of a checkpoint
         ("experiments.files:os.fsync", 6),
+        ("experiments.training.folder:save_checkpoint", 2),
         ("experiments.training.run:save_final_weights", 1),
         ("experiments.training.metrics:MetricsWriter.write", 7),
     ],

@@ -1,12 +1,14 @@
 """Training end to end on digits: repeatable, resumable, recorded, and it learns."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
 from experiments.config import load_config
 from experiments.models.build import build_model
@@ -41,6 +43,19 @@ def test_the_run_folder_holds_what_is_promised(undisturbed):
     assert config.schedule.epochs == 3
     names = load_file(undisturbed / "final.safetensors").keys()
     assert {name.partition(".")[0] for name in names} == {"backbone", "scorenets"}
+
+
+def test_the_run_folder_says_which_command_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path, "run", output="output/a run", schedule={"epochs": 1})
+    assert cli.run(train.main, ["--config", str(config)]) == 0
+    about, _, command = (tmp_path / "output" / "a run" / "README.md").read_text().splitlines()
+    assert about.startswith("A training of ") and "plain, 1 epochs, begun or resumed 20" in about
+    words = shlex.split(command.split("`")[1])
+    assert words[:3] == ["python", "-m", "experiments.train"] and str(tmp_path) in command
+    capsys.readouterr()
+    assert cli.run(train.main, words[3:]) == 0
+    assert "all 1 epochs are done already" in capsys.readouterr().out
 
 
 def test_what_became_of_the_weights_that_a_training_starts_from_is_told(tmp_path, capsys):

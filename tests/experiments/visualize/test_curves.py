@@ -24,13 +24,14 @@ from experiments.visualize.curves import (
     compare,
     group_by_seed,
     markdown,
+    names_of,
     read_history,
 )
 from tests.helpers import picture_cases
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 
-def write_run(tmp_path, name, seed=1, steps=(10, 20), seconds=(1.0,), more=None, **sections):
+def write_run(tmp_path, name, seed=1, steps=(10, 20), more=None, **sections):
     """A run folder with a row of training and one of validation after each step."""
     config = small_config(tmp_path, name, seed=seed, **sections)
     folder = Path(config.output)
@@ -39,9 +40,8 @@ def write_run(tmp_path, name, seed=1, steps=(10, 20), seconds=(1.0,), more=None,
     rows = []
     for number, step in enumerate(steps, start=1):
         place = {"epoch": number, "step": step, "steps": 10}
-        time = {"step_seconds": seconds[(number - 1) % len(seconds)]}
         values = {"loss": float(step + seed), **((more or {}).get(step, {}))}
-        rows += [{"split": "train", **place, **time, **values}]
+        rows += [{"split": "train", **place, **values}]
         rows += [{"split": "validation", **place, "top1": 90.0 + seed + number, "loss": None}]
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -61,16 +61,15 @@ def run(capsys, *words):
 
 
 def test_rows_say_what_the_runs_recorded(tmp_path):
-    plain = write_run(tmp_path, "plain", steps=(10, 20, 30), seconds=(9.0, 1.0, 1.0))
+    plain = write_run(tmp_path, "plain", steps=(10, 20, 30))
     mixed = {"htm/layer1/mixed_share": 0.5, "htm/layer1/easy_share": 0.5}
     mixed |= {"vtm/layer1/remembered_tokens": 3.0}
     tokens = {10: 4.0, 20: 8.0, 30: 6.0}
     more = {step: {**mixed, "htm/layer1/tokens_mixed": value} for step, value in tokens.items()}
-    htm = write_run(tmp_path, "htm", 2, tokens, (9.0, 1.2, 1.6), more, horizontal=HTM)
+    htm = write_run(tmp_path, "htm", 2, tokens, more, horizontal=HTM)
     first, second = compare(histories(plain, htm))
-    assert (first["top1"], first["relative_step_time"], first["mixed_share"]) == (94.0, 1.0, None)
+    assert (first["top1"], first["mixed_share"]) == (94.0, None)
     assert (second["name"], second["folder"], second["top1"]) == ("htm", str(htm), 95.0)
-    assert second["step_seconds"] == second["relative_step_time"] == pytest.approx(1.4)
     assert (second["mixed_share"], second["tokens_mixed"]) == (0.5, pytest.approx(6.0))
     assert (second["tokens_remembered"], second["epochs"], second["steps"]) == (3, 3, 30)
     table, _, legend = markdown([first, second]).partition("\n\n")
@@ -79,9 +78,19 @@ def test_rows_say_what_the_runs_recorded(tmp_path):
     table = table.splitlines()
     assert len({len(line) for line in table}) == 1, "the columns are aligned"
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == [
-        *("plain", "94.00%", "1.00 x"),
+        *("plain", "94.00%"),
         *("-", "-", "-"),
     ]
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    variants = [tmp_path / name / "seed1" for name in ("plain", "HTM-VTM")]
+    assert names_of(variants) == ["plain", "HTM-VTM"]
+    assert names_of([*variants, tmp_path / "plain" / "seed2"]) == [
+        *("plain/seed1", "HTM-VTM/seed1", "plain/seed2"),
+    ]
+    assert names_of([tmp_path / "a" / "b"]) == ["b"]
+    assert names_of([tmp_path / "a" / "b", tmp_path / "c"]) == ["b", "c"]
 
 
 # Curves
@@ -109,7 +118,7 @@ def test_runs_that_differ_by_their_seed_alone_form_a_band(tmp_path):
     (tmp_path / "b").mkdir()
     again = write_run(tmp_path / "b", "plain", horizontal=HTM)
     labels = [group.label for group in group_by_seed(histories(folders[1], again))]
-    assert labels == [str(folders[1]), str(again)], "names alone would not tell them apart"
+    assert labels == ["output/plain", "b/output/plain"], "names alone would not tell them apart"
 
 
 # The command

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments import cli
 from experiments.config import load_config
-from experiments.data.augment import BatchMixer, eval_transform
+from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
 from experiments.data.datasets import DigitImages, readable_names
 from experiments.documents import figures as style
 from experiments.training.distributed import ONE_PROCESS
@@ -37,6 +37,13 @@ def paint(path, colour, size=(40, 60), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
     return path
+
+
+def as_in_evaluation(config, images):
+    """What the model sees of images, in a batch."""
+    transform = eval_transform(config.data, config.model.image_size)
+    pixels = torch.stack([transform(image) for image in images])
+    return normalise(pixels, *mean_and_std(config.data))
 
 
 def run(capsys, *words):
@@ -75,11 +82,10 @@ def test_what_a_scene_shows_is_what_a_training_step_would_do(tmp_path):
     model = weights_of(config, 10, path)
     scene = scene_of_split(config, str(path), ONE_PROCESS, "a run", 6)
     digits = DigitImages("validation")
-    transform = eval_transform(config.data, 16)
     images, labels = zip(*(digits[index] for index in spread(len(digits), 6)), strict=True)
     assert scene.labels.tolist() == list(labels) and scene.label_notes == ("",) * 6
     smoothing = dataclasses.replace(config.mixup, mixup_alpha=0.0)
-    batch = torch.stack([transform(image) for image in images])
+    batch = as_in_evaluation(config, images)
     _, targets = BatchMixer(smoothing, 10, 0)(batch, torch.tensor(labels), 0, 0, 0)
     assert targets.max() == pytest.approx(0.91)
     model.eval()
@@ -130,15 +136,14 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     )
     assert scene.label_notes == ("folder", *["predicted"] * 4)
     assert scene.label_text(0) == "class 2 (folder)" and scene.class_token == (pool == "token")
-    transform = eval_transform(config.data, 32)
     names = ["2/c.webp", "a.png", "clear.png", "deep/er/b.jpg", "grey.gif"]
     images = []
     for name in names:
         with Image.open(photos / name) as image:
             seen = Image.new("RGB", image.size, "white") if name == "clear.png" else image
-            images.append(transform(seen.convert("RGB")))
+            images.append(seen.convert("RGB"))
     with torch.no_grad():
-        predicted = model.eval()(torch.stack(images)).argmax(1)
+        predicted = model.eval()(as_in_evaluation(config, images)).argmax(1)
     assert scene.labels[1:].tolist() == predicted[1:].tolist()
     assert [attention.shares.shape[-1] for attention in scene.recording.attention] == [3, 5]
     assert scene.recording.mixed_at(4) == [1, 3]
