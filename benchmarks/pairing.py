@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -37,10 +38,14 @@ KINDS = {
     "smooth": "softmax of normal logits × 0.3",
     "usual": "softmax of normal logits × 1",
     "peaked": "softmax of normal logits × 3",
+    "sharp": "softmax of normal logits × 5",
+    "sharpest": "softmax of normal logits × 8",
     "mixed": "softmax of normal logits × one factor per sample, from 0.3 to 4",
+    "one-hot": "one token has all",
+    "rank one": "softmax of the same normal logits × one number per sample, from 0 to 1",
 }
 """The rows of a saliency, from nearly equal tokens to a few tokens that hold nearly all of it."""
-_FACTORS = {"smooth": 0.3, "usual": 1.0, "peaked": 3.0}
+_FACTORS = {"smooth": 0.3, "usual": 1.0, "peaked": 3.0, "sharp": 5.0, "sharpest": 8.0}
 
 CASES = {"CCT, CIFAR": (128, 256, 256), "ViT-B/16, ImageNet": (504, 196, 768)}
 """B, T, D: the paper's batches, the second one summed over all of its processes."""
@@ -56,8 +61,13 @@ _SAMPLE_SECONDS = 0.01
 
 
 def saliency(kind: str, batch: int, patches: int) -> Tensor:
-    """(B, T), rows that sum to one; the same on every call."""
+    """(B, T), rows that sum to one, or to less for rank one; the same on every call."""
     generator = torch.Generator().manual_seed(batch + patches)
+    if kind == "one-hot":
+        return torch.eye(patches)[torch.randint(patches, (batch,), generator=generator)]
+    if kind == "rank one":
+        row = torch.randn(patches, generator=generator).softmax(-1)
+        return torch.rand(batch, 1, generator=generator) * row
     logits = torch.randn(batch, patches, generator=generator)
     if kind == "mixed":
         logits = logits * torch.linspace(0.3, 4, batch).unsqueeze(1)
@@ -153,7 +163,10 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def timed(
-    actions: Mapping[str, Callable[[], object]], settings: Settings, rounds: int
+    actions: Mapping[str, Callable[[], object]],
+    settings: Settings,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """`interleaved`, with several calls per value of what takes less than ten milliseconds."""
     return interleaved(
@@ -162,6 +175,7 @@ def timed(
         # after one round alone, the slow first call would allow one call per value
         warm_up=2,
         least_seconds=0.0 if settings.quick else _SAMPLE_SECONDS,
+        clock=clock,
     )
 
 

@@ -43,6 +43,7 @@ def interleaved(
     warm_up: int = 1,
     least_seconds: float = 0.0,
     synchronise: Action = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time actions in turn, A B C B C A C A B ..., so that a noisy machine disturbs all alike.
 
@@ -52,6 +53,7 @@ def interleaved(
         warm_up: rounds before the first one that counts.
         least_seconds: a fast action is called several times per value, for about this long.
         synchronise: waits until the device has finished its work.
+        clock: seconds from any start; `time.process_time` for what waits for nothing.
     """
     names = list(actions)
     if not names:
@@ -59,23 +61,23 @@ def interleaved(
     calls = dict.fromkeys(names, 1)
     for _ in range(warm_up):
         for name in names:
-            single = _seconds(actions[name], 1, synchronise)
+            single = _seconds(actions[name], 1, synchronise, clock)
             calls[name] = max(1, min(_MOST_CALLS, round(least_seconds / max(single, 1e-9))))
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            found[name].append(_seconds(actions[name], calls[name], synchronise))
+            found[name].append(_seconds(actions[name], calls[name], synchronise, clock))
     return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
 
 
-def _seconds(action: Action, calls: int, synchronise: Action) -> float:
+def _seconds(action: Action, calls: int, synchronise: Action, clock: Callable[[], float]) -> float:
     synchronise()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         action()
     synchronise()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def added(first: Timing, second: Timing) -> Timing:

@@ -88,7 +88,7 @@ def by_lap(gain: Tensor) -> np.ndarray:
 
 
 def _whole(gain: np.ndarray) -> np.ndarray:
-    """Gains (R, B) in whole multiples of 2^-50 to 2^-49 of B times the greatest.
+    """Gains (R, B) in whole multiples of a power of two: B of the greatest are less than 2^50.
 
     Sums of so many such numbers are not rounded in float64, so that equal totals stay equal. Gains
     in float32 keep all their digits, unless they are thousands of times smaller than the greatest.

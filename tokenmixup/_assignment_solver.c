@@ -15,8 +15,8 @@
  * Rows without any gain take what is left. In this file they are the spare row, one for all of them: a row
  * of zeros that owns as many columns as there are more columns than rows.
  *
- * In the worst case the searches take R + 1 phases of R * B steps each, as any shortest augmenting paths do,
- * and the choice among equal totals R * R * B / 64.
+ * In the worst case the searches take R phases of R * B steps each, as shortest augmenting paths do, and the
+ * choice among equal totals R * R * B / 64.
  *
  * Dimensions: R rows that gain something, B columns, S columns in memory: B rounded up.
  */
@@ -28,16 +28,16 @@
 #include <string.h>
 
 enum {
-    DIGITS = 50, /* of the sum of the greatest gains, all columns', which leaves a float64 three to spare */
-    LANES = 8, /* columns side by side: one vector register of 512 bits, two of 256 */
-    WORD = 64, /* columns of a word of a set, and bytes of alignment */
-    FREE = -1  /* the owner of a column that has none */
+    DIGITS = 50, /* of B times the greatest gain; prices and distances have fewer than float64's 53 */
+    LANES = 8,   /* columns side by side: one vector register of 512 bits, two of 256 */
+    WORD = 64,   /* columns of a word of a set, and bytes of alignment */
+    FREE = -1    /* the owner of a column that has none */
 };
 
 /* Where the time goes: a step too large leaves most to the searches, one too small most to the auction. */
 static const double STEP = 0.003;        /* of the auction, in parts of a row's mean range */
 static const double STEP_BY_SPACING = 3; /* the same, in mean differences between best and next best */
-static const ptrdiff_t BIDS = 5;        /* of the auction, at most, for each row */
+static const ptrdiff_t BIDS = 5;         /* of the auction, at most, for each row */
 static const ptrdiff_t REDUCTIONS = 2;   /* of the auction without a step, at most, for each row */
 
 typedef double doubles __attribute__((vector_size(8 * LANES)));
@@ -483,8 +483,11 @@ static void finish_fixed(Problem *problem) {
                 const int64_t row = problem->owner[column];
                 const uint64_t *tight = problem->tight + row * problem->words;
                 uint64_t others = 0;
-                for (ptrdiff_t w = 0; w < problem->words; w++)
-                    others |= tight[w] & ~done[w] & ~(row == problem->rows ? problem->spares[w] : w == column / WORD ? (uint64_t)1 << column % WORD : 0);
+                for (ptrdiff_t w = 0; w < problem->words; w++) {
+                    uint64_t own = row == problem->rows ? problem->spares[w] : 0;
+                    if (w == column / WORD) own |= (uint64_t)1 << column % WORD;
+                    others |= tight[w] & ~done[w] & ~own;
+                }
                 if (!others) put(problem->done, column);
             }
             next = length ? unseen(problem, problem->owner[problem->path[length - 1]], problem->seen) : -1;

@@ -254,7 +254,7 @@ def assign_partners(gain: Tensor) -> Tensor:
     """Partner of each easy sample: the one-to-one assignment with the greatest total gain.
 
     The solver is exact, not a heuristic (an auction and shortest augmenting paths on the host).
-    Gains count in whole multiples of a number between 2^-50 and 2^-49 of B times the greatest. Of
+    Gains are rounded to multiples of a power of two, less than 2^-48 of B times the greatest. Of
     assignments with equal totals it takes the one whose columns come first in lexicographic order,
     whatever the other gains are and whichever solver, C or lapx, does it. Rows without any gain
     take the columns that are left.

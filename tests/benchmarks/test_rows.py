@@ -12,7 +12,7 @@ from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
 from benchmarks.faults import RESULTS as RELIABILITY
-from benchmarks.pairing import KINDS, RHO, easy_samples, peak_extra_bytes, saliency
+from benchmarks.pairing import peak_extra_bytes
 from benchmarks.row import RESULTS, Row, Settings
 from benchmarks.steps import Steps, Workload, time_steps
 from benchmarks.timing import Timing, added, interleaved, ratio
@@ -23,7 +23,6 @@ from experiments.models.build import build_model
 from experiments.provenance import ROOT
 from tests.helpers.memory_helper import MIB, make_temporaries
 from tests.helpers.others_warnings import forks
-from tokenmixup.functional import saliency_gain
 
 TINY = Workload("CCT-7/3×1", 4, quick=True)
 
@@ -133,8 +132,7 @@ def test_lapx_is_timed_itself_and_finds_the_same_total(monkeypatch):
         solver.lap, "lapjvr", lambda cost, **o: seen.append(cost) or solve(cost, **o)
     )
     values = solver.measure(Settings(quick=True))
-    gains = [saliency_gain(saliency(kind, 16, 25), easy_samples(16, 1), RHO) for kind in KINDS]
-    costs = [-gain.double().numpy() for gain in gains]
+    costs = [-solver.gains(kind, 16, quick=True).double().numpy() for kind in solver.KINDS]
     times = len(seen) // len(costs)
     assert times > 2 and len(values["cases"]) == len(costs)
     for number, cost in enumerate(seen):
