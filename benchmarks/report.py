@@ -12,7 +12,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import faults, gpu, pairing, pipeline, saliency, scaling, solver, startup, steps
+from benchmarks import (
+    faults,
+    gpu,
+    launches,
+    pairing,
+    pipeline,
+    saliency,
+    scaling,
+    solver,
+    startup,
+    steps,
+)
 from benchmarks.row import RESULTS, Measurement, Row, Target, latest
 from benchmarks.timing import times
 from experiments import cli
@@ -24,7 +35,7 @@ from experiments.provenance import ROOT
 GPU_ROW = gpu.ROW
 ROWS = (
     *(pairing.ROW, solver.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
-    *(GPU_ROW, scaling.ROW),
+    *(GPU_ROW, scaling.ROW, launches.ROW),
 )
 """All rows, in the order of `docs/performance.md`."""
 

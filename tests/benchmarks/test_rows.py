@@ -201,10 +201,11 @@ def test_rows_without_records_are_shown_as_not_measured():
 
 
 CPU_ROWS = [row for row in report.ROWS if row is not report.GPU_ROW]
-# the two that start several Pythons take longest
+# those that start other Pythons take longest
 SMOKE = [
     pytest.param(row, marks=pytest.mark.slow if row.name in ("startup", "scaling") else ())
     for row in CPU_ROWS
+    if row.name != "launches"  # test_launches.py
 ]
 
 
