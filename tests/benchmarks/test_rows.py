@@ -189,7 +189,9 @@ def test_rows_that_were_measured_on_a_busy_machine_are_named():
 
 
 def test_an_unknown_block_is_named():
-    with pytest.raises(DataError, match=r"got pairings; allowed: gpu, in-short, pairing, "):
+    with pytest.raises(
+        DataError, match=r"got pairings; allowed: gpu, in-short, launches, "
+    ):
         report.block("pairings", {}, {})
 
 
