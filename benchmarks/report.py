@@ -16,6 +16,7 @@ from benchmarks import (
     faults,
     gpu,
     host,
+    launches,
     pairing,
     pipeline,
     saliency,
@@ -35,7 +36,7 @@ from experiments.provenance import ROOT
 GPU_ROW = gpu.ROW
 ROWS = (
     *(pairing.ROW, solver.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
-    *(GPU_ROW, scaling.ROW, host.ROW),
+    *(GPU_ROW, scaling.ROW, launches.ROW, host.ROW),
 )
 """All rows, in the order of `docs/performance.md`."""
 

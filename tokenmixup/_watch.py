@@ -111,7 +111,7 @@ class Watch:
         layer: str,
         targets: Tensor,
         mask: Tensor,
-        numbers: Callable[[], Tensor],
+        numbers: Callable[[], list[Tensor]],
         frozen: bool,
     ) -> None:
         """As :meth:`observe`, outside of compiled code."""
@@ -138,8 +138,9 @@ class Watch:
             seen.masks = []
         if seen.steps == STEPS:
             assert seen.mixed is not None
-            least = least_difficulty(targets).min().float()
-            read = torch.cat((torch.stack((seen.mixed.float(), least)), numbers()))
+            least = least_difficulty(targets).min()
+            # float32: the numbers are for a message
+            read = torch.stack([one.float() for one in (seen.mixed, least, *numbers())])
             # pinned memory, filled when the device gets there; nobody waits for it
             seen.read = read.to("cpu", non_blocking=True)
         elif self._is_over(layer):
@@ -184,14 +185,11 @@ class Watch:
         warnings.warn(text, TokenMixupWarning, stacklevel=2)
 
 
-def _numbers(stats: Mapping[str, Tensor]) -> Tensor:
-    """Easy share, greatest saliency difference and least difficulty of a step, (3,).
-
-    In float32: they are for a message.
-    """
+def _numbers(stats: Mapping[str, Tensor]) -> list[Tensor]:
+    """Easy share, greatest saliency difference and least difficulty of a step, each 0-d."""
     easy = stats["easy_share"]
     hardest = stats.get("difficulty_min", torch.zeros_like(easy))
-    return torch.stack((easy, stats["saliency_difference_max"], hardest)).float()
+    return [easy, stats["saliency_difference_max"], hardest]
 
 
 _keys = itertools.count()
@@ -204,7 +202,7 @@ def _observe_compiled(
     mixed: Tensor,
     targets: Tensor,
     mask: Tensor,
-    now: Tensor,
+    now: list[Tensor],
     key: int,
     layer: str,
     frozen: bool,
@@ -222,7 +220,7 @@ def _(
     mixed: Tensor,
     targets: Tensor,
     mask: Tensor,
-    now: Tensor,
+    now: list[Tensor],
     key: int,
     layer: str,
     frozen: bool,

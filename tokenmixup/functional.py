@@ -149,9 +149,11 @@ def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Te
     dtype, layout = _wide(query), torch.contiguous_format  # one operation for both changes
     query = query.to(dtype, memory_format=layout)
     key = key.to(dtype, memory_format=layout)
-    product = torch.baddbmm(
-        query.new_empty(()), query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale
-    )
+    rows, columns = query.flatten(0, 1), key.flatten(0, 1).mT
+    if torch.compiler.is_compiling():  # the compiler multiplies where it reads the product
+        product = torch.bmm(rows, columns) * scale
+    else:
+        product = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale)
     scores = product.unflatten(0, query.shape[:2])
     return scores if bias is None else scores + bias
 

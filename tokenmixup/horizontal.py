@@ -106,40 +106,28 @@ def horizontal_step(
 def _statistics(
     saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
 ) -> dict[str, Tensor]:
-    """The numbers by which to choose tau and rho, each a place of one tensor on the device."""
-    mask = decision.mask
+    """The numbers by which to choose tau and rho, as 0-d tensors: no device synchronisation."""
+    mask, batch = decision.mask, len(easy)
+    num_easy = easy.sum()
+    at_least_one = num_easy.clamp_min(1)
     largest, place = saliency.max(1)
-    difference = saliency.index_select(0, decision.partner) - saliency
-    possible = saliency.amax(0) - saliency
-    means = {
-        "easy_share": easy,
-        "mixed_share": mask.any(1),
-        "largest_saliency_share": largest
-        / saliency.sum(1).clamp_min(torch.finfo(saliency.dtype).tiny),
-    }
-    of_easy = {
-        "tokens_mixed": mask.sum(1),
-        "label_share": label_share(saliency, decision),
-        "saliency_difference_mean": difference.abs().mean(1) * easy,
-    }
-    greatest = {
-        "same_place_share": (place == place.unsqueeze(1)).sum(1) / len(place),
-        "saliency_difference_max": possible.amax(1) * easy,
+    total = saliency.sum(1).clamp_min(torch.finfo(saliency.dtype).tiny)
+    difference = (saliency.index_select(0, decision.partner) - saliency).abs().mean(1)
+    possible = (saliency.amax(0) - saliency).amax(1)
+    stats = {
+        "easy_share": num_easy / batch,
+        "mixed_share": mask.any(1).sum() / batch,
+        "tokens_mixed": mask.sum() / at_least_one,
+        "label_share": label_share(saliency, decision).sum() / at_least_one,
+        "largest_saliency_share": (largest / total).mean(),
+        "same_place_share": (place == place.unsqueeze(1)).sum(1).max() / batch,
+        "saliency_difference_max": (possible * easy).max(),
+        "saliency_difference_mean": (difference * easy).sum() / at_least_one,
     }
     if difficulty is not None:
-        means["difficulty_mean"] = difficulty
-        greatest["difficulty_min"] = -difficulty
-    values = torch.cat(
-        (
-            torch.stack(list(means.values())).mean(1),
-            torch.stack(list(of_easy.values())).sum(1) / easy.sum().clamp_min(1),
-            torch.stack(list(greatest.values())).amax(1),
-        )
-    )
-    found = dict(zip((*means, *of_easy, *greatest), values.unbind(), strict=True))
-    if difficulty is not None:
-        found["difficulty_min"] = -found["difficulty_min"]
-    return found
+        stats["difficulty_min"] = difficulty.min()
+        stats["difficulty_mean"] = difficulty.mean()
+    return stats
 
 
 _POOLINGS: dict[str, ScoreNetType] = {

@@ -131,18 +131,41 @@ def test_compiled_code_finds_targets_that_are_no_distribution(value):
         compiled(images, targets)
 
 
-@some_hosts("vit", "cct")
-def test_under_autocast_one_graph_has_the_same_saliency(case):
-    """Compiled code switches autocast off for the scores as eager code does."""
-    model = build(case, vertical=None)
-    images, targets = batch(case)
-
-    def greatest_difference(run):
+def in_bfloat16(run):
+    def forward(*args):
         with torch.autocast("cpu", torch.bfloat16):
-            return run(images, targets).stats["htm/layer1/saliency_difference_max"]
+            return run(*args)
 
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(greatest_difference(compiled), greatest_difference(model))
+    return forward
+
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@some_hosts("vit", "cct")
+def test_in_bfloat16_a_compiled_step_is_the_eager_one(case, backend):
+    """Compiled code switches autocast off where eager code does: decisions are the same.
+
+    What is left of a difference is small beside that of bfloat16 to float32.
+    """
+    model = build(case)
+    images, targets = batch(case)
+    _, exact = step(model, model, images, targets)
+    expected, rounded = step(model, in_bfloat16(model), images, targets)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        out, gradients = step(model, in_bfloat16(compiled), images, targets)
+    assert out.stats["htm/layer1/tokens_mixed"] > 0
+    for name, value in expected.stats.items():
+        torch.testing.assert_close(out.stats[name], value, msg=name)
+    torch.testing.assert_close(out.targets, expected.targets)
+    torch.testing.assert_close(out.scorenet_loss, expected.scorenet_loss)
+    error, rounding = (
+        sum((one[name] - other[name]).square().sum() for name in exact).sqrt()
+        for one, other in ((gradients, rounded), (rounded, exact))
+    )
+    assert error <= 0.2 * rounding
 
 
 @pytest.mark.slow
