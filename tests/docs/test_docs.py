@@ -52,6 +52,15 @@ def test_each_page_begins_with_what_the_reader_can_do_after_it() -> None:
     assert not [page.name for page in pages if not opening.match(page.text)]
 
 
+def test_the_first_page_leads_to_every_page() -> None:
+    first = documents.read(ROOT / "docs" / "index.md")
+    pages = [page.path for page in DOCUMENTS if page.path.parent == first.path.parent]
+    shown = set(first.links())
+    assert not {path.name for path in pages if path != first.path} - shown
+    menu = re.findall(r"<(\w+)>$", first.text, re.MULTILINE)
+    assert sorted(menu) == sorted(path.stem for path in pages if path != first.path)
+
+
 FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|tokenmixup|weights)"
 
 
