@@ -46,6 +46,21 @@ def test_no_link_is_broken() -> None:
     assert not {name: links for name, links in broken.items() if links}
 
 
+def test_each_page_begins_with_what_the_reader_can_do_after_it() -> None:
+    opening = re.compile(r"# .+\n\n(?:After|With) this \w+ you (?:can|know|train) ")
+    pages = [page for page in DOCUMENTS if page.path.is_relative_to(ROOT / "docs")]
+    assert not [page.name for page in pages if not opening.match(page.text)]
+
+
+def test_the_first_page_leads_to_every_page() -> None:
+    first = documents.read(ROOT / "docs" / "index.md")
+    pages = [page.path for page in DOCUMENTS if page.path.parent == first.path.parent]
+    shown = set(first.links())
+    assert not {path.name for path in pages if path != first.path} - shown
+    menu = re.findall(r"<(\w+)>$", first.text, re.MULTILINE)
+    assert sorted(menu) == sorted(path.stem for path in pages if path != first.path)
+
+
 FILES = r"(?:benchmarks|configs|docs|examples|experiments|results|run|tests|tokenmixup|weights)"
 
 
