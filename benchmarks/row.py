@@ -57,10 +57,17 @@ class Target(NamedTuple):
 class Row(NamedTuple):
     """A row of the benchmarks."""
 
-    name: str  # of its module
+    name: str
     measure: Callable[[Settings], Values]
     tables: Callable[[Values], str]  # in Markdown
     targets: Callable[[Values], list[Target]]
+    module: str = ""
+    """With the part of it that the row is; by default of the row's name."""
+
+    @property
+    def command(self) -> str:
+        """Measures the row."""
+        return f"python -m benchmarks.{self.module or self.name}"
 
 
 class Measurement(Record):
@@ -153,7 +160,7 @@ def run(
     }
 
     def keep(values: Values) -> None:
-        if folder is not None:
+        if folder is not None and values:
             load = round(os.getloadavg()[0], 2)
             record = Measurement(row=row.name, values=values, load_after=load, **origin)
             records(folder).keep(record)

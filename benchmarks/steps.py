@@ -66,10 +66,11 @@ class Workload:
     model: str  # a key of `FAMILIES`
     batch: int  # B
     precision: str = "fp32"
-    compile: bool = False
+    compile: str = "off"  # of the config
     quick: bool = False  # a tiny model of the same family
 
 
+_COMPILE = {"off": "false", "on": "true"}
 WORKLOADS = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
 
 
@@ -87,7 +88,7 @@ def make_config(workload: Workload, variant: str, device: torch.device) -> RunCo
     overrides: dict[str, str] = {
         "device": device.type,
         "precision": workload.precision,
-        "compile": str(workload.compile).lower(),
+        "compile": _COMPILE.get(workload.compile, workload.compile),
         "data.batch_size": str(workload.batch),
         "data.micro_batch": "null",
         "model.weights": "null",
