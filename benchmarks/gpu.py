@@ -165,7 +165,7 @@ def profiled(
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     mark = "training steps"
-    with profile(activities=activities) as found:
+    with profile(activities=activities, acc_events=True) as found:  # without, torch 2.11 warns
         action()
         _synchronise(device)
         with record_function(mark):
