@@ -96,18 +96,19 @@ def measure_steps(model: Model, mode: str, files: Path, settings: Settings, foun
     A variant that fails, for example in its compilation, is recorded with its error.
     """
     workload, device = model.workload(mode, settings.quick), settings.device
-    found |= {"batch": workload.batch, "variants": {}}
+    variants: Values = {}
+    figures: Values = {"batch": workload.batch, "variants": variants}
     plain: Steps | None = None
     for name in VARIANTS:
-        values: dict[str, Any] = {}
-        found["variants"][name] = values
+        values: Values = {}
+        variants[name] = values
         try:
             step = Steps(workload, name, World(0, 1, device))
-            plain = plain or step
             start = time.perf_counter()
             step()
             _synchronise(device)
             values["first_step_seconds"] = time.perf_counter() - start
+            plain = plain or step
             timings = interleaved(
                 {"plain": plain, name: step},
                 settings.rounds(9),
@@ -124,6 +125,7 @@ def measure_steps(model: Model, mode: str, files: Path, settings: Settings, foun
                 "peak_bytes": peak_bytes(step),
                 "issue_seconds": issue_seconds(step, device, settings.rounds(20)),
             }
+            found |= figures
             settings.keep(found)
             trace = files / f"{FAMILIES[model.name].config(name)}-{mode}.json.gz"
             kept = trace if name in TRACED else None
@@ -133,6 +135,7 @@ def measure_steps(model: Model, mode: str, files: Path, settings: Settings, foun
                 raise
             values["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             print(f"{name}: {values['error']}", file=sys.stderr, flush=True)
+        found |= figures
         settings.keep(found)
 
 
@@ -259,7 +262,6 @@ def measure_loading(model: Model, settings: Settings, found: Values) -> None:
     config, batch = step.learner.config, step.learner.config.data.batch_size
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=processes))
     classes, images = FAMILIES[model.name].classes, model.images(count * batch)
-    found |= {"batch": batch, "loader_processes": processes, "steps": count}
     with closing(TrainBatches(config, images, classes, device.type == "cuda")) as batches:
         # the first time starts the loader's processes, or compiles
         for epoch, steps in enumerate((False, False, True, True)):
@@ -276,6 +278,7 @@ def measure_loading(model: Model, settings: Settings, found: Values) -> None:
             next(stream, None)  # ends the epoch
             speed = batch * count / seconds
             if not steps:
+                found |= {"batch": batch, "loader_processes": processes, "steps": count}
                 found["alone_images_per_second"] = speed
             else:
                 found |= {
@@ -418,10 +421,9 @@ def step_targets(model: Model, mode: str, values: Values) -> list[Target]:
 
 def loading_tables(model: Model, values: Values) -> str:
     """The loader alone, and steps from it."""
-    alone, speed = values.get("alone_images_per_second"), values.get("images_per_second")
+    alone, speed = values["alone_images_per_second"], values.get("images_per_second")
     text = f"- {values['loader_processes']} loader processes, {values['steps']} batches of "
-    text += f"{values['batch']}: "
-    text += "not measured" if alone is None else f"alone {alone:,.0f} images/s"
+    text += f"{values['batch']}: alone {alone:,.0f} images/s"
     if speed is not None:
         text += f"; HVTM's steps from it {speed:,.0f} images/s, which waited for data in "
         text += f"{values['waited_share']:.1%} of the steps and {values['time_share']:.1%} of the "

@@ -171,7 +171,8 @@ def run(
     targets = row.targets(values)
     for target in targets:
         state = "reached" if target.reached else "NOT REACHED"
-        print(f"{target.name}: target {target.target}; measured {target.measured}: {state}")
-    if folder is not None:
+        told = "not measured" if target.measured is None else f"measured {target.measured}: {state}"
+        print(f"{target.name}: target {target.target}; {told}")
+    if folder is not None and values:
         print(f"recorded in {records(folder).path}", file=sys.stderr)
     return targets

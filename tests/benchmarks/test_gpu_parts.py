@@ -85,6 +85,10 @@ def test_a_variant_that_fails_leaves_the_others(measured, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "VARIANTS", ("HVTM",))
     with pytest.raises(RuntimeError, match="kernel"):
         measured("cct-off")  # nothing to compare with
+    monkeypatch.setattr(gpu, "interleaved", make)
+    monkeypatch.setattr(gpu, "VARIANTS", ("plain",))
+    _, values, (kept,) = measured("cct-off")
+    assert "error" in values["variants"]["plain"] and kept == values, "what failed is recorded too"
 
 
 @forks
@@ -123,7 +127,11 @@ def test_parts_without_figures_are_shown_as_not_measured(part):
     assert len(lines) == len(row.targets({}))
 
 
-def test_a_part_that_runs_out_of_time_keeps_what_it_has(capsys):
+def test_a_part_that_runs_out_of_time_keeps_what_it_has(measured, capsys):
+    row, values, kept = measured("cct-on", seconds=0.01)
+    assert values == {} and not kept, "an empty record would replace one with figures"
+    assert row.tables(values) == "Nothing was measured in time.\n"
+
     def measure(settings, found):
         found["first"] = 1
         while True:
