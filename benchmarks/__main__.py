@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks import report, row
+from benchmarks import gpu, report, row
 from experiments import cli
 from experiments.config import nearest
 from experiments.errors import ConfigError, DataError
@@ -16,7 +16,7 @@ from experiments.provenance import ROOT
 
 def main(argv: Sequence[str]) -> None:
     """Measure rows, then regenerate the documents from the default records."""
-    names = [one.name for one in report.ROWS if one is not report.GPU_ROW]
+    names = [one.name for one in report.ROWS if one not in gpu.ROWS]
     parser = row.parser("python -m benchmarks", __doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(names))
     options = parser.parse_args(argv)

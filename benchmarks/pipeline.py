@@ -5,6 +5,7 @@ is needed. Pieces of photographs of CIFAR's size take each operation as long as 
 """
 
 import contextlib
+import io
 import itertools
 import os
 import statistics
@@ -68,6 +69,29 @@ class PhotographPieces:
     def describe(self, index: int) -> str:
         """The piece's number."""
         return f"piece {index} of the photographs"
+
+
+class JpegPhotographs:
+    """`count` times scikit-learn's two sample photographs, decoded from JPEG each time."""
+
+    class_names = None
+
+    def __init__(self, count: int) -> None:
+        from sklearn.datasets import load_sample_images
+
+        self._files = [Path(name).read_bytes() for name in load_sample_images().filenames]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file = io.BytesIO(self._files[index % len(self._files)])
+        return Image.open(file).convert("RGB"), index % CLASSES
+
+    def describe(self, index: int) -> str:
+        """The photograph's number."""
+        return f"photograph {index % len(self._files)}"
 
 
 def make_config(workers: int, batch: int) -> RunConfig:

@@ -33,10 +33,9 @@ from experiments.documents.markdown import aligned_table, update_documents
 from experiments.errors import DataError
 from experiments.provenance import ROOT
 
-GPU_ROW = gpu.ROW
 ROWS = (
     *(pairing.ROW, solver.ROW, steps.ROW, saliency.ROW, startup.ROW, pipeline.ROW),
-    *(GPU_ROW, scaling.ROW, launches.ROW, host.ROW),
+    *(*gpu.ROWS, scaling.ROW, launches.ROW, host.ROW),
 )
 """All rows, in the order of `docs/performance.md`."""
 
@@ -50,11 +49,11 @@ def summary(found: Latest) -> str:
         record = found.get(row.name)
         if record is not None:
             targets = row.targets(record.values)
-        elif row is GPU_ROW:
-            targets = row.targets({"models": {}})
+        elif row in gpu.ROWS:
+            targets = row.targets({})
         else:
             targets = [Target(row.name, "–", None, False)]
-        command = f"`python -m benchmarks.{row.name}`"
+        command = f"`{row.command}`"
         for name, target, measured, reached in targets:
             if record is None or measured is None:
                 lines.append([name, target, "not measured", "–", command, "–"])
@@ -140,8 +139,11 @@ def block(name: str, found: Latest, reliability: Latest) -> str:
         "in-short": lambda: in_short(found, reliability),
         "reliability": lambda: faults.page(reliability),
         "reliability-sources": lambda: sources(reliability.values()),
-        **{row.name: functools.partial(_details, row, found) for row in ROWS},
+        "gpu": lambda: gpu.page(found),
+        **{one.name: functools.partial(_details, one, found) for one in ROWS},
     }
+    for one in gpu.ROWS:  # on one page
+        del makers[one.name]
     if name not in makers:
         raise DataError(f"generated: benchmark: got {name}; allowed: {', '.join(sorted(makers))}")
     return makers[name]()
@@ -149,7 +151,7 @@ def block(name: str, found: Latest, reliability: Latest) -> str:
 
 def _details(row: Row, found: Latest) -> str:
     if row.name not in found:
-        return f"Not measured; `python -m benchmarks.{row.name}` does it.\n"
+        return f"Not measured; `{row.command}` does it.\n"
     return row.tables(found[row.name].values)
 
 

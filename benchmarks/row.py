@@ -57,10 +57,17 @@ class Target(NamedTuple):
 class Row(NamedTuple):
     """A row of the benchmarks."""
 
-    name: str  # of its module
+    name: str
     measure: Callable[[Settings], Values]
     tables: Callable[[Values], str]  # in Markdown
     targets: Callable[[Values], list[Target]]
+    module: str = ""
+    """With the part of it that the row is; by default of the row's name."""
+
+    @property
+    def command(self) -> str:
+        """Measures the row."""
+        return f"python -m benchmarks.{self.module or self.name}"
 
 
 class Measurement(Record):
@@ -153,7 +160,7 @@ def run(
     }
 
     def keep(values: Values) -> None:
-        if folder is not None:
+        if folder is not None and values:
             load = round(os.getloadavg()[0], 2)
             record = Measurement(row=row.name, values=values, load_after=load, **origin)
             records(folder).keep(record)
@@ -164,7 +171,8 @@ def run(
     targets = row.targets(values)
     for target in targets:
         state = "reached" if target.reached else "NOT REACHED"
-        print(f"{target.name}: target {target.target}; measured {target.measured}: {state}")
-    if folder is not None:
+        told = "not measured" if target.measured is None else f"measured {target.measured}: {state}"
+        print(f"{target.name}: target {target.target}; {told}")
+    if folder is not None and values:
         print(f"recorded in {records(folder).path}", file=sys.stderr)
     return targets

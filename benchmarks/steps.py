@@ -67,7 +67,7 @@ class Workload:
     model: str  # a key of `FAMILIES`
     batch: int  # B
     precision: str = "fp32"
-    compile: bool = False
+    compile: str = "off"  # of the config
     quick: bool = False  # a tiny model of the same family
 
 
@@ -88,7 +88,7 @@ def make_config(workload: Workload, variant: str, device: torch.device) -> RunCo
     overrides: dict[str, str] = {
         "device": device.type,
         "precision": workload.precision,
-        "compile": "on" if workload.compile else "off",
+        "compile": workload.compile,
         "data.batch_size": str(workload.batch),
         "data.micro_batch": "null",
         "model.weights": "null",

@@ -138,20 +138,30 @@ def test_activation_checkpointing():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@forks
-def test_smoke_run_of_the_benchmark():
-    values = gpu.measure(Settings(quick=True, device=torch.device("cuda")))
-    for workload in gpu.QUICK_WORKLOADS:
-        model = values["models"][workload.model]
-        parameters = Steps(workload, "plain").learner.model.parameters()
+def test_smoke_run_of_the_benchmark(tmp_path):
+    settings = Settings(quick=True, device=torch.device("cuda"))
+    for key, model in gpu.MODELS.items():
+        part = gpu.make_row(f"{key}-off", gpu.parts(tmp_path)[f"{key}-off"])
+        variants = part.measure(settings)["variants"]
+        parameters = Steps(model.workload("off", True), "plain").learner.model.parameters()
         weights = sum(p.numel() * p.element_size() for p in parameters)
-        for variant, found in model["exchanges"].items():
-            assert found["copies_to_host"] <= COPIES[variant]
-            assert model["memory"][variant] > weights
+        for variant, found in variants.items():
+            assert "error" not in found
+            assert found["profile"]["copies_to_host"] <= COPIES[variant]
+            assert found["peak_bytes"] > weights
+        assert variants["HVTM"]["profile"]["gap_seconds"] > 0
+
+
+@forks
+@pytest.mark.parametrize("part", ["cct-loading", "epoch", "ceilings"])
+def test_smoke_run_of_its_other_parts(part, tmp_path):
+    one = gpu.make_row(part, gpu.parts(tmp_path)[part])
+    values = one.measure(Settings(quick=True, device=torch.device("cuda")))
+    assert one.tables(values)
 
 
 def test_activation_checkpointing_needs_less_memory():
-    workload, peaks = gpu.QUICK_WORKLOADS[1], []
+    workload, peaks = gpu.MODELS["vit"].workload("off", True), []
     for checkpointing in (False, True):
         one = Steps(workload, "HVTM", World(0, 1, torch.device("cuda")))
         one.learner.model.backbone.set_grad_checkpointing(checkpointing)
