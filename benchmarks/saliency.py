@@ -71,8 +71,8 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
 
 @torch.no_grad()
 def rounded_saliency(query: Tensor, key: Tensor, scale: float, class_token: bool) -> Tensor:
-    """Saliency (B, N) from scores in the type of queries and keys (B, H, N, d)."""
-    rows = query[:, :, :1] if class_token else query
+    """Saliency (B, N) from scores in the type of the keys (B, H, N, d)."""
+    rows = (query[:, :, :1] if class_token else query).to(key.dtype)
     at_once = max(1, (1 << 20) // (rows.shape[2] * key.shape[2]))  # 1M scores, as in the library
     return torch.cat(
         [
