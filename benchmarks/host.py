@@ -1,15 +1,13 @@
-"""Row 12: what the host does in a training step, besides launching the compiled pass.
+"""Row 13: what the host does in a training step, besides launching the compiled pass.
 
 The step is the training's own, on CUDA, of the configs with HTM and VTM. One operation that gives
 gradients takes the place of the compiled forward and backward pass, and its time is left out.
-Where there is no GPU one is pretended (`pretended_host.c`): kernels do nothing, so that a step
+Where there is no GPU one is pretended (`pretended.py`): kernels do nothing, so that a step
 takes as long as its host.
 """
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import row
+from benchmarks.pretended import environment as pretended_environment
 from benchmarks.row import Row, Settings, Target
 from benchmarks.steps import Steps, Workload
 from benchmarks.timing import Timing
@@ -104,43 +103,17 @@ def print_times(rounds: int, quick: int) -> None:
     print(json.dumps(found))
 
 
-def missing() -> str | None:
-    """What this machine lacks for a pretended GPU, None if nothing."""
-    if not torch.version.cuda:
-        return "torch was built without CUDA"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed, which has the headers of CUDA's runtime"
-    if shutil.which("cc") is None:
-        return "there is no C compiler (cc)"
-    return None
-
-
-def _pretended(folder: Path) -> dict[str, str]:
-    """The environment of a process with a pretended GPU, whose library is built in the folder."""
-    lacking, triton = missing(), importlib.util.find_spec("triton")
-    if lacking is not None or triton is None or triton.origin is None:
-        raise DataError(f"benchmarks.host: there is no GPU, nor can one be pretended: {lacking}")
-    headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-    source, library = Path(__file__).with_name("pretended_host.c"), folder / "pretended_host.so"
-    command = ["cc", "-shared", "-fPIC", "-I", str(headers), "-o", str(library), str(source)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode:
-        raise DataError(f"{source.name} could not be compiled: {built.stderr.strip()}")
-    (folder / "libcuda.so.1").symlink_to(library)  # the driver
-    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder)}
-
-
 def measure(settings: Settings) -> dict[str, Any]:
     """CCT-7/3×1 (AdamW, Mixup and CutMix) and ViT-B/16 (momentum, clipping), on one core."""
     with tempfile.TemporaryDirectory() as folder:
         pretended = not torch.cuda.is_available()
-        environment = _pretended(Path(folder)) if pretended else {}
+        environment = pretended_environment(Path(folder)) if pretended else dict(os.environ)
         done = subprocess.run(
             [
                 *(sys.executable, "-c", _IN_A_PROCESS),
                 *(str(settings.rounds(1000)), str(int(settings.quick))),
             ],
-            env={**os.environ, **environment},
+            env=environment,
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -175,7 +148,7 @@ def targets(values: dict[str, Any]) -> list[Target]:
     """The model whose step is the shortest on a GPU."""
     model = values["models"][0]
     host = 1e3 * model["host"]["lower_quartile"]
-    name = f"12. host's part of a step, {model['model']}"
+    name = f"13. host's part of a step, {model['model']}"
     return [Target(name, f"≤ {LIMIT} ms", f"{host:.2f} ms", host <= LIMIT)]
 
 

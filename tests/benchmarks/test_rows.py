@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, host, report, solver
+from benchmarks import gpu, pretended, report, solver
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
@@ -195,7 +195,7 @@ def test_an_unknown_block_is_named():
 CPU_ROWS = [row for row in report.ROWS if row not in gpu.ROWS]
 # the two that start several Pythons take longest
 MARKS = dict.fromkeys(("startup", "scaling"), pytest.mark.slow)
-MARKS["host"] = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+MARKS["host"] = pytest.mark.skipif(pretended.missing() is not None, reason=str(pretended.missing()))
 SMOKE = [
     pytest.param(row, marks=MARKS.get(row.name, ()))
     for row in CPU_ROWS
