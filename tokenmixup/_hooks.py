@@ -33,7 +33,7 @@ from tokenmixup.hosts.base import (
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
-from tokenmixup.vertical import remembered_before
+from tokenmixup.vertical import remembered_before, remembering
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,18 @@ class Attachment:
     """What all hooks of one model share."""
 
     adapter: HostAdapter
-    layout: TokenLayout
+    layouts: tuple[TokenLayout, ...]
+    """Of each layer."""
     session: Session
     rules: Rules
     horizontal: HorizontalConfig | None
     vertical: VerticalConfig | None
     watch: Watch | None
     """Of HTM."""
+
+    def remembering(self, index: int) -> bool:
+        """Whether a later VTM layer attends to what this layer remembers."""
+        return remembering(self.layouts, self.vertical, index)
 
 
 class _Hook:
@@ -61,13 +66,14 @@ class _Hook:
         self.shared = shared
         self.index = index
         self.layer = layer
+        self.layout = shared.layouts[index]
 
     def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
         """Keep the tokens at the chosen positions."""
         config = self.shared.vertical
         assert config is not None
         remembered = self.shared.rules.remember(
-            tokens, record.positions[self.index], config, self.shared.layout.num_prefix_tokens
+            tokens, record.positions[self.index], config, self.layout.num_prefix_tokens
         )
         if not again:
             record.memory[self.index] = remembered
@@ -79,11 +85,16 @@ class _Hook:
         record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
 
     def _remembered(self, record: StepRecord) -> Remembered:
-        """What this VTM layer attends to."""
-        tokens = remembered_before(record.memory, self.index)
-        positions = remembered_before(record.positions, self.index)
+        """What this VTM layer attends to: what earlier layers of its stage remember."""
+        tokens, positions = (
+            remembered_before({k: v for k, v in each.items() if self._is_near(k)}, self.index)
+            for each in (record.memory, record.positions)
+        )
         assert tokens is not None and positions is not None, "layers before it remember theirs"
         return Remembered(tokens, positions)
+
+    def _is_near(self, index: int) -> bool:
+        return self.shared.layouts[index].stage == self.layout.stage
 
 
 class _LayerHook(_Hook):
@@ -101,7 +112,7 @@ class _LayerHook(_Hook):
         super().__init__(shared, index, layer)
         self.watch = watch
         self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
-        self.remembers = _remembers(shared, index)
+        self.remembers = shared.remembering(index)
         self.attention = shared.adapter.attention(layer)
         self.projection = projection
 
@@ -136,20 +147,20 @@ class _LayerHook(_Hook):
                 f"the attention of layer {self.index} was replaced by a {found} after TokenMixup "
                 f"was attached: {what_to_do_about(found)}"
             )
-        layout, patches = self.shared.layout, self.shared.layout.num_patch_tokens
+        layout, patches = self.layout, self.layout.num_patch_tokens
         if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
             raise ValueError(
                 f"layer {self.index} was called with tokens of shape {tuple(tokens.shape)}, but "
                 f"{self.shared.adapter.family} promises (B, N, {layout.width})"
             )
-        if record.num_tokens is None:
-            record.num_tokens = (
-                tokens.shape[1] if patches is None else layout.num_prefix_tokens + patches
-            )
-        if tokens.shape[1] != record.num_tokens:
+        num_tokens = record.num_tokens.setdefault(
+            layout.stage,
+            tokens.shape[1] if patches is None else layout.num_prefix_tokens + patches,
+        )
+        if tokens.shape[1] != num_tokens:
             raise ValueError(
                 f"layer {self.index} was called with {tokens.shape[1]} tokens instead of "
-                f"{record.num_tokens}: a host that drops, merges or adds tokens has no "
+                f"{num_tokens}: a host that drops, merges or adds tokens has no "
                 "lasting token grid: tokens would be exchanged between different places"
             )
 
@@ -177,11 +188,11 @@ class _LayerHook(_Hook):
             for name, value in step.stats.items():
                 record.stats[f"htm/layer{self.index}/{name}"] = value
         decision = record.decisions[self.index][1]
-        return self.shared.rules.mix(tokens, decision, self.shared.layout.num_prefix_tokens)
+        return self.shared.rules.mix(tokens, decision, self.layout.num_prefix_tokens)
 
     def _input_saliency(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        shared = self.shared
-        return input_saliency(shared.adapter, shared.layout, self.layer, tokens, args, kwargs)
+        adapter = self.shared.adapter
+        return input_saliency(adapter, self.layout, self.layer, tokens, args, kwargs)
 
 
 class _ProjectionHook(_Hook):
@@ -199,13 +210,9 @@ class _ProjectionHook(_Hook):
 
     @torch.no_grad()
     def _projected_saliency(self, projected: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        adapter, layout = self.shared.adapter, self.shared.layout
+        adapter, layout = self.shared.adapter, self.layout
         query_key = adapter.projected_query_key(self.layer, projected, layout.class_token)
         return layer_saliency(adapter, layout, self.layer, query_key, args, kwargs)
-
-
-def _remembers(shared: Attachment, index: int) -> bool:
-    return shared.vertical is not None and index < shared.vertical.layers[-1]
 
 
 class _AttendHook(_Hook):
@@ -256,7 +263,7 @@ def install_hooks(
     attending = shared.vertical.layers if shared.vertical is not None else ()
     handles = []
     for index, layer in enumerate(layers):
-        remembers = _remembers(shared, index)
+        remembers = shared.remembering(index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
             watching = shared.watch if index in mixing else None

@@ -12,6 +12,7 @@ Equations are those of Choi, Choi and Kim, "TokenMixup", NeurIPS 2022 (arXiv 221
 as in ``docs/paper_map.md``.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -109,35 +110,39 @@ def query_key_saliency(
     rounding a score of 100 to bfloat16 may change its probability by a quarter.
 
     Args:
-        query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
-        key: (B, H, N, D / H).
+        query: (B, H, Q, D / H), or (B, H, 1, D / H) where only the class token's row is read.
+        key: (B, H, N, D / H). Where samples attend within W windows, both have them as second
+            dimension, (B, W, H, N, D / H).
         scale: factor of the scores, usually (D / H) ** -0.5.
         num_prefix_tokens: P.
         class_token: as in :func:`attention_saliency`.
-        bias: added to the scores, (B or 1, H, Q, N) for the Q queries that are given.
+        bias: added to the scores, (B or 1, H, Q, N) for the Q queries that are given; with
+            windows (B or 1, W or 1, H, Q, N).
 
     Returns:
-        Saliency, (B, T), without gradient, in float32 or wider.
+        Saliency, (B, T), with windows (B, W, T), without gradient, in float32 or wider.
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
     with _without_autocast(query.device.type):
         if _reads_class_token(num_prefix_tokens, class_token):
-            bias = None if bias is None else bias[:, :, :1]
-            scores = _scores(query[:, :, :1], key, scale, bias)
-            return scores.softmax(-1)[:, :, 0, num_prefix_tokens:].mean(1)
-        samples, heads, tokens = key.shape[:3]
-        at_once = _rows_at_once(key, query.shape[2] * tokens)
+            bias = None if bias is None else bias[..., :1, :]
+            scores = _scores(query[..., :1, :], key, scale, bias)
+            return scores.softmax(-1)[..., 0, num_prefix_tokens:].mean(-2)
+        samples, *windows, heads, tokens = key.shape[:-1]
+        at_once = _rows_at_once(key, math.prod(windows) * query.shape[-2] * tokens)
         parts = []
         for first in range(0, max(1, samples), at_once):
             part = slice(first, first + at_once)
             of_part = bias if bias is None or len(bias) == 1 else bias[part]
-            columns = key.new_zeros((len(key[part]), tokens))
+            columns = key.new_zeros((len(key[part]), *windows, tokens))
             for head in range(heads):
-                of_head = None if of_part is None else of_part[:, head]
-                scores = _scores(query[part, head], key[part, head], scale, of_head)
-                columns = columns + scores.softmax(-1).mean(1)
+                of_head = None if of_part is None else of_part[..., head, :, :]
+                scores = _scores(
+                    query[part, ..., head, :, :], key[part, ..., head, :, :], scale, of_head
+                )
+                columns = columns + scores.softmax(-1).mean(-2)
             parts.append(columns / heads)
-        return torch.cat(parts)[:, num_prefix_tokens:]
+        return torch.cat(parts)[..., num_prefix_tokens:]
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -29,6 +29,8 @@ class HostCase:
 
     build takes the rate of every kind of dropout that the host has, drop path included.
     model, prefix, covers: what the table of supported hosts says of it.
+    patches: patch tokens of the first layer.
+    vtm: whether VTM is possible.
     """
 
     name: str
@@ -38,6 +40,8 @@ class HostCase:
     build_fresh: Callable[[float], nn.Module]
     covers: str = ""
     fixed_size: bool = True
+    patches: int = PATCHES
+    vtm: bool = True
 
     @property
     def class_token(self) -> bool:
@@ -55,7 +59,9 @@ class HostCase:
         return host.train()
 
     def attach(self, host: nn.Module, **settings: Any) -> TokenMixupModel:
-        """As a user of this host attaches TokenMixup."""
+        """As a user of this host attaches TokenMixup; without VTM where that is not possible."""
+        if not self.vtm:
+            settings.pop("vertical", None)
         if self.family != ENCODER:
             return attach(host, **settings)
         return attach(
@@ -113,6 +119,27 @@ def timm_case(
     """A host that timm builds; ``model`` may name a setting after a comma."""
     build = timm_host(model.partition(",")[0], **settings)
     return HostCase(name, family, model, prefix, build, covers, fixed_size)
+
+
+def stages_case(
+    name: str,
+    family: str,
+    model: str,
+    covers: str,
+    fixed_size: bool = True,
+    rates: tuple[str, ...] = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    **settings: Any,
+) -> HostCase:
+    """A host with stages that timm builds: layers 0 and 1 in the first, 2 in the second."""
+
+    def build(dropout: float) -> nn.Module:
+        chances = dict.fromkeys(rates, dropout)
+        return timm.create_model(
+            model.partition(",")[0], num_classes=CLASSES, **settings, **chances
+        )
+
+    patches = (IMAGE // 4) ** 2
+    return HostCase(name, family, model, "none", build, covers, fixed_size, patches, vtm=False)
 
 
 def cct_host(dropout: float) -> nn.Module:
@@ -194,6 +221,14 @@ def encoder_case(name: str, model: str, prefix: str, **settings: Any) -> HostCas
 
 
 ENCODER = "torch.nn.TransformerEncoderLayer"
+SWIN_SIZES = {
+    "img_size": IMAGE,
+    "embed_dim": WIDTH,
+    "depths": (2, 1),
+    "num_heads": (HEADS, 2 * HEADS),
+    "window_size": 4,
+}
+SWIN = "timm SwinTransformer"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -309,6 +344,25 @@ CASES = (
         use_abs_pos_emb=True,
         qkv_bias=False,
     ),
+    stages_case(
+        "swin", SWIN, "swin_tiny_patch4_window7_224", "windows, shifted windows", **SWIN_SIZES
+    ),
+    stages_case(
+        "swin_padded",
+        SWIN,
+        "swin_tiny_patch4_window7_224, window_size=3",
+        "windows that pad the grid",
+        **SWIN_SIZES | {"window_size": 3},
+    ),
+    stages_case(
+        "swin_dynamic",
+        SWIN,
+        "swin_tiny_patch4_window7_224, dynamic_img_size=True",
+        "images of any size",
+        fixed_size=False,
+        dynamic_img_size=True,
+        **SWIN_SIZES,
+    ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
     HostCase(
         "hf_vit",
@@ -359,7 +413,7 @@ def some_hosts(*names: str) -> Any:
 # Hosts that differ in how layers, attention and output are reached; for tests of what does not
 # depend on the arithmetic of a variant.
 one_of_each = some_hosts(
-    "vit", "eva02", "rope_mixed", "beit", "torchvision", "hf_vit", "encoder", "cct"
+    "vit", "eva02", "rope_mixed", "beit", "swin", "torchvision", "hf_vit", "encoder", "cct"
 )
 
 

@@ -27,6 +27,9 @@ def layers_of(host: nn.Module) -> list[nn.Module]:
     if transformers:
         encoder = getattr(host, family.lower())
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
+    for stages in ("layers", "stages"):
+        if hasattr(host, stages):
+            return [block for stage in getattr(host, stages) for block in stage.blocks]
     return list(host.blocks) if hasattr(host, "blocks") else list(host.encoder.layers)
 
 
@@ -82,7 +85,7 @@ def watched(host: nn.Module) -> Iterator[Seen]:
     for index, layer in enumerate(layers_of(host)):
 
         def enter(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
-            seen.tokens[index] = args[0].detach().clone()
+            seen.tokens[index] = args[0].detach().clone().flatten(1, -2)  # a grid, row by row
             seen.calls[index] = (args, kwargs)
 
         def attend(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
@@ -114,7 +117,8 @@ def watched(host: nn.Module) -> Iterator[Seen]:
 def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any) -> np.ndarray:
     """The layer's own attention map (B, H, N, N) for tokens (B, N, D); fused attention is off.
 
-    Of an attention that never makes one, the map that is computed here.
+    Of an attention that never makes one, the map that is computed here; of windows, the map of the
+    whole image, put together.
     """
     attention, found = attention_of(layer), []
     with torch.no_grad():
@@ -132,10 +136,43 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
         maker = attending(attention) if hf else attention.attn_drop
         handle = maker.register_forward_hook(keep)
         try:
-            layer(tokens, *args[1:], **kwargs)
+            layer(tokens.reshape(args[0].shape), *args[1:], **kwargs)
         finally:
             handle.remove()
+    if args[0].dim() == 4:
+        return map_of_windows(array(found[0]), swin_windows(layer, *args[0].shape[1:3]))
     return array(found[0])
+
+
+def swin_windows(layer: nn.Module, rows: int, columns: int) -> list[list[int | None]]:
+    """Of each window, the tokens at its positions, None where the grid is padded."""
+    (height, width), (down, right) = layer.window_size, layer.shift_size
+
+    def inside(r: int, c: int) -> bool:
+        return r < rows and c < columns
+
+    return [
+        [
+            (r + down) % rows * columns + (c + right) % columns if inside(r, c) else None
+            for r in range(top, top + height)
+            for c in range(left, left + width)
+        ]
+        for top in range(0, rows, height)
+        for left in range(0, columns, width)
+    ]
+
+
+def map_of_windows(maps: np.ndarray, windows: list[list[int | None]]) -> np.ndarray:
+    """(B W, H, n, n) -> (B, H, T, T), 0 between windows, without the attention of padding."""
+    tokens = sum(position is not None for window in windows for position in window)
+    whole = np.zeros((len(maps) // len(windows), maps.shape[1], tokens, tokens))
+    for i in range(len(maps)):
+        window = windows[i % len(windows)]
+        for a, query in enumerate(window):
+            for b, key in enumerate(window):
+                if query is not None and key is not None:
+                    whole[i // len(windows), :, query, key] = maps[i, :, a, b]
+    return whole
 
 
 def positions_of_own(tokens: torch.Tensor) -> np.ndarray:

@@ -61,7 +61,7 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
         places.append(prefix + chosen)
         remembered.append(seen.tokens[index][torch.arange(size)[:, None], prefix + chosen])
 
-    assert [attention.layer for attention in recording.attention] == [1, 2]
+    assert [attention.layer for attention in recording.attention] == [1, 2] * case.vtm
     for attention in recording.attention:
         index = attention.layer
         layer, own = layers_of(plain)[index], norm_of(layers_of(plain)[index])(seen.tokens[index])
