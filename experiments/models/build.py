@@ -15,7 +15,10 @@ from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
 from tokenmixup.rules import Rules
 
-HOST_MODULES = ("vision_transformer", "deit", "beit", "eva", "swin_transformer", "cct")
+HOST_MODULES = (
+    *("vision_transformer", "deit", "beit", "eva", "swin_transformer", "swin_transformer_v2"),
+    "cct",
+)
 """Modules that register models which `tokenmixup.attach` takes: the nearest name is one of them."""
 
 _FACTORIES = (timm.create_model, build_model_with_cfg)

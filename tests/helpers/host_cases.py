@@ -44,6 +44,11 @@ class HostCase:
     vtm: bool = True
 
     @property
+    def rho(self) -> float:
+        """For tests that mix: a third of the mean saliency of a token."""
+        return 0.32 / self.patches
+
+    @property
     def class_token(self) -> bool:
         return "class" in self.prefix.split(", ")
 
@@ -228,7 +233,7 @@ SWIN_SIZES = {
     "num_heads": (HEADS, 2 * HEADS),
     "window_size": 4,
 }
-SWIN = "timm SwinTransformer"
+SWIN, SWIN_V2 = "timm SwinTransformer", "timm SwinTransformerV2"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -358,6 +363,22 @@ CASES = (
         "swin_dynamic",
         SWIN,
         "swin_tiny_patch4_window7_224, dynamic_img_size=True",
+        "images of any size",
+        fixed_size=False,
+        dynamic_img_size=True,
+        **SWIN_SIZES,
+    ),
+    stages_case(
+        "swin_v2",
+        SWIN_V2,
+        "swinv2_tiny_window8_256",
+        "cosine attention, norm after the attention",
+        **SWIN_SIZES,
+    ),
+    stages_case(
+        "swin_v2_dynamic",
+        SWIN_V2,
+        "swinv2_tiny_window8_256, dynamic_img_size=True",
         "images of any size",
         fixed_size=False,
         dynamic_img_size=True,

@@ -47,7 +47,7 @@ def attending(attention: nn.Module) -> nn.Module:
 
 def norm_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a layer does to its tokens before it attends to them."""
-    if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+    if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"):
         return nn.Identity()
     if isinstance(layer, nn.TransformerEncoderLayer) and not layer.norm_first:
         return nn.Identity()
@@ -126,7 +126,8 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
             normed = norm_of(layer)(tokens)
             return array(attention(normed, normed, normed, average_attn_weights=False)[1])
         hf = type(attention).__module__.startswith("transformers.")
-        if not hf and not hasattr(attention, "fused_attn"):
+        windowed = args[0].dim() == 4
+        if not hf and not windowed and not hasattr(attention, "fused_attn"):
             normed = norm_of(layer)(tokens)
             return naive_attention(attention, normed, normed, positions_of_own(tokens), 0)[1]
 
@@ -139,7 +140,7 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
             layer(tokens.reshape(args[0].shape), *args[1:], **kwargs)
         finally:
             handle.remove()
-    if args[0].dim() == 4:
+    if windowed:
         return map_of_windows(array(found[0]), swin_windows(layer, *args[0].shape[1:3]))
     return array(found[0])
 

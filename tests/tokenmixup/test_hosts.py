@@ -181,7 +181,7 @@ def test_saliency_is_that_of_the_explicit_map(case):
 
 def with_half_of_the_batch_easy(host, tokens, targets, case):
     """A model whose tau lies in the middle of the batch's difficulties, and who is easy."""
-    everyone = HorizontalConfig(layers=(1,), tau=1e9, rho=0.02, scorenet="average")
+    everyone = HorizontalConfig(layers=(1,), tau=1e9, rho=case.rho, scorenet="average")
     trial = case.attach(host, horizontal=everyone)
     head = trial.scorenets["1"].head
     torch.nn.init.normal_(head.weight, std=0.5)
@@ -191,7 +191,7 @@ def with_half_of_the_batch_easy(host, tokens, targets, case):
     )
     tau = float(np.median(difficulty))
     trial.detach()
-    horizontal = HorizontalConfig(layers=(1,), tau=tau, rho=0.02, scorenet="average")
+    horizontal = HorizontalConfig(layers=(1,), tau=tau, rho=case.rho, scorenet="average")
     model = case.attach(host, horizontal=horizontal, vertical=VTM).train()
     model.scorenets.load_state_dict(trial.scorenets.state_dict())
     return model, [d <= tau for d in difficulty]
@@ -216,7 +216,7 @@ def test_whole_model_against_the_oracle(case):
     layer = layers_of(plain)[1]
     saliency = saliency_of(explicit_map(layer, unmixed.tokens[1], *unmixed.calls[1]), case)
     mixed = oracle.horizontal_mixup(
-        array(unmixed.tokens[1]), array(targets), saliency, easy, 0.02, prefix
+        array(unmixed.tokens[1]), array(targets), saliency, easy, case.rho, prefix
     )
     assert 0 < sum(easy) < len(easy) and 0 < mixed.mask.sum() < mixed.mask.size
     np.testing.assert_allclose(array(seen.tokens[0]), array(unmixed.tokens[0]))

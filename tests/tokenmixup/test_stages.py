@@ -66,6 +66,7 @@ SIZES = {
         {"img_size": (40, 24), "window_size": 5, "always_partition": True},
         {"img_size": 32, "window_size": 16},
     ],
+    "swinv2_tiny_window8_256": [{"img_size": (24, 40), "window_size": (4, 3)}],
 }
 
 
@@ -112,7 +113,7 @@ def test_every_layer_mixes_by_the_map_of_the_whole_image(model, sizes):
     np.testing.assert_allclose(array(out.targets), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["swin_dynamic"])
+@pytest.mark.parametrize("name", ["swin_dynamic", "swin_v2_dynamic"])
 def test_images_of_other_sizes(name):
     """A step of each; no sample loses or gains probability."""
     case = BY_NAME[name]

@@ -15,7 +15,7 @@ from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
-from tokenmixup.hosts.timm_swin import TimmSwin
+from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
 from tokenmixup.hosts.torchvision_vit import TorchvisionViT
 from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
@@ -39,6 +39,7 @@ _adapters: list[HostAdapter] = [
     TimmEva(),
     TimmBeit(),
     TimmSwin(),
+    TimmSwinV2(),
     TorchvisionViT(),
     TransformersViT(),
     TransformersDeiT(),

@@ -41,7 +41,7 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
     images, targets = batch(case, size, torch.float64)
     model = case.attach(
         host,
-        horizontal=HorizontalConfig(layers=(1,), rho=0.01, scorenet=None),
+        horizontal=HorizontalConfig(layers=(1,), rho=0.004, scorenet=None),
         vertical=VerticalConfig(layers=(1, 2), kappa=KAPPA),
     )
     with watched(host) as seen:
