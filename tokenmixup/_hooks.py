@@ -131,7 +131,7 @@ class _LayerHook(_Hook):
             record.entering[self.index] = (tokens, args, kwargs)
         elif self.remembers:
             if not again:
-                self._choose(record, self._input_saliency(tokens, args, kwargs))
+                self._choose(record, self._input_saliency(record, tokens, args, kwargs))
             self._remember(record, again, tokens)
         if self.watch is None:
             return None
@@ -179,7 +179,7 @@ class _LayerHook(_Hook):
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
-            saliency = self._input_saliency(tokens, args, kwargs)
+            saliency = self._input_saliency(record, tokens, args, kwargs)
             step = horizontal_step(self.shared.rules, self.index, targets, saliency, logits, config)
             record.decisions[self.index] = (targets, step.decision)
             record.targets = self.watch.observe(
@@ -190,9 +190,15 @@ class _LayerHook(_Hook):
         decision = record.decisions[self.index][1]
         return self.shared.rules.mix(tokens, decision, self.layout.num_prefix_tokens)
 
-    def _input_saliency(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+    def _input_saliency(
+        self, record: StepRecord, tokens: Tensor, args: Args, kwargs: Kwargs
+    ) -> Tensor:
         adapter = self.shared.adapter
-        return input_saliency(adapter, self.layout, self.layer, tokens, args, kwargs)
+        record.measuring = True
+        try:
+            return input_saliency(adapter, self.layout, self.layer, tokens, args, kwargs)
+        finally:
+            record.measuring = False
 
 
 class _ProjectionHook(_Hook):
@@ -222,7 +228,7 @@ class _AttendHook(_Hook):
         self, attention: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
-        if record is None:
+        if record is None or record.measuring:
             return None
         _refuse_without_gradients(record, self.index)
         remembered = self._remembered(record)
@@ -239,7 +245,7 @@ class _OwnTokensHook(_Hook):
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         record, _ = self.shared.session.current()
-        if record is None:
+        if record is None or record.measuring:
             return None
         remembered = self._remembered(record)
         return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)

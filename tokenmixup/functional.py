@@ -145,6 +145,22 @@ def query_key_saliency(
         return torch.cat(parts)[..., num_prefix_tokens:]
 
 
+def resized_saliency(saliency: Tensor, keys: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+    """Saliency of pooled keys (B, K) on the grid of the tokens, (B, T).
+
+    Bilinear between the centres of the keys, times K / T: what a key receives is shared out among
+    its tokens, so that the sum stays, exactly where each key has as many tokens as any other.
+
+    Args:
+        saliency: of the keys.
+        keys: rows and columns of their grid.
+        tokens: rows and columns of the tokens' grid.
+    """
+    grid = saliency.unflatten(1, (1, *keys))
+    resized = F.interpolate(grid, tokens, mode="bilinear", align_corners=False).flatten(1)
+    return resized * (saliency.shape[1] / resized.shape[1])
+
+
 def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """``scale * Q K^T + bias`` in float32 or wider.
 

@@ -132,10 +132,14 @@ def stages_case(
     model: str,
     covers: str,
     fixed_size: bool = True,
+    vtm: bool = False,
     rates: tuple[str, ...] = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     **settings: Any,
 ) -> HostCase:
-    """A host with stages that timm builds: layers 0 and 1 in the first, 2 in the second."""
+    """A host with stages that timm builds: layers 0 and 1 in the first, 2 in the second.
+
+    Where VTM is possible, all in one.
+    """
 
     def build(dropout: float) -> nn.Module:
         chances = dict.fromkeys(rates, dropout)
@@ -144,7 +148,7 @@ def stages_case(
         )
 
     patches = (IMAGE // 4) ** 2
-    return HostCase(name, family, model, "none", build, covers, fixed_size, patches, vtm=False)
+    return HostCase(name, family, model, "none", build, covers, fixed_size, patches, vtm)
 
 
 def cct_host(dropout: float) -> nn.Module:
@@ -233,7 +237,19 @@ SWIN_SIZES = {
     "num_heads": (HEADS, 2 * HEADS),
     "window_size": 4,
 }
+PVT_SIZES = {
+    "embed_dims": (WIDTH, 2 * WIDTH),
+    "depths": (2, 1),
+    "num_heads": (HEADS, 2 * HEADS),
+    "sr_ratios": (2, 1),
+    "mlp_ratios": (2, 2),
+}
+PVT_STAGE = {name: each[:1] for name, each in PVT_SIZES.items()} | {
+    "depths": (3,),
+    "sr_ratios": (1,),
+}
 SWIN, SWIN_V2 = "timm SwinTransformer", "timm SwinTransformerV2"
+PVT = "timm PyramidVisionTransformerV2"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -384,6 +400,17 @@ CASES = (
         dynamic_img_size=True,
         **SWIN_SIZES,
     ),
+    stages_case("pvt", PVT, "pvt_v2_b0", "pooled keys", fixed_size=False, **PVT_SIZES),
+    stages_case(
+        "pvt_last_stage",
+        PVT,
+        "pvt_v2_b0, last stage",
+        "VTM within a stage whose keys are not pooled",
+        fixed_size=False,
+        vtm=True,
+        **PVT_STAGE,
+    ),
+    stages_case("pvt_linear", PVT, "pvt_v2_b2_li", "averaged keys", fixed_size=False, **PVT_SIZES),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
     HostCase(
         "hf_vit",

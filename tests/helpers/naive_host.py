@@ -145,6 +145,22 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
     return array(found[0])
 
 
+def own_saliency(
+    layer: nn.Module, case: Any, tokens: torch.Tensor, args: Any, kwargs: Any
+) -> np.ndarray:
+    """(B, T), from the layer's own map and the case's word on its prefix tokens."""
+    over_heads = explicit_map(layer, tokens, args, kwargs).mean(axis=1)
+    row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
+    of_keys = row[:, case.num_prefix_tokens :]
+    keys, patches = of_keys.shape[1], tokens.shape[1] - case.num_prefix_tokens
+    if keys == patches:
+        return of_keys
+    rows, columns = args[1]
+    grid = (round(rows * math.sqrt(keys / patches)), round(columns * math.sqrt(keys / patches)))
+    resized = [oracle.resize(one.reshape(grid), rows, columns).ravel() for one in of_keys]
+    return np.stack(resized) * keys / patches
+
+
 def swin_windows(layer: nn.Module, rows: int, columns: int) -> list[list[int | None]]:
     """Of each window, the tokens at its positions, None where the grid is padded."""
     (height, width), (down, right) = layer.window_size, layer.shift_size
@@ -213,6 +229,9 @@ def weights_of(attention: nn.Module) -> Weights:
             linears = [inner.query, inner.key, inner.value, attention.output.dense]
         return Weights(*map(of, linears), inner.num_attention_heads, inner.num_attention_heads)
     heads, out = attention.num_heads, of(attention.proj)
+    if hasattr(attention, "kv"):
+        halves = np.split(array(attention.kv.weight), 2), np.split(array(attention.kv.bias), 2)
+        return Weights(of(attention.q), *zip(*halves, strict=True), out, heads, heads)
     if attention.qkv is None:
         parts = [of(getattr(attention, f"{name}_proj")) for name in "qkv"]
         return Weights(*parts, out, heads, getattr(attention, "num_kv_heads", heads))

@@ -21,10 +21,10 @@ from tests.helpers.host_cases import (
 )
 from tests.helpers.naive_host import (
     attention_of,
-    explicit_map,
     layers_of,
     naive_attention,
     norm_of,
+    own_saliency,
     positions_of_own,
     switch_off_fused_attention,
     watched,
@@ -36,13 +36,6 @@ KAPPA = 3
 VTM = VerticalConfig(layers=(2,), kappa=KAPPA)
 MIX_ALL = HorizontalConfig(layers=(1,), rho=0.01, scorenet=None)
 MIX_NONE = HorizontalConfig(layers=(1,), tau=0, rho=0.01)  # cross-entropy is never 0
-
-
-def saliency_of(attention_map, case):
-    """(B, H, N, N) -> (B, T), from the case's word on its prefix tokens."""
-    over_heads = attention_map.mean(axis=1)
-    row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
-    return row[:, case.num_prefix_tokens :]
 
 
 # The host stays itself
@@ -172,11 +165,10 @@ def test_saliency_is_that_of_the_explicit_map(case):
     assert [layer for layer, _ in found] == ([0, 0, 1, 1, 2] if case.vtm else [0, 1, 2])
     for index, saliency in found:
         layer = layers_of(plain)[index]
-        expected = explicit_map(layer, seen.tokens[index], *seen.calls[index])
-        expected = saliency_of(expected, case)
+        expected = own_saliency(layer, case, seen.tokens[index], *seen.calls[index])
         np.testing.assert_allclose(saliency, expected, rtol=0, atol=1e-5)
         assert expected.std() > 1e-2 * expected.mean()
-        assert expected.sum(1).max() < 1 + 1e-6
+        assert expected.sum(1).max() < 1.05  # a share of the image's; resizing is not exact
 
 
 def with_half_of_the_batch_easy(host, tokens, targets, case):
@@ -214,7 +206,7 @@ def test_whole_model_against_the_oracle(case):
 
     # HTM
     layer = layers_of(plain)[1]
-    saliency = saliency_of(explicit_map(layer, unmixed.tokens[1], *unmixed.calls[1]), case)
+    saliency = own_saliency(layer, case, unmixed.tokens[1], *unmixed.calls[1])
     mixed = oracle.horizontal_mixup(
         array(unmixed.tokens[1]), array(targets), saliency, easy, case.rho, prefix
     )
@@ -229,8 +221,7 @@ def test_whole_model_against_the_oracle(case):
     memory, positions = [], [positions_of_own(seen.tokens[2])]
     for index in (0, 1):
         tokens = seen.tokens[index]
-        attention_map = explicit_map(layers_of(plain)[index], tokens, *seen.calls[index])
-        saliency = saliency_of(attention_map, case)
+        saliency = own_saliency(layers_of(plain)[index], case, tokens, *seen.calls[index])
         chosen = oracle.select_salient_tokens(array(tokens), saliency, KAPPA, prefix)
         memory.append(torch.from_numpy(chosen))
         places = [oracle.salient_positions(row, KAPPA) for row in saliency]

@@ -26,6 +26,22 @@ from tokenmixup.rules import Rules
 HTM = HorizontalConfig(layers=(1,), rho=0.005, scorenet=None)
 
 
+class Noting(Rules):
+    """The paper's, keeping the partners of HTM, and which layers remember."""
+
+    def __init__(self):
+        self.partner_at, self.chosen = {}, []
+
+    def choose(self, layer, *args):
+        self.chosen.append(layer)
+        return super().choose(layer, *args)
+
+    def decide(self, layer, *args):
+        decision = super().decide(layer, *args)
+        self.partner_at[layer] = decision.partner
+        return decision
+
+
 def test_names_of_layers():
     """By them and by an error people find out which number is which layer."""
     assert layer_names(BY_NAME["swin"].build()) == [
@@ -47,16 +63,34 @@ def test_windows_have_no_vtm():
         attach(case.build(), vertical=VerticalConfig(layers=(1,), kappa=2))
 
 
-class Noting(Rules):
-    """The paper's, keeping the partners at each layer."""
+def test_vtm_within_the_last_stage():
+    """Layers 1 to 3 are the last stage: none of its tokens come from the stage before."""
+    sizes = {"embed_dims": (16, 32), "depths": (1, 3), "num_heads": (2, 2), "sr_ratios": (2, 1)}
+    host = timm.create_model("pvt_v2_b0", num_classes=CLASSES, mlp_ratios=(2, 2), **sizes)
+    for layer, reason in ((0, "integers >= 1"), (1, "layer 1, the first of its stage.*1: stages")):
+        with pytest.raises(ValueError, match=reason):
+            attach(host, vertical=VerticalConfig(layers=(layer,), kappa=2))
+    model = attach(host, vertical=VerticalConfig(layers=(2, 3), kappa=2), rules=Noting()).train()
+    seen = {}
+    for index, block in enumerate(layers_of(host)):
 
-    def __init__(self):
-        self.partner_at = {}
+        def keep(_, args, index=index):
+            seen[index] = args[0].shape
 
-    def decide(self, layer, *args):
-        decision = super().decide(layer, *args)
-        self.partner_at[layer] = decision.partner
-        return decision
+        block.attn.kv.register_forward_pre_hook(keep)
+    model.backbone.set_grad_checkpointing()
+    out = model(torch.randn(3, 3, 32, 32))
+    assert {index: shape[1] for index, shape in seen.items()} == {0: 16, 1: 16, 2: 18, 3: 20}
+    assert [float(value) for value in out.stats.values()] == [2, 4]
+    assert model.rules.chosen == [1, 2]
+    out.logits.sum().backward()
+    assert layers_of(host)[1].norm1.weight.grad.isfinite().all()
+
+
+def test_pooled_keys_have_no_vtm():
+    case = BY_NAME["pvt"]
+    with pytest.raises(UnsupportedHostError, match=r"layer 1 of timm Pyr.*of several tokens"):
+        attach(case.build(), vertical=VerticalConfig(layers=(1,), kappa=2))
 
 
 SIZES = {
@@ -113,7 +147,7 @@ def test_every_layer_mixes_by_the_map_of_the_whole_image(model, sizes):
     np.testing.assert_allclose(array(out.targets), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["swin_dynamic", "swin_v2_dynamic"])
+@pytest.mark.parametrize("name", ["swin_dynamic", "swin_v2_dynamic", "pvt", "pvt_linear"])
 def test_images_of_other_sizes(name):
     """A step of each; no sample loses or gains probability."""
     case = BY_NAME[name]

@@ -15,6 +15,7 @@ from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
+from tokenmixup.hosts.timm_pvt import TimmPVT
 from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
 from tokenmixup.hosts.torchvision_vit import TorchvisionViT
@@ -40,6 +41,7 @@ _adapters: list[HostAdapter] = [
     TimmBeit(),
     TimmSwin(),
     TimmSwinV2(),
+    TimmPVT(),
     TorchvisionViT(),
     TransformersViT(),
     TransformersDeiT(),

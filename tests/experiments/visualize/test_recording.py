@@ -18,10 +18,10 @@ from tests.helpers.cases import array
 from tests.helpers.host_cases import batch, every_host
 from tests.helpers.naive_host import (
     attention_of,
-    explicit_map,
     layers_of,
     naive_attention,
     norm_of,
+    own_saliency,
     positions_of_own,
     switch_off_fused_attention,
     watched,
@@ -51,10 +51,7 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
     remembered, places = [], []
     for index, found in enumerate(recording.vertical):
         layer = layers_of(plain)[index]
-        attention_map = explicit_map(layer, seen.tokens[index], *seen.calls[index])
-        over_heads = attention_map.mean(axis=1)
-        row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
-        saliency = row[:, prefix:]
+        saliency = own_saliency(layer, case, seen.tokens[index], *seen.calls[index])
         np.testing.assert_allclose(found.saliency, saliency, rtol=0, atol=1e-6)
         chosen = np.array([oracle.salient_positions(one, KAPPA) for one in saliency])
         assert np.array_equal(found.positions, chosen)
