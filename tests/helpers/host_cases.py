@@ -248,8 +248,15 @@ PVT_STAGE = {name: each[:1] for name, each in PVT_SIZES.items()} | {
     "depths": (3,),
     "sr_ratios": (1,),
 }
+HIERA_SIZES = {
+    "img_size": (IMAGE, IMAGE),
+    "embed_dim": WIDTH,
+    "num_heads": HEADS,
+    "mlp_ratio": 2,
+    "mask_unit_size": (4, 4),
+}
 SWIN, SWIN_V2 = "timm SwinTransformer", "timm SwinTransformerV2"
-PVT = "timm PyramidVisionTransformerV2"
+PVT, HIERA = "timm PyramidVisionTransformerV2", "timm Hiera"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -411,6 +418,31 @@ CASES = (
         **PVT_STAGE,
     ),
     stages_case("pvt_linear", PVT, "pvt_v2_b2_li", "averaged keys", fixed_size=False, **PVT_SIZES),
+    # layer 1 pools its queries; the rates of other hosts are none of Hiera's
+    stages_case(
+        "hiera",
+        HIERA,
+        "hiera_tiny_224",
+        "windows, pooled queries",
+        rates=("drop_rate", "drop_path_rate"),
+        stages=(1, 2),
+        mask_unit_attn=(True, True),
+        q_pool=1,
+        **HIERA_SIZES,
+    ),
+    stages_case(
+        "hiera_global",
+        HIERA,
+        "hiera_tiny_224, stages without windows",
+        "VTM within each such stage, LayerScale",
+        rates=("drop_rate", "drop_path_rate"),
+        vtm=True,
+        init_values=0.5,
+        stages=(3, 1),
+        mask_unit_attn=(False, False),
+        q_pool=1,
+        **HIERA_SIZES,
+    ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
     HostCase(
         "hf_vit",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tests.helpers import oracle
 from tests.helpers.cases import array
@@ -114,35 +115,46 @@ def watched(host: nn.Module) -> Iterator[Seen]:
             handle.remove()
 
 
+class Softmaxes(TorchFunctionMode):
+    """Keeps what every softmax returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self.found.append(result)
+        return result
+
+
 def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any) -> np.ndarray:
     """The layer's own attention map (B, H, N, N) for tokens (B, N, D); fused attention is off.
 
     Of an attention that never makes one, the map that is computed here; of windows, the map of the
     whole image, put together.
     """
-    attention, found = attention_of(layer), []
+    attention = attention_of(layer)
     with torch.no_grad():
         if isinstance(attention, nn.MultiheadAttention):
             normed = norm_of(layer)(tokens)
             return array(attention(normed, normed, normed, average_attn_weights=False)[1])
-        hf = type(attention).__module__.startswith("transformers.")
-        windowed = args[0].dim() == 4
-        if not hf and not windowed and not hasattr(attention, "fused_attn"):
+        with Softmaxes() as softmaxes:
+            layer(tokens.reshape(args[0].shape), *args[1:], **kwargs)
+        if not softmaxes.found:
             normed = norm_of(layer)(tokens)
             return naive_attention(attention, normed, normed, positions_of_own(tokens), 0)[1]
-
-        def keep(_: Any, __: Any, output: Any) -> None:
-            found.append(output[1] if isinstance(output, tuple) else output)
-
-        maker = attending(attention) if hf else attention.attn_drop
-        handle = maker.register_forward_hook(keep)
-        try:
-            layer(tokens.reshape(args[0].shape), *args[1:], **kwargs)
-        finally:
-            handle.remove()
-    if windowed:
-        return map_of_windows(array(found[0]), swin_windows(layer, *args[0].shape[1:3]))
-    return array(found[0])
+    (found,) = (array(each) for each in softmaxes.found)
+    if args[0].dim() == 4:
+        return map_of_windows(found, swin_windows(layer, *args[0].shape[1:3]))
+    if found.ndim == 5:  # (B, H, W, Q, K): Hiera's token t is in window t modulo W
+        batch, heads, windows, queries, keys = found.shape
+        whole = np.zeros((batch, heads, windows, queries, keys * windows))
+        for w in range(windows):
+            whole[:, :, w, :, w::windows] = found[:, :, w]
+        return whole.reshape(batch, heads, windows * queries, keys * windows)
+    return found
 
 
 def own_saliency(
@@ -228,7 +240,8 @@ def weights_of(attention: nn.Module) -> Weights:
         else:
             linears = [inner.query, inner.key, inner.value, attention.output.dense]
         return Weights(*map(of, linears), inner.num_attention_heads, inner.num_attention_heads)
-    heads, out = attention.num_heads, of(attention.proj)
+    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    out = of(attention.proj)
     if hasattr(attention, "kv"):
         halves = np.split(array(attention.kv.weight), 2), np.split(array(attention.kv.bias), 2)
         return Weights(of(attention.q), *zip(*halves, strict=True), out, heads, heads)

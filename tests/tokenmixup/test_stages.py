@@ -14,8 +14,8 @@ from tests.helpers import oracle
 from tests.helpers.cases import array
 from tests.helpers.host_cases import BY_NAME, CLASSES, randomise
 from tests.helpers.naive_host import (
-    explicit_map,
     layers_of,
+    own_saliency,
     switch_off_fused_attention,
     watched,
 )
@@ -57,10 +57,27 @@ def test_names_of_layers():
         attach(host, horizontal=HorizontalConfig(layers=(3,), rho=0.1, scorenet=None))
 
 
-def test_windows_have_no_vtm():
-    case = BY_NAME["swin"]
-    with pytest.raises(UnsupportedHostError, match=r"layer 1 of timm SwinT.* own window alone"):
-        attach(case.build(), vertical=VerticalConfig(layers=(1,), kappa=2))
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("swin", 1, "own window alone"),
+        ("pvt", 1, "each of its keys is made of several tokens"),
+        ("hiera", 2, "own window alone"),
+        ("hiera_pooling", 2, "pools its queries"),
+    ],
+)
+def test_where_vtm_is_refused(name, layer, reason):
+    case = BY_NAME[name.replace("pooling", "global")]
+    host = case.build()
+    if name == "hiera_pooling":
+        host = timm.create_model("hiera_tiny_224", mask_unit_attn=(False,) * 4, stages=(2, 1, 1, 1))
+    with pytest.raises(UnsupportedHostError, match=f"layer {layer} of {case.family}: .*{reason}"):
+        attach(host, vertical=VerticalConfig(layers=(layer,), kappa=2))
+
+
+def test_a_hiera_that_drops_windows():
+    with pytest.raises(UnsupportedHostError, match="patch_drop_rate=0"):
+        attach(timm.create_model("hiera_tiny_224", patch_drop_rate=0.1), horizontal=HTM)
 
 
 def test_vtm_within_the_last_stage():
@@ -87,45 +104,55 @@ def test_vtm_within_the_last_stage():
     assert layers_of(host)[1].norm1.weight.grad.isfinite().all()
 
 
-def test_pooled_keys_have_no_vtm():
-    case = BY_NAME["pvt"]
-    with pytest.raises(UnsupportedHostError, match=r"layer 1 of timm Pyr.*of several tokens"):
-        attach(case.build(), vertical=VerticalConfig(layers=(1,), kappa=2))
-
-
-SIZES = {
-    "swin_tiny_patch4_window7_224": [
-        # windows that are no squares, and more of them than fit; then one window for the stage
-        {"img_size": (24, 40), "window_size": (4, 3)},
-        {"img_size": (40, 24), "window_size": 5, "always_partition": True},
-        {"img_size": 32, "window_size": 16},
-    ],
-    "swinv2_tiny_window8_256": [{"img_size": (24, 40), "window_size": (4, 3)}],
-}
-
-
-@pytest.mark.parametrize(
-    ("model", "sizes"), [(model, sizes) for model, each in SIZES.items() for sizes in each]
+SWIN = {"embed_dim": 8, "depths": (2, 2, 1), "num_heads": (2, 2, 4)}
+SWIN_WIDTHS = [8, 8, 16, 16, 32]
+WHOLE = (
+    # windows that are no squares and pad the grid; more of them than fit; one for the stage
+    ("swin_tiny_patch4_window7_224", (24, 40), SWIN | {"window_size": (4, 3)}, SWIN_WIDTHS),
+    (
+        "swin_tiny_patch4_window7_224",
+        (40, 24),
+        SWIN | {"window_size": 5, "always_partition": True},
+        SWIN_WIDTHS,
+    ),
+    ("swin_tiny_patch4_window7_224", (32, 32), SWIN | {"window_size": 16}, SWIN_WIDTHS),
+    ("swinv2_tiny_window8_256", (24, 40), SWIN | {"window_size": (4, 3)}, SWIN_WIDTHS),
+    (
+        "pvt_v2_b0",
+        (32, 64),
+        {"embed_dims": (8, 16, 32), "depths": (2, 1, 1), "sr_ratios": (4, 2, 1)}
+        | {"num_heads": (1, 2, 2), "mlp_ratios": (2, 2, 2)},
+        [8, 8, 16, 32],
+    ),
+    # the last stage attends globally, and the block before it pools in windows
+    (
+        "hiera_tiny_224",
+        (32, 64),
+        {"embed_dim": 8, "stages": (1, 2, 2), "q_pool": 2, "mask_unit_size": (4, 4)}
+        | {"mask_unit_attn": (True, True, False)},
+        [8, 8, 16, 16, 32],
+    ),
 )
-def test_every_layer_mixes_by_the_map_of_the_whole_image(model, sizes):
+
+
+@pytest.mark.parametrize(("name", "size", "settings", "widths"), WHOLE)
+def test_every_layer_mixes_by_the_map_of_the_whole_image(name, size, settings, widths):
     """HTM everywhere: tokens, targets and saliency of each layer against the slow computation."""
-    narrow = {"embed_dim": 8, "depths": (2, 2, 1), "num_heads": (2, 2, 4)}
-    host = timm.create_model(model, num_classes=CLASSES, **sizes, **narrow)
+    image = {} if name.startswith("pvt") else {"img_size": size}  # takes any
+    host = timm.create_model(name, num_classes=CLASSES, **image, **settings)
     randomise(host)
     host.double()
-    rho = 1e-3
-    layers = tuple(range(5))
+    rho, layers = 1e-3, tuple(range(len(widths)))
     htm = HorizontalConfig(layers=layers, rho=rho, scorenet="average", tau=9)
     model = attach(host, horizontal=htm, rules=Noting())
-    assert [model.scorenets[str(i)].head.in_features for i in layers] == [8, 8, 16, 16, 32]
-    rows, columns = host.patch_embed.img_size
-    images = torch.randn(4, 3, rows, columns, dtype=torch.float64)
+    assert [model.scorenets[str(i)].head.in_features for i in layers] == widths
+    images = torch.randn(4, 3, *size, dtype=torch.float64)
     targets = torch.randn(4, CLASSES, dtype=torch.float64).softmax(-1)
     entering = {}
     for index, layer in enumerate(layers_of(host)):  # before TokenMixup's own hooks
 
         def keep(_, args, index=index):
-            entering[index] = args[0].detach().clone()
+            entering[index] = (args[0].detach().clone(), *args[1:])
 
         layer.register_forward_pre_hook(keep, prepend=True)
     with watched(host) as seen:
@@ -134,9 +161,8 @@ def test_every_layer_mixes_by_the_map_of_the_whole_image(model, sizes):
     switch_off_fused_attention(host)
     expected = array(targets)
     for index, layer in enumerate(layers_of(host)):
-        grid = entering[index]
-        tokens = grid.flatten(1, 2)
-        saliency = explicit_map(layer, tokens, (grid,), {}).mean((1, 2))
+        tokens = entering[index][0].flatten(1, -2)
+        saliency = own_saliency(layer, BY_NAME["swin"], tokens, entering[index], {})
         partner = model.rules.partner_at[index]  # several may be as good
         mixed = oracle.horizontal_mixup(
             array(tokens), expected, saliency, [True] * 4, rho, partner=partner

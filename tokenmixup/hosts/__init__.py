@@ -15,6 +15,7 @@ from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
+from tokenmixup.hosts.timm_hiera import TimmHiera
 from tokenmixup.hosts.timm_pvt import TimmPVT
 from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -42,6 +43,7 @@ _adapters: list[HostAdapter] = [
     TimmSwin(),
     TimmSwinV2(),
     TimmPVT(),
+    TimmHiera(),
     TorchvisionViT(),
     TransformersViT(),
     TransformersDeiT(),

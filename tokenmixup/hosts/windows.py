@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from tokenmixup.hosts.base import Args, HostAdapter, Kwargs
 
+NO_MEMORY = (
+    "its queries attend to the tokens of their own window alone, and remembered tokens, which come "
+    "from anywhere in the image, belong to none"
+)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -139,10 +144,7 @@ class WindowedHost(HostAdapter):
 
     def no_memory(self, layer: nn.Module) -> str | None:
         """A window's keys are its own tokens."""
-        return (
-            "its queries attend to the tokens of their own window alone, and remembered tokens, "
-            "which come from anywhere in the image, belong to none"
-        )
+        return NO_MEMORY
 
 
 def shape_of(args: Args) -> tuple[int, int]:
