@@ -17,7 +17,7 @@ from tokenmixup.rules import Rules
 
 HOST_MODULES = (
     *("vision_transformer", "deit", "beit", "eva", "swin_transformer", "swin_transformer_v2"),
-    *("pvt_v2", "hiera", "cct"),
+    *("pvt_v2", "hiera", "mvitv2", "cct"),
 )
 """Modules that register models which `tokenmixup.attach` takes: the nearest name is one of them."""
 

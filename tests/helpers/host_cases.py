@@ -151,6 +151,27 @@ def stages_case(
     return HostCase(name, family, model, "none", build, covers, fixed_size, patches, vtm)
 
 
+def mvit_case(name: str, model: str, prefix: str, covers: str, **settings: Any) -> HostCase:
+    """Layers 0 and 1 in the first stage; 2, which pools its queries, takes their tokens."""
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+    config = MultiScaleVitCfg(
+        depths=(2, 1),
+        embed_dim=WIDTH,
+        num_heads=HEADS,
+        mlp_ratio=2,
+        stride_q=((1, 1), (2, 2)),
+        stride_kv_adaptive=(2, 2),
+        **settings,
+    )
+
+    def build(dropout: float) -> nn.Module:
+        rates = {"drop_rate": dropout, "drop_path_rate": dropout}
+        return MultiScaleVit(config, IMAGE, num_classes=CLASSES, **rates)
+
+    return HostCase(name, MVIT, model, prefix, build, covers, True, (IMAGE // 4) ** 2, vtm=False)
+
+
 def cct_host(dropout: float) -> nn.Module:
     return timm.create_model(
         "cct_7_3x1_32",
@@ -257,6 +278,7 @@ HIERA_SIZES = {
 }
 SWIN, SWIN_V2 = "timm SwinTransformer", "timm SwinTransformerV2"
 PVT, HIERA = "timm PyramidVisionTransformerV2", "timm Hiera"
+MVIT = "timm MultiScaleVit"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -442,6 +464,11 @@ CASES = (
         mask_unit_attn=(False, False),
         q_pool=1,
         **HIERA_SIZES,
+    ),
+    mvit_case("mvit", "mvitv2_tiny", "none", "pooled queries and keys, relative positions"),
+    mvit_case("mvit_class", "mvitv2_small_cls", "class", "", use_cls_token=True),
+    mvit_case(
+        "mvit_wide", "mvitv2_large", "none", "the last layer of a stage widens", expand_attn=False
     ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
     HostCase(

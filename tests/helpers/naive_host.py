@@ -95,7 +95,7 @@ def watched(host: nn.Module) -> Iterator[Seen]:
         def leave(_: Any, __: Any, output: Any, index: int = index) -> None:
             if isinstance(output, tuple):
                 output, attention_map = output
-                if attention_map is not None:
+                if torch.is_tensor(attention_map):
                     seen.maps[index] = attention_map.detach()
             seen.outputs[index] = output.detach()
 

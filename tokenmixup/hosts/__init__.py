@@ -16,6 +16,7 @@ from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
 from tokenmixup.hosts.timm_hiera import TimmHiera
+from tokenmixup.hosts.timm_mvit import TimmMViT
 from tokenmixup.hosts.timm_pvt import TimmPVT
 from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -44,6 +45,7 @@ _adapters: list[HostAdapter] = [
     TimmSwinV2(),
     TimmPVT(),
     TimmHiera(),
+    TimmMViT(),
     TorchvisionViT(),
     TransformersViT(),
     TransformersDeiT(),

@@ -3,8 +3,7 @@
 Dimensions: B batch, N tokens, W windows, n tokens of a window, D width, H heads, d head width.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 from tokenmixup.hosts.base import (
     Args,
     Kwargs,
-    TokenLayout,
     UnsupportedHostError,
-    linear_outputs,
     module_query_key,
 )
+from tokenmixup.hosts.timm_stages import Grid, TimmStages
 from tokenmixup.hosts.timm_vit import TimmNames
 from tokenmixup.hosts.windows import NO_MEMORY
 
 
-class TimmHiera(TimmNames):
+class TimmHiera(TimmStages):
     """timm's Hiera, of images.
 
     The n-th tokens of two images come from the same place, but not row by row: Hiera keeps the
@@ -38,37 +36,29 @@ class TimmHiera(TimmNames):
 
     def check(self, host: nn.Module) -> None:
         """timm's own blocks, and no dropping of windows."""
-        if cast(Any, host).patch_drop_rate > 0:
+        hiera = cast(Any, host)
+        if hiera.patch_drop_rate > 0:
             raise UnsupportedHostError(
                 "build the host with patch_drop_rate=0: it drops windows in training, different "
                 "ones in each image, but TokenMixup exchanges tokens of one place"
             )
+        if len(hiera.tokens_spatial_shape) != 2:
+            raise UnsupportedHostError("this Hiera takes videos, and TokenMixup mixes images")
         super().check(host)
 
-    def layouts(self, host: nn.Module) -> Sequence[TokenLayout]:
-        """A stage ends with the block that pools its tokens, or widens them."""
-        hiera, layouts, stage = cast(Any, host), [], 0
-        grid = tuple(hiera.tokens_spatial_shape)
-        for block in hiera.blocks:
-            layouts.append(
-                TokenLayout(
-                    width=block.dim,
-                    num_prefix_tokens=0,
-                    class_token=False,
-                    num_patch_tokens=math.prod(grid),
-                    num_classes=linear_outputs(hiera.get_classifier()),
-                    stage=stage,
-                    grid=grid if len(grid) == 2 else None,
-                )
-            )
-            if block.attn.q_stride > 1:
-                grid = tuple(side // by for side, by in zip(grid, hiera.q_stride, strict=True))
-            stage += block.attn.q_stride > 1 or block.dim != block.dim_out
-        return layouts
+    def blocks(self, host: nn.Module) -> dict[str, nn.Module]:
+        """One list for all stages."""
+        return TimmNames.blocks(self, host)
 
-    def layout(self, host: nn.Module) -> TokenLayout:
-        """Of the first layer."""
-        return self.layouts(host)[0]
+    def inputs(self, host: nn.Module) -> Iterable[tuple[int, Grid, int]]:
+        """A stage ends with the block that pools its tokens, or widens them."""
+        hiera, stage = cast(Any, host), 0
+        rows, columns = hiera.tokens_spatial_shape
+        for block in hiera.blocks:
+            yield block.dim, (rows, columns), stage
+            if block.attn.q_stride > 1:
+                rows, columns = rows // hiera.q_stride[0], columns // hiera.q_stride[1]
+            stage += block.attn.q_stride > 1 or block.dim != block.dim_out
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool

@@ -3,13 +3,14 @@
 Dimensions: B batch, N tokens, K keys, D width, H heads, d head width, M remembered tokens.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tokenmixup.functional import resized_saliency
 from tokenmixup.hosts.base import Args, Kwargs, Remembered, argument, project, split_heads
-from tokenmixup.hosts.timm_stages import TimmStages
+from tokenmixup.hosts.timm_stages import Grid, TimmStages
 
 
 class TimmPVT(TimmStages):
@@ -27,13 +28,10 @@ class TimmPVT(TimmStages):
     read = ("q", "kv", "num_heads", "scale", "dim", "pool", "sr", "norm", "act")
     arguments = ("x", "feat_size")
 
-    def grid(self, host: nn.Module, block: nn.Module) -> tuple[int, int] | None:
-        """None: it depends on the image."""
-        return None
-
-    def width(self, block: nn.Module) -> int:
-        """Of its attention."""
-        return cast(Any, block).attn.dim
+    def inputs(self, host: nn.Module) -> Iterable[tuple[int, Grid, int]]:
+        """The grid depends on the image."""
+        for stage, block in self.by_stage(host):
+            yield block.attn.dim, None, stage
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The projection to keys and values, whose output may have any number of rows."""

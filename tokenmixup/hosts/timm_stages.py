@@ -1,16 +1,19 @@
 """What timm's hosts with stages share.
 
-Dimensions: R x C grid of the patch tokens.
+Dimensions: D width, C classes, R x C grid of the patch tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import nn
 
 from tokenmixup.hosts.base import TokenLayout, linear_outputs
 from tokenmixup.hosts.timm_vit import TimmNames
+
+Grid = tuple[int, int] | None
+"""Rows and columns; None where they depend on the image."""
 
 
 class TimmStages(TimmNames):
@@ -20,8 +23,8 @@ class TimmStages(TimmNames):
     """The name of the list of stages, each with its `blocks`."""
 
     @abstractmethod
-    def grid(self, host: nn.Module, block: nn.Module) -> tuple[int, int] | None:
-        """(R, C) at the input of a block, None where it depends on the image."""
+    def inputs(self, host: nn.Module) -> Iterable[tuple[int, Grid, int]]:
+        """Width, grid and stage of the tokens that enter each layer."""
 
     def blocks(self, host: nn.Module) -> dict[str, nn.Module]:
         """Those of the first stage, then those of the second, and so on."""
@@ -31,33 +34,30 @@ class TimmStages(TimmNames):
             for b, block in enumerate(stage.blocks)
         }
 
-    def stage(self, host: nn.Module, index: int) -> int:
-        """The number of the stage in which layer ``index`` has its input."""
-        sizes = [len(stage.blocks) for stage in getattr(host, self.stages)]
-        return next(s for s in range(len(sizes)) if index < sum(sizes[: s + 1]))
+    def by_stage(self, host: nn.Module) -> list[tuple[int, Any]]:
+        """Each layer behind the number of the stage that it belongs to."""
+        stages = enumerate(getattr(host, self.stages))
+        return [(number, block) for number, stage in stages for block in stage.blocks]
+
+    def prefix_tokens(self, host: nn.Module) -> int:
+        """P, 1 for a class token; most have none."""
+        return 0
 
     def layouts(self, host: nn.Module) -> Sequence[TokenLayout]:
-        """Patch tokens alone, by stage."""
-        classes = linear_outputs(cast(Any, host).get_classifier())
-        layouts = []
-        for index, block in enumerate(self.layers(host)):
-            grid = self.grid(host, block)
-            layouts.append(
-                TokenLayout(
-                    width=self.width(block),
-                    num_prefix_tokens=0,
-                    class_token=False,
-                    num_patch_tokens=None if grid is None else grid[0] * grid[1],
-                    num_classes=classes,
-                    stage=self.stage(host, index),
-                    grid=grid,
-                )
+        """By :meth:`inputs`."""
+        classes, prefix = linear_outputs(cast(Any, host).get_classifier()), self.prefix_tokens(host)
+        return [
+            TokenLayout(
+                width=width,
+                num_prefix_tokens=prefix,
+                class_token=prefix > 0,
+                num_patch_tokens=None if grid is None else grid[0] * grid[1],
+                num_classes=classes,
+                stage=stage,
+                grid=grid,
             )
-        return layouts
-
-    def width(self, block: nn.Module) -> int:
-        """D at the input of a block."""
-        return cast(Any, block).dim
+            for width, grid, stage in self.inputs(host)
+        ]
 
     def layout(self, host: nn.Module) -> TokenLayout:
         """Of the first layer."""

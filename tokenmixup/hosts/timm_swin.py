@@ -5,6 +5,7 @@ d head width.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import Args, Kwargs, module_query_key
-from tokenmixup.hosts.timm_stages import TimmStages
+from tokenmixup.hosts.timm_stages import Grid, TimmStages
 from tokenmixup.hosts.timm_vit import joint_bias
 from tokenmixup.hosts.windows import WindowedHost, Windows, shape_of
 
@@ -34,12 +35,11 @@ class TimmSwin(WindowedHost, TimmStages):
     read: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "scale", "_get_rel_pos_bias")
     arguments = ("x", "mask")
 
-    def grid(self, host: nn.Module, block: nn.Module) -> tuple[int, int] | None:
-        """None where the host takes images of any size."""
-        if cast(Any, host).dynamic_img_size:
-            return None
-        rows, columns = cast(Any, block).input_resolution
-        return rows, columns
+    def inputs(self, host: nn.Module) -> Iterable[tuple[int, Grid, int]]:
+        """No grid where the host takes images of any size."""
+        any_size = cast(Any, host).dynamic_img_size
+        for stage, block in self.by_stage(host):
+            yield block.dim, None if any_size else tuple(block.input_resolution), stage
 
     def windows(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> Windows:
         """Rolled, then padded."""
