@@ -200,6 +200,34 @@ def torchvision_host(dropout: float) -> nn.Module:
     )
 
 
+def torchvision_swin(name: str, model: str, covers: str, window: int) -> HostCase:
+    """Blocks as the model has them; layers 0 and 1 in the first stage, 2 in the second."""
+
+    def build(dropout: float) -> nn.Module:
+        from torchvision.models import swin_transformer
+
+        v2 = {
+            "block": swin_transformer.SwinTransformerBlockV2,
+            "downsample_layer": swin_transformer.PatchMergingV2,
+        }
+        return swin_transformer.SwinTransformer(
+            [4, 4],
+            WIDTH,
+            [2, 1],
+            [HEADS, 2 * HEADS],
+            [window, window],
+            mlp_ratio=2,
+            dropout=dropout,
+            attention_dropout=dropout,
+            stochastic_depth_prob=dropout,
+            num_classes=CLASSES,
+            **(v2 if "v2" in model else {}),
+        )
+
+    family, patches = "torchvision SwinTransformer", (IMAGE // 4) ** 2
+    return HostCase(name, family, model, "none", build, covers, False, patches, vtm=False)
+
+
 def transformers_host(
     name: str, implementation: str, drop_path: bool = False, **settings: Any
 ) -> Callable[[float], nn.Module]:
@@ -471,6 +499,8 @@ CASES = (
         "mvit_wide", "mvitv2_large", "none", "the last layer of a stage widens", expand_attn=False
     ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
+    torchvision_swin("torchvision_swin", "swin_t", "windows that pad the grid", 3),
+    torchvision_swin("torchvision_swin_v2", "swin_v2_t", "cosine attention", 4),
     HostCase(
         "hf_vit",
         "transformers ViTForImageClassification",

@@ -28,6 +28,8 @@ def layers_of(host: nn.Module) -> list[nn.Module]:
     if transformers:
         encoder = getattr(host, family.lower())
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
+    if hasattr(host, "features"):
+        return [block for stage in host.features[1::2] for block in stage]
     for stages in ("layers", "stages"):
         if hasattr(host, stages):
             return [block for stage in getattr(host, stages) for block in stage.blocks]
@@ -175,17 +177,22 @@ def own_saliency(
 
 def swin_windows(layer: nn.Module, rows: int, columns: int) -> list[list[int | None]]:
     """Of each window, the tokens at its positions, None where the grid is padded."""
-    (height, width), (down, right) = layer.window_size, layer.shift_size
+    its = layer.attn if type(layer).__module__.startswith("torchvision") else layer
+    (height, width), (down, right) = its.window_size, its.shift_size
+    all_rows, all_columns = math.ceil(rows / height) * height, math.ceil(columns / width) * width
 
-    def inside(r: int, c: int) -> bool:
-        return r < rows and c < columns
+    def token(r: int, c: int) -> int | None:
+        if its is layer:  # rolled, then padded
+            if r >= rows or c >= columns:
+                return None
+            return (r + down) % rows * columns + (c + right) % columns
+        # padded, then rolled, where there are several windows
+        r = (r + (down if height < all_rows else 0)) % all_rows
+        c = (c + (right if width < all_columns else 0)) % all_columns
+        return r * columns + c if r < rows and c < columns else None
 
     return [
-        [
-            (r + down) % rows * columns + (c + right) % columns if inside(r, c) else None
-            for r in range(top, top + height)
-            for c in range(left, left + width)
-        ]
+        [token(r, c) for r in range(top, top + height) for c in range(left, left + width)]
         for top in range(0, rows, height)
         for left in range(0, columns, width)
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 
 from tests.helpers import oracle
 from tests.helpers.cases import array
@@ -124,6 +125,14 @@ WHOLE = (
         | {"num_heads": (1, 2, 2), "mlp_ratios": (2, 2, 2)},
         [8, 8, 16, 32],
     ),
+    # one window from top to bottom, which is not shifted that way
+    (
+        "swin_t",
+        (32, 64),
+        {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
+        | {"window_size": [8, 4]},
+        [8, 8, 16, 16],
+    ),
     # the last stage attends globally, and the block before it pools in windows
     (
         "hiera_tiny_224",
@@ -138,8 +147,11 @@ WHOLE = (
 @pytest.mark.parametrize(("name", "size", "settings", "widths"), WHOLE)
 def test_every_layer_mixes_by_the_map_of_the_whole_image(name, size, settings, widths):
     """HTM everywhere: tokens, targets and saliency of each layer against the slow computation."""
-    image = {} if name.startswith("pvt") else {"img_size": size}  # takes any
-    host = timm.create_model(name, num_classes=CLASSES, **image, **settings)
+    if name == "swin_t":
+        host = torchvision.models.SwinTransformer(num_classes=CLASSES, **settings)
+    else:
+        image = {} if name.startswith("pvt") else {"img_size": size}  # takes any
+        host = timm.create_model(name, num_classes=CLASSES, **image, **settings)
     randomise(host)
     host.double()
     rho, layers = 1e-3, tuple(range(len(widths)))
@@ -173,7 +185,9 @@ def test_every_layer_mixes_by_the_map_of_the_whole_image(name, size, settings, w
     np.testing.assert_allclose(array(out.targets), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["swin_dynamic", "swin_v2_dynamic", "pvt", "pvt_linear"])
+@pytest.mark.parametrize(
+    "name", ["swin_dynamic", "swin_v2_dynamic", "pvt", "pvt_linear", "torchvision_swin"]
+)
 def test_images_of_other_sizes(name):
     """A step of each; no sample loses or gains probability."""
     case = BY_NAME[name]

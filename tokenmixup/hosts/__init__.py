@@ -20,6 +20,7 @@ from tokenmixup.hosts.timm_mvit import TimmMViT
 from tokenmixup.hosts.timm_pvt import TimmPVT
 from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
+from tokenmixup.hosts.torchvision_swin import TorchvisionSwin
 from tokenmixup.hosts.torchvision_vit import TorchvisionViT
 from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
 
@@ -47,6 +48,7 @@ _adapters: list[HostAdapter] = [
     TimmHiera(),
     TimmMViT(),
     TorchvisionViT(),
+    TorchvisionSwin(),
     TransformersViT(),
     TransformersDeiT(),
     TransformersDinov2(),

@@ -72,6 +72,23 @@ class Windows:
         outside = (tokens == 0) & (tokens.mT == 1)
         return outside.to(like.dtype).masked_fill(outside, float("-inf")).unsqueeze(2)
 
+    def shift_bias(self, like: Tensor) -> Tensor | None:
+        """For scores, (1, W, 1, n, n): -100 between tokens of opposite borders.
+
+        The rolling brings them into one window. None where nothing is shifted.
+        """
+        if not any(self.shift):
+            return None
+        parts = []
+        for size, side, by in zip(self.padded, self.window, self.shift, strict=True):
+            place = torch.arange(size, device=like.device)
+            inner, outer = place >= size - side, place >= size - by
+            parts.append(inner.long() + outer if by else torch.zeros_like(place))
+        labels = (3 * parts[0].unsqueeze(1) + parts[1]).flatten().view(1, -1, 1)
+        labels = Windows(self.padded, self.window, (0, 0)).cut(labels)  # (1, W, n, 1)
+        apart = labels != labels.mT
+        return apart.to(like.dtype).mul(-100).unsqueeze(2)
+
     def _roll(self, grid: Tensor) -> Tensor:
         return _rolled(grid, [-by for by in self.shift])
 
