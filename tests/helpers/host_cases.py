@@ -4,6 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
 """
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel, attach
@@ -251,6 +253,25 @@ def transformers_host(
         return getattr(transformers, f"{name}ForImageClassification")(config)
 
     return build
+
+
+def transformers_swin(dropout: float) -> nn.Module:
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=IMAGE,
+        patch_size=4,
+        embed_dim=WIDTH,
+        depths=[2, 1],
+        num_heads=[HEADS, 2 * HEADS],
+        window_size=3,
+        mlp_ratio=2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        drop_path_rate=dropout,
+        num_labels=CLASSES,
+    )
+    return transformers.SwinForImageClassification(config)
 
 
 class OwnEncoder(nn.Module):
@@ -531,6 +552,20 @@ CASES = (
         transformers_host("Dinov2", "sdpa", drop_path=True, mlp_ratio=2, layerscale_value=0.5),
         "images of any size",
         fixed_size=False,
+    ),
+    *(
+        HostCase(
+            "hf_swin",
+            "transformers SwinForImageClassification",
+            "attn_implementation sdpa",
+            "none",
+            transformers_swin,
+            "transformers from 5.17 on; images of any size, windows that pad the grid",
+            fixed_size=False,
+            patches=(IMAGE // 4) ** 2,
+            vtm=False,
+        )
+        for _ in range(Version(importlib.metadata.version("transformers")) >= Version("5.17"))
     ),
     encoder_case("encoder", "norm last, gelu", "class", activation="gelu"),
     encoder_case(

@@ -27,6 +27,8 @@ def layers_of(host: nn.Module) -> list[nn.Module]:
     family, transformers, _ = kind.partition("ForImageClassification")
     if transformers:
         encoder = getattr(host, family.lower())
+        if family == "Swin":
+            return [layer for stage in encoder.encoder.layers for layer in stage.blocks]
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
     if hasattr(host, "features"):
         return [block for stage in host.features[1::2] for block in stage]
@@ -148,8 +150,9 @@ def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any)
             normed = norm_of(layer)(tokens)
             return naive_attention(attention, normed, normed, positions_of_own(tokens), 0)[1]
     (found,) = (array(each) for each in softmaxes.found)
-    if args[0].dim() == 4:
-        return map_of_windows(found, swin_windows(layer, *args[0].shape[1:3]))
+    if args[0].dim() == 4 or type(layer).__name__ == "SwinLayer":
+        grid = args[0].shape[1:3] if args[0].dim() == 4 else args[1]
+        return map_of_windows(found, swin_windows(layer, *grid))
     if found.ndim == 5:  # (B, H, W, Q, K): Hiera's token t is in window t modulo W
         batch, heads, windows, queries, keys = found.shape
         whole = np.zeros((batch, heads, windows, queries, keys * windows))
@@ -178,11 +181,13 @@ def own_saliency(
 def swin_windows(layer: nn.Module, rows: int, columns: int) -> list[list[int | None]]:
     """Of each window, the tokens at its positions, None where the grid is padded."""
     its = layer.attn if type(layer).__module__.startswith("torchvision") else layer
-    (height, width), (down, right) = its.window_size, its.shift_size
+    height, width = np.broadcast_to(its.window_size, 2).tolist()
+    down, right = np.broadcast_to(its.shift_size, 2).tolist()
+    pads_first = not type(layer).__module__.startswith("timm")
     all_rows, all_columns = math.ceil(rows / height) * height, math.ceil(columns / width) * width
 
     def token(r: int, c: int) -> int | None:
-        if its is layer:  # rolled, then padded
+        if not pads_first:  # rolled, then padded
             if r >= rows or c >= columns:
                 return None
             return (r + down) % rows * columns + (c + right) % columns

@@ -22,6 +22,7 @@ from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
 from tokenmixup.hosts.torchvision_swin import TorchvisionSwin
 from tokenmixup.hosts.torchvision_vit import TorchvisionViT
+from tokenmixup.hosts.transformers_swin import TransformersSwin
 from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
 
 __all__ = [
@@ -52,6 +53,7 @@ _adapters: list[HostAdapter] = [
     TransformersViT(),
     TransformersDeiT(),
     TransformersDinov2(),
+    TransformersSwin(),
     CCTAdapter(),
 ]
 
