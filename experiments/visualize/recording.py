@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
 from tokenmixup.functional import saliency_gain, sample_difficulty
+from tokenmixup.hosts import unwrapped
 from tokenmixup.hosts.base import input_saliency
 from tokenmixup.vertical import remembering
 
@@ -126,7 +127,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
     """Run one training pass with dropout off, and record what TokenMixup decides in it.
 
     The model's own rules decide again, from the tokens that enter each layer. The model is left as
-    it came.
+    it came. Of a host that orders its tokens otherwise, they are recorded row by row.
 
     Args:
         model: with HTM, VTM or both.
@@ -139,6 +140,8 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
     memory: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by stage
     for index, call in enumerate(_calls(model, layers, images, targets)):
         layer, htm, vtm = layers[index], model.horizontal, model.vertical
+        raster = model.adapter.raster(unwrapped(model.backbone), index)
+        order = slice(None) if raster is None else raster.numpy()
         layout = model.layouts[index]
         prefix, near = layout.num_prefix_tokens, memory.setdefault(layout.stage, [])
         if htm is not None and index in htm.layers:
@@ -155,23 +158,27 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
             recording.horizontal.append(
                 HorizontalRecord(
                     layer=index,
-                    saliency=_array(saliency),
+                    saliency=_array(saliency)[:, order],
                     difficulty=None if difficulty is None else _array(difficulty),
                     easy=_array(easy),
                     gain=_array(saliency_gain(saliency, easy, htm.rho)),
                     partner=_array(decision.partner),
-                    mask=_array(decision.mask),
+                    mask=_array(decision.mask)[:, order],
                     targets=_array(targets),
                     parts=_array(parts),
                 )
             )
         if vtm is not None and index in vtm.layers:
-            shares = _attention_shares(model, layer, call, near)
-            recording.attention.append(AttentionRecord(index, _array(shares)))
+            shares = _array(_attention_shares(model, layer, call, near))
+            shares[:, :, prefix:] = shares[:, :, prefix:][:, :, order]
+            recording.attention.append(AttentionRecord(index, shares))
         if vtm is not None and remembering(model.layouts, vtm, index):
             saliency = input_saliency(model.adapter, layout, layer, *call)
             positions = rules.choose(index, saliency, vtm.kappa)
-            recording.vertical.append(VerticalRecord(index, _array(saliency), _array(positions)))
+            places = np.argsort(np.arange(saliency.shape[1])[order])
+            recording.vertical.append(
+                VerticalRecord(index, _array(saliency)[:, order], places[_array(positions)])
+            )
             near.append((call.tokens, positions + prefix))
     return recording
 

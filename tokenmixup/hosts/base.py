@@ -180,6 +180,13 @@ class HostAdapter(ABC):
         """
         return saliency
 
+    def raster(self, host: nn.Module, index: int) -> Tensor | None:
+        """Which patch token stands at each place of a layer's grid, row by row, (T,) int64.
+
+        Nothing but pictures asks. None, the default, where the n-th stands at the n-th place.
+        """
+        return None
+
     def no_memory(self, layer: nn.Module) -> str | None:
         """Why VTM is not possible at the layer, which neither remembers then nor attends to others.
 

@@ -6,6 +6,7 @@ Dimensions: B batch, N tokens, W windows, n tokens of a window, D width, H heads
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
@@ -59,6 +60,12 @@ class TimmHiera(TimmStages):
             if block.attn.q_stride > 1:
                 rows, columns = rows // hiera.q_stride[0], columns // hiera.q_stride[1]
             stage += block.attn.q_stride > 1 or block.dim != block.dim_out
+
+    def raster(self, host: nn.Module, index: int) -> Tensor | None:
+        """By the host's own module, which orders what a layer returns."""
+        hiera, tokens = cast(Any, host), self.layouts(host)[index].num_patch_tokens
+        numbers = torch.arange(tokens or 0).view(1, -1, 1)
+        return hiera.reroll(numbers, max(index - 1, 0)).flatten()
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
