@@ -78,21 +78,17 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
                 "come from model.weights alone, and this program sets the rest of what timm's "
                 "create_model takes"
             )
+    arguments = {"num_classes": num_classes, **_rates(config), **config.kwargs}
     try:
-        host = timm.create_model(
-            name,
-            pretrained=False,
-            num_classes=num_classes,
-            img_size=config.image_size,
-            **_rates(config),
-            **config.kwargs,
-        )
+        try:
+            host = timm.create_model(
+                name, pretrained=False, img_size=config.image_size, **arguments
+            )
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            host = timm.create_model(name, pretrained=False, **arguments)  # images of any size
     except Exception as error:  # timm checks few of the arguments, and passes on whatever follows
-        if "'img_size'" in str(error):
-            raise ConfigError(
-                f"model.name: got {name!r}, which takes no image size; allowed: the families of "
-                "transformers that tokenmixup.attach supports"
-            ) from None
         raise _unusable(config, _told(error)) from None
     if config.mlp_drop_rate is not None:
         _set_mlp_dropout(host, config.mlp_drop_rate)
