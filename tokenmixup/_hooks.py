@@ -34,7 +34,7 @@ from tokenmixup.hosts.base import (
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
-from tokenmixup.vertical import remembered_before
+from tokenmixup.vertical import remembered_before, remembering
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ class Attachment:
     """What all hooks of one model share."""
 
     adapter: HostAdapter
-    layout: TokenLayout
+    layouts: tuple[TokenLayout, ...]
+    """Of each layer."""
     session: Session
     rules: Rules
     horizontal: HorizontalConfig | None
     vertical: VerticalConfig | None
     watch: Watch | None
     """Of HTM."""
+
+    def remembering(self, index: int) -> bool:
+        """Whether a later VTM layer attends to what this layer remembers."""
+        return remembering(self.layouts, self.vertical, index)
 
 
 class _Hook:
@@ -62,13 +67,14 @@ class _Hook:
         self.shared = shared
         self.index = index
         self.layer = layer
+        self.layout = shared.layouts[index]
 
     def _remember(self, record: StepRecord, again: bool, tokens: Tensor) -> None:
         """Keep the tokens at the chosen positions."""
         config = self.shared.vertical
         assert config is not None
         remembered = self.shared.rules.remember(
-            tokens, record.positions[self.index], config, self.shared.layout.num_prefix_tokens
+            tokens, record.positions[self.index], config, self.layout.num_prefix_tokens
         )
         if not again:
             record.memory[self.index] = remembered
@@ -80,11 +86,13 @@ class _Hook:
         record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
 
     def _remembered(self, record: StepRecord) -> Remembered:
-        """What this VTM layer attends to."""
-        tokens = remembered_before(record.memory, self.index)
+        """What this VTM layer attends to: what earlier layers of its stage remember."""
+        layouts, stage = self.shared.layouts, self.layout.stage
+        earlier = sorted(layer for layer in record.positions if layer < self.index)
+        near = [layer for layer in earlier if layouts[layer].stage == stage]
+        tokens = remembered_before({layer: record.memory[layer] for layer in near}, self.index)
         assert tokens is not None, "layers before it remember theirs"
-        earlier = [layer for layer in sorted(record.positions) if layer < self.index]
-        return Remembered(tokens, tuple(record.positions[layer] for layer in earlier))
+        return Remembered(tokens, tuple(record.positions[layer] for layer in near))
 
 
 class _LayerHook(_Hook):
@@ -102,7 +110,7 @@ class _LayerHook(_Hook):
         super().__init__(shared, index, layer)
         self.watch = watch
         self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
-        self.remembers = _remembers(shared, index)
+        self.remembers = shared.remembering(index)
         self.attention = shared.adapter.attention(layer)
         self.projection = projection
 
@@ -121,7 +129,7 @@ class _LayerHook(_Hook):
             record.entering[self.index] = (tokens, args, kwargs)
         elif self.remembers:
             if not again:
-                self._choose(record, self._input_saliency(tokens, args, kwargs))
+                self._choose(record, self._input_saliency(record, tokens, args, kwargs))
             self._remember(record, again, tokens)
         if self.watch is None:
             return None
@@ -137,20 +145,20 @@ class _LayerHook(_Hook):
                 f"the attention of layer {self.index} was replaced by a {found} after TokenMixup "
                 f"was attached: {what_to_do_about(found)}"
             )
-        layout, patches = self.shared.layout, self.shared.layout.num_patch_tokens
+        layout, patches = self.layout, self.layout.num_patch_tokens
         if tokens.dim() != 3 or tokens.shape[-1] != layout.width:
             raise ValueError(
                 f"layer {self.index} was called with tokens of shape {tuple(tokens.shape)}, but "
                 f"{self.shared.adapter.family} promises (B, N, {layout.width})"
             )
-        if record.num_tokens is None:
-            record.num_tokens = (
-                tokens.shape[1] if patches is None else layout.num_prefix_tokens + patches
-            )
-        if tokens.shape[1] != record.num_tokens:
+        num_tokens = record.num_tokens.setdefault(
+            layout.stage,
+            tokens.shape[1] if patches is None else layout.num_prefix_tokens + patches,
+        )
+        if tokens.shape[1] != num_tokens:
             raise ValueError(
                 f"layer {self.index} was called with {tokens.shape[1]} tokens instead of "
-                f"{record.num_tokens}: a host that drops, merges or adds tokens has no "
+                f"{num_tokens}: a host that drops, merges or adds tokens has no "
                 "lasting token grid: tokens would be exchanged between different places"
             )
 
@@ -169,7 +177,7 @@ class _LayerHook(_Hook):
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
-            saliency = self._input_saliency(tokens, args, kwargs)
+            saliency = self._input_saliency(record, tokens, args, kwargs)
             step = horizontal_step(
                 self.shared.rules, self.index, targets, saliency, difficulty, config
             )
@@ -180,11 +188,17 @@ class _LayerHook(_Hook):
             )
             record.stats.append(partial(_named, f"htm/layer{self.index}/", step.stats))
         decision = record.decisions[self.index][1]
-        return self.shared.rules.mix(tokens, decision, self.shared.layout.num_prefix_tokens)
+        return self.shared.rules.mix(tokens, decision, self.layout.num_prefix_tokens)
 
-    def _input_saliency(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        shared = self.shared
-        return input_saliency(shared.adapter, shared.layout, self.layer, tokens, args, kwargs)
+    def _input_saliency(
+        self, record: StepRecord, tokens: Tensor, args: Args, kwargs: Kwargs
+    ) -> Tensor:
+        adapter = self.shared.adapter
+        record.measuring = True
+        try:
+            return input_saliency(adapter, self.layout, self.layer, tokens, args, kwargs)
+        finally:
+            record.measuring = False
 
 
 class _ProjectionHook(_Hook):
@@ -202,7 +216,7 @@ class _ProjectionHook(_Hook):
 
     @torch.no_grad()
     def _projected_saliency(self, projected: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
-        adapter, layout = self.shared.adapter, self.shared.layout
+        adapter, layout = self.shared.adapter, self.layout
         query_key = adapter.projected_query_key(self.layer, projected, layout.class_token)
         return layer_saliency(adapter, layout, self.layer, query_key, args, kwargs)
 
@@ -218,10 +232,6 @@ def _remembered_tokens(index: int, count: int, device: torch.device) -> dict[str
     return {f"vtm/layer{index}/remembered_tokens": found}
 
 
-def _remembers(shared: Attachment, index: int) -> bool:
-    return shared.vertical is not None and index < shared.vertical.layers[-1]
-
-
 class _AttendHook(_Hook):
     """At the input of a VTM layer's attention: add the remembered tokens to its keys and values."""
 
@@ -229,7 +239,7 @@ class _AttendHook(_Hook):
         self, attention: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
-        if record is None:
+        if record is None or record.measuring:
             return None
         _refuse_without_gradients(record, self.index)
         remembered = record.attending[self.index] = self._remembered(record)
@@ -245,7 +255,7 @@ class _OwnTokensHook(_Hook):
 
     def __call__(self, attention: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         record, _ = self.shared.session.current()
-        if record is None:
+        if record is None or record.measuring:
             return None
         remembered = record.attending.pop(self.index)
         return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)
@@ -269,7 +279,7 @@ def install_hooks(
     attending = shared.vertical.layers if shared.vertical is not None else ()
     handles = []
     for index, layer in enumerate(layers):
-        remembers = _remembers(shared, index)
+        remembers = shared.remembering(index)
         projection = shared.adapter.projection(layer) if remembers else None
         if index in mixing or remembers:
             watching = shared.watch if index in mixing else None

@@ -49,7 +49,8 @@ class StepRecord:
         positions: by layer, the positions (B, K) that it remembers.
         attended: VTM layers whose attention got its remembered tokens.
         grad_enabled: whether the pass began with gradients on.
-        num_tokens: N of every layer, None before the first.
+        measuring: whether a layer's saliency is being computed: its modules see its own tokens.
+        num_tokens: N of the layers of each stage that has begun.
 
     Activation checkpointing runs layers again in the backward pass. They then find their decisions
     here instead of deciding again.
@@ -66,7 +67,8 @@ class StepRecord:
         self.positions: dict[int, Tensor] = {}
         self.attended: set[int] = set()
         self.grad_enabled = torch.is_grad_enabled()
-        self.num_tokens: int | None = None
+        self.measuring = False
+        self.num_tokens: dict[int, int] = {}
 
 
 class _Thread(threading.local):

@@ -12,6 +12,7 @@ Equations are those of Choi, Choi and Kim, "TokenMixup", NeurIPS 2022 (arXiv 221
 as in ``docs/paper_map.md``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,21 +110,23 @@ def query_key_saliency(
     autocast is on: rounding a score of 100 to bfloat16 may change its probability by a quarter.
 
     Args:
-        query: (B, H, N, D / H), or (B, H, 1, D / H) where only the class token's row is read.
-        key: (B, H, N, D / H).
+        query: (B, H, Q, D / H), or (B, H, 1, D / H) where only the class token's row is read.
+        key: (B, H, N, D / H). Where samples attend within W windows, both have them as second
+            dimension, (B, W, H, N, D / H).
         scale: factor of the scores, usually (D / H) ** -0.5.
         num_prefix_tokens: P.
         class_token: as in :func:`attention_saliency`.
-        bias: added to the scores, (B or 1, H, Q, N) for the Q queries that are given.
+        bias: added to the scores, (B or 1, H, Q, N) for the Q queries that are given; with
+            windows (B or 1, W or 1, H, Q, N).
 
     Returns:
-        Saliency, (B, T), without gradient, in float32 or wider.
+        Saliency, (B, T), with windows (B, W, T), without gradient, in float32 or wider.
     """
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
     if _reads_class_token(num_prefix_tokens, class_token):
-        query, bias = query[:, :, :1], None if bias is None else bias[:, :, :1]
-    samples, heads, tokens = key.shape[:3]
-    maps = _rows_at_once(key, query.shape[2] * tokens)
+        query, bias = query[..., :1, :], None if bias is None else bias[..., :1, :]
+    samples, *windows, heads, tokens = key.shape[:-1]
+    maps = _rows_at_once(key, math.prod(windows) * query.shape[-2] * tokens)
     of_heads = heads if maps >= heads else 1
     of_samples = max(1, maps // heads)
     parts = []
@@ -132,15 +135,32 @@ def query_key_saliency(
             part = slice(first, first + of_samples)
             columns = []
             for head in range(0, heads, of_heads):
-                at = (part, slice(head, head + of_heads))
-                added = None if bias is None else bias[at if len(bias) > 1 else (slice(1), at[1])]
-                columns.append(_scores(query[at], key[at], scale, added).softmax(-1).mean((1, 2)))
+                at = (..., slice(head, head + of_heads), slice(None), slice(None))
+                added = None if bias is None else (bias[part] if len(bias) > 1 else bias)[at]
+                scores = _scores(query[part][at], key[part][at], scale, added)
+                columns.append(scores.softmax(-1).mean((-3, -2)))
             parts.append(columns[0] if len(columns) == 1 else torch.stack(columns).mean(0))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:, num_prefix_tokens:]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[..., num_prefix_tokens:]
+
+
+def resized_saliency(saliency: Tensor, keys: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+    """Saliency of pooled keys (B, K) on the grid of the tokens, (B, T).
+
+    Bilinear between the centres of the keys, times K / T: what a key receives is shared out among
+    its tokens, so that the sum stays, exactly where each key has as many tokens as any other.
+
+    Args:
+        saliency: of the keys.
+        keys: rows and columns of their grid.
+        tokens: rows and columns of the tokens' grid.
+    """
+    grid = saliency.unflatten(1, (1, *keys))
+    resized = F.interpolate(grid, tokens, mode="bilinear", align_corners=False).flatten(1)
+    return resized * (saliency.shape[1] / resized.shape[1])
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """``scale * Q K^T + bias`` in float32 or wider: (B, H, Q, d), (B, H, N, d) -> (B, H, Q, N).
+    """``scale * Q K^T + bias`` in float32 or wider: (..., Q, d), (..., N, d) -> (..., Q, N).
 
     The scale is the product's own factor, applied last: half-precision numbers are exact in TF32,
     which tensor cores multiply where torch is allowed to use it, but their scaled values need not
@@ -149,12 +169,12 @@ def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Te
     dtype, layout = _wide(query), torch.contiguous_format  # one operation for both changes
     query = query.to(dtype, memory_format=layout)
     key = key.to(dtype, memory_format=layout)
-    rows, columns = query.flatten(0, 1), key.flatten(0, 1).mT
+    rows, columns = query.flatten(0, -3), key.flatten(0, -3).mT
     if torch.compiler.is_compiling():  # the compiler multiplies where it reads the product
         product = torch.bmm(rows, columns) * scale
     else:
         product = torch.baddbmm(rows.new_empty(()), rows, columns, beta=0, alpha=scale)
-    scores = product.unflatten(0, query.shape[:2])
+    scores = product.unflatten(0, query.shape[:-2])
     return scores if bias is None else scores + bias
 
 

@@ -26,6 +26,7 @@ from tokenmixup.hosts import (
     UnsupportedHostError,
     adapter_of_layers,
     find_adapter,
+    layer_names,
     unwrapped,
 )
 from tokenmixup.hosts.base import class_name, parallel_class
@@ -98,7 +99,7 @@ class TokenMixupModel(nn.Module):
         scorenets: the ScoreNet of each HTM layer, by layer index.
         horizontal: settings of HTM, or None.
         vertical: settings of VTM, or None.
-        layout: how the host lays out its tokens.
+        layouts: how the host lays out its tokens, at each layer.
         num_classes: C.
         rules: the decisions in training, :class:`~tokenmixup.rules.Rules`.
     """
@@ -118,7 +119,7 @@ class TokenMixupModel(nn.Module):
         self.horizontal = horizontal
         self.vertical = vertical
         host = unwrapped(backbone)
-        self.layout = adapter.layout(host)
+        self.layouts = tuple(adapter.layouts(host))
         # Those themselves: later others may stand in their places, which wrap them.
         self._layers = tuple(adapter.layers(host))
         self.num_classes = num_classes
@@ -127,19 +128,20 @@ class TokenMixupModel(nn.Module):
         if horizontal is not None and horizontal.scorenet is not None:
             assert num_classes is not None, "attach asks for num_classes where there is a ScoreNet"
             for layer in horizontal.layers:
+                layout = self.layouts[layer]
                 self.scorenets[str(layer)] = ScoreNet(
-                    self.layout.width,
+                    layout.width,
                     num_classes,
                     horizontal.scorenet,
-                    self.layout.num_prefix_tokens,
-                    self.layout.class_token,
+                    layout.num_prefix_tokens,
+                    layout.class_token,
                 )
         parameter = next(backbone.parameters())
         self.scorenets.to(parameter.device, parameter.dtype)
         self._session = Session()
         self._shared = Attachment(
             adapter,
-            self.layout,
+            self.layouts,
             self._session,
             rules,
             horizontal,
@@ -153,6 +155,11 @@ class TokenMixupModel(nn.Module):
         # the host's mode, without a change of parts of it that are in another
         self.training = backbone.training
         self.scorenets.train(backbone.training)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How the host lays out its tokens, at its first layer; without stages at all."""
+        return self.layouts[0]
 
     def _place_hooks(self) -> None:
         """Have the hooks on the host: in training, and in evaluation where they cost nothing.
@@ -314,10 +321,12 @@ class TokenMixupModel(nn.Module):
     def _check_carried_out(self, record: StepRecord) -> None:
         mixing = self.horizontal.layers if self.horizontal is not None else ()
         attending = self.vertical.layers if self.vertical is not None else ()
+        indices = range(len(self.layouts))
+        remembering = [index for index in indices if self._shared.remembering(index)]
         for name, layers, done in (
             ("HTM", mixing, record.decisions),
             ("VTM", attending, record.attended),
-            ("VTM's remembering", range(max(attending, default=0)), record.memory),
+            ("VTM's remembering", remembering, record.memory),
         ):
             missing = [index for index in layers if index not in done]
             if missing:
@@ -472,10 +481,10 @@ def attach(
         raise ValueError("num_prefix_tokens and class_token describe `layers`, which are not given")
     else:
         adapter = find_adapter(host)
-    layout = adapter.layout(host)
-    _check_layers(horizontal, vertical, adapter.layers(host))
-    _check_kappa(vertical, layout)
-    classes = _known_classes(num_classes, layout.num_classes, horizontal)
+    _check_layers(horizontal, vertical, adapter, host)
+    if vertical is not None:
+        _check_vertical(vertical, adapter, host)
+    classes = _known_classes(num_classes, adapter.layout(host).num_classes, horizontal)
     return TokenMixupModel(model, adapter, horizontal, vertical, classes, rules or Rules())
 
 
@@ -505,14 +514,16 @@ def _named(scorenets: Iterable[str]) -> str:
 def _check_layers(
     horizontal: HorizontalConfig | None,
     vertical: VerticalConfig | None,
-    layers: Sequence[nn.Module],
+    adapter: HostAdapter,
+    host: nn.Module,
 ) -> None:
+    layers = adapter.layers(host)
     depth = len(layers)
     for config in (horizontal, vertical):
         if config is not None and config.layers[-1] >= depth:
             raise ValueError(
                 f"{type(config).__name__}.layers names layer {config.layers[-1]}, but the model "
-                f"has {depth} layers, 0 to {depth - 1}"
+                f"has {depth} layers, 0 to {depth - 1}{_stages(adapter, host)}"
             )
     if (horizontal is not None or vertical is not None) and len(set(layers)) < depth:
         raise UnsupportedHostError(
@@ -521,12 +532,36 @@ def _check_layers(
         )
 
 
-def _check_kappa(vertical: VerticalConfig | None, layout: TokenLayout) -> None:
-    patches = layout.num_patch_tokens
-    if vertical is not None and patches is not None and vertical.kappa > patches:
-        raise ValueError(
-            f"VerticalConfig.kappa is {vertical.kappa}, but a layer has only {patches} patch tokens"
-        )
+def _stages(adapter: HostAdapter, host: nn.Module) -> str:
+    """Which layers are in which stage, for an error; nothing for a host without stages."""
+    layouts = adapter.layouts(host)
+    if layouts[0].stage == layouts[-1].stage:
+        return ""
+    firsts = [i for i, one in enumerate(layouts) if not i or one.stage != layouts[i - 1].stage]
+    names = layer_names(host)
+    return f" (its stages begin with {'; '.join(f'{i}: {names[i]}' for i in firsts)})"
+
+
+def _check_vertical(vertical: VerticalConfig, adapter: HostAdapter, host: nn.Module) -> None:
+    layers, layouts = adapter.layers(host), adapter.layouts(host)
+    for index in vertical.layers:
+        reason = adapter.no_memory(layers[index])
+        if reason is not None:
+            raise UnsupportedHostError(
+                f"VTM is not possible at layer {index} of {adapter.family}: {reason}"
+            )
+        if layouts[index].stage != layouts[index - 1].stage:
+            raise ValueError(
+                f"VerticalConfig.layers names layer {index}, the first of its stage: tokens of "
+                "earlier stages have another width, and it has none to attend to"
+                f"{_stages(adapter, host)}"
+            )
+        patches = layouts[index].num_patch_tokens
+        if patches is not None and vertical.kappa > patches:
+            raise ValueError(
+                f"VerticalConfig.kappa is {vertical.kappa}, but a layer has only {patches} patch "
+                "tokens"
+            )
 
 
 def _known_classes(

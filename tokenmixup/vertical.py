@@ -4,7 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, H heads, K kappa, M rem
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,18 @@ from tokenmixup._memory import VerticalMemory, memory_for
 from tokenmixup._session import in_backward
 from tokenmixup.config import VerticalConfig, layer_indices
 from tokenmixup.functional import attention_saliency, gather_tokens, salient_positions
+from tokenmixup.hosts.base import TokenLayout
 
 logger = logging.getLogger(__name__)
+
+
+def remembering(layouts: Sequence[TokenLayout], config: VerticalConfig | None, layer: int) -> bool:
+    """Whether a layer remembers tokens: those that a later VTM layer of its stage attends to.
+
+    Tokens of another stage have another width, which that layer cannot project.
+    """
+    attending = () if config is None else config.layers
+    return any(layer < one and layouts[one].stage == layouts[layer].stage for one in attending)
 
 
 def remembered_before(memory: Mapping[int, Tensor], layer: int) -> Tensor | None:

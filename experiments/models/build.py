@@ -15,7 +15,10 @@ from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
 from tokenmixup.rules import Rules
 
-HOST_MODULES = ("vision_transformer", "deit", "beit", "eva", "cct")
+HOST_MODULES = (
+    *("vision_transformer", "deit", "beit", "eva", "swin_transformer", "swin_transformer_v2"),
+    *("pvt_v2", "hiera", "mvitv2", "cct"),
+)
 """Modules that register models which `tokenmixup.attach` takes: the nearest name is one of them."""
 
 _FACTORIES = (timm.create_model, build_model_with_cfg)
@@ -75,21 +78,17 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
                 "come from model.weights alone, and this program sets the rest of what timm's "
                 "create_model takes"
             )
+    arguments = {"num_classes": num_classes, **_rates(config), **config.kwargs}
     try:
-        host = timm.create_model(
-            name,
-            pretrained=False,
-            num_classes=num_classes,
-            img_size=config.image_size,
-            **_rates(config),
-            **config.kwargs,
-        )
+        try:
+            host = timm.create_model(
+                name, pretrained=False, img_size=config.image_size, **arguments
+            )
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            host = timm.create_model(name, pretrained=False, **arguments)  # images of any size
     except Exception as error:  # timm checks few of the arguments, and passes on whatever follows
-        if "'img_size'" in str(error):
-            raise ConfigError(
-                f"model.name: got {name!r}, which takes no image size; allowed: the families of "
-                "transformers that tokenmixup.attach supports"
-            ) from None
         raise _unusable(config, _told(error)) from None
     if config.mlp_drop_rate is not None:
         _set_mlp_dropout(host, config.mlp_drop_rate)

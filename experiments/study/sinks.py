@@ -22,10 +22,10 @@ def layer_saliencies(model: TokenMixupModel, images: Tensor) -> list[Tensor]:
     """
     assert not model.training
     found: list[Tensor] = []
-    adapter, layout = model.adapter, model.layout
+    adapter = model.adapter
 
     def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        tokens = adapter.tokens(args, kwargs)
+        layout, tokens = model.layouts[len(found)], adapter.tokens(args, kwargs)
         found.append(input_saliency(adapter, layout, layer, tokens, args, kwargs))
 
     layers = adapter.layers(model.backbone)

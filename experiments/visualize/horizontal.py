@@ -15,7 +15,7 @@ from experiments.documents import figures as style
 from experiments.documents.figures import BLUE, EARLIER, GROUND, INK, MAP, VERMILION
 from experiments.visualize import cells
 from experiments.visualize.cells import heat, images_at, label_shares
-from experiments.visualize.recording import HorizontalRecord
+from experiments.visualize.recording import HorizontalRecord, resized
 from experiments.visualize.scenes import Scene
 
 COLUMNS = (
@@ -49,7 +49,7 @@ def rows_height(scene: Scene, layer: HorizontalRecord, rows: int) -> float:
 def draw_rows(panel: FigureBase, scene: Scene, layer: HorizontalRecord, chosen: list[int]) -> None:
     """One row per chosen image, one column per step of the method, in a figure or a part of one."""
     images, mixed = (images_at(scene, number) for number in (layer.layer - 1, layer.layer))
-    given = scene.recording.foreign(layer.layer - 1)  # (B, T)
+    given = resized(scene.recording.foreign(layer.layer - 1), layer.mask.shape[1])  # (B, T)
     taking = layer.mask.sum(1) > 0
     shown = [*chosen, *(layer.partner[index] for index in chosen if taking[index])]
     high = float(layer.saliency[shown].max())

@@ -1,9 +1,10 @@
 """What TokenMixup decides for a batch, layer by layer, for pictures and analysis.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, H heads, C classes, E easy samples,
-K kappa, L layers below a VTM layer.
+K kappa, L layers below a VTM layer (of its stage, where a host has stages).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
 from tokenmixup.functional import saliency_gain, sample_difficulty
+from tokenmixup.hosts import unwrapped
 from tokenmixup.hosts.base import input_saliency
+from tokenmixup.vertical import remembering
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class AttentionRecord:
     """Where the attention of one VTM layer goes."""
 
     layer: int
-    """Its index, which is L, as every lower layer remembers tokens."""
+    """Its index."""
     shares: np.ndarray
     """(B, H, N, 1 + L): the share of each query's attention that goes to the layer's own N tokens,
     then to the K that each lower layer remembers; these sum to 1."""
@@ -75,11 +78,14 @@ class Recording:
         """(B, T): the sample whose image stands where a token stands, after HTM up to a layer.
 
         A sample takes from a partner what the partner holds then, which may be a third sample's.
+        T is that of the last HTM layer up to this one: a token that a host merged of several
+        stands for the one at its centre.
         """
         batch, tokens = (self.horizontal or self.vertical)[0].saliency.shape
         origin = np.repeat(np.arange(batch)[:, None], tokens, axis=1)
         for record in self.horizontal:
             if record.layer <= layer:
+                origin = resized(origin, record.mask.shape[1])
                 origin = np.where(record.mask, origin[record.partner], origin)
         return origin
 
@@ -98,6 +104,16 @@ class Recording:
         return f"layer{'s' * (len(layers) > 1)} {' and '.join(map(str, layers))}" * bool(layers)
 
 
+def resized(values: np.ndarray, tokens: int) -> np.ndarray:
+    """Values (B, T) of a square grid on another one, (B, tokens): the nearest one."""
+    if values.shape[1] == tokens:
+        return values
+    old, new = math.isqrt(values.shape[1]), math.isqrt(tokens)
+    assert (old * old, new * new) == (values.shape[1], tokens), "square grids"
+    along = (2 * np.arange(new) + 1) * old // (2 * new)
+    return values[:, (along[:, None] * old + along).ravel()]
+
+
 class _Call(NamedTuple):
     """The tokens (B, N, D) that enter a layer, and the arguments of its call."""
 
@@ -111,7 +127,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
     """Run one training pass with dropout off, and record what TokenMixup decides in it.
 
     The model's own rules decide again, from the tokens that enter each layer. The model is left as
-    it came.
+    it came. Of a host that orders its tokens otherwise, they are recorded row by row.
 
     Args:
         model: with HTM, VTM or both.
@@ -119,14 +135,17 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
         targets: soft targets, (B, C).
     """
     layers, rules = model.adapter.layers(model.backbone), model.rules
-    prefix = model.layout.num_prefix_tokens
     recording = Recording()
     parts = torch.eye(len(targets), dtype=torch.float64, device=targets.device)
-    memory: list[tuple[Tensor, Tensor]] = []
+    memory: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by stage
     for index, call in enumerate(_calls(model, layers, images, targets)):
         layer, htm, vtm = layers[index], model.horizontal, model.vertical
+        raster = model.adapter.raster(unwrapped(model.backbone), index)
+        order = slice(None) if raster is None else raster.numpy()
+        layout = model.layouts[index]
+        prefix, near = layout.num_prefix_tokens, memory.setdefault(layout.stage, [])
         if htm is not None and index in htm.layers:
-            saliency = rules.saliency(index, _saliency(model, layer, call))
+            saliency = rules.saliency(index, input_saliency(model.adapter, layout, layer, *call))
             difficulty, easy = None, torch.ones_like(targets[:, 0], dtype=torch.bool)
             if htm.scorenet is not None:
                 assert htm.tau is not None
@@ -139,24 +158,28 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
             recording.horizontal.append(
                 HorizontalRecord(
                     layer=index,
-                    saliency=_array(saliency),
+                    saliency=_array(saliency)[:, order],
                     difficulty=None if difficulty is None else _array(difficulty),
                     easy=_array(easy),
                     gain=_array(saliency_gain(saliency, easy, htm.rho)),
                     partner=_array(decision.partner),
-                    mask=_array(decision.mask),
+                    mask=_array(decision.mask)[:, order],
                     targets=_array(targets),
                     parts=_array(parts),
                 )
             )
         if vtm is not None and index in vtm.layers:
-            shares = _attention_shares(model, layer, call, memory)
-            recording.attention.append(AttentionRecord(index, _array(shares)))
-        if vtm is not None and index < vtm.layers[-1]:
-            saliency = _saliency(model, layer, call)
+            shares = _array(_attention_shares(model, layer, call, near))
+            shares[:, :, prefix:] = shares[:, :, prefix:][:, :, order]
+            recording.attention.append(AttentionRecord(index, shares))
+        if vtm is not None and remembering(model.layouts, vtm, index):
+            saliency = input_saliency(model.adapter, layout, layer, *call)
             positions = rules.choose(index, saliency, vtm.kappa)
-            recording.vertical.append(VerticalRecord(index, _array(saliency), _array(positions)))
-            memory.append((call.tokens, positions + prefix))
+            places = np.argsort(np.arange(saliency.shape[1])[order])
+            recording.vertical.append(
+                VerticalRecord(index, _array(saliency)[:, order], places[_array(positions)])
+            )
+            near.append((call.tokens, positions + prefix))
     return recording
 
 
@@ -184,10 +207,6 @@ def _calls(
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _saliency(model: TokenMixupModel, layer: nn.Module, call: _Call) -> Tensor:
-    return input_saliency(model.adapter, model.layout, layer, *call)
 
 
 def _attention_shares(

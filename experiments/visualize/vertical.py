@@ -113,7 +113,7 @@ def _about_mixing(scene: Scene, attention: AttentionRecord, mixed: np.ndarray) -
 def attention_figure(scene: Scene, attention: AttentionRecord) -> Figure:
     """How much of a VTM layer's attention goes to remembered tokens, head by head."""
     _, heads, own, entries = attention.shares.shape
-    remembered = attention.layer * scene.recording.vertical[0].positions.shape[1]
+    remembered = (entries - 1) * scene.recording.vertical[0].positions.shape[1]
     layers = scene.recording.mixed_text(attention.layer)
     mixed = np.count_nonzero(scene.recording.foreign(attention.layer).any(1))
     panels = [("all queries", shares_by_head(attention.shares))]

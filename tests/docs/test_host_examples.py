@@ -79,6 +79,7 @@ def test_documented_adapter_runs(documented):
         test_hosts.test_layout_and_names,
         test_hosts.test_detach_gives_back_exactly_the_host,
         test_hosts.test_evaluation_is_bit_identical_to_the_host,
+        test_hosts.test_saliency_is_that_of_the_explicit_map,
         test_hosts.test_whole_model_against_the_oracle,
         test_hosts.test_every_parameter_gets_a_gradient,
     ],
@@ -86,10 +87,6 @@ def test_documented_adapter_runs(documented):
 )
 def test_documented_adapter_is_right(documented, check):
     check(documented_case())
-
-
-def test_documented_saliency_is_right(documented, monkeypatch):
-    test_hosts.test_saliency_is_that_of_the_explicit_map(documented_case(), monkeypatch)
 
 
 def test_the_documented_test_finds_an_adapter_that_forgets_the_norm(documented, monkeypatch):

@@ -85,7 +85,7 @@ IN_THE_FILE = {
     "model: {name: cct_2_3x2_33}": (
         "model.name: got 'cct_2_3x2_33', which timm does not know; the nearest is cct_2_3x2_32"
     ),
-    "model: {name: resnet18}": "model.name: got 'resnet18'",
+    "model: {name: resnet18}": "model.name resnet18: timm.models.resnet.ResNet is no supported",
     "model: {name: cct_2_3x2_32, kwargs: {colour: 3}}": (
         "model: 'cct_2_3x2_32' cannot be built with image_size 32, kwargs.colour 3: TypeError: "
     ),

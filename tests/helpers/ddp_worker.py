@@ -115,7 +115,7 @@ def fsdp1(
 
 WAYS: dict[str, tuple[Callable[[TokenMixupModel], nn.Module], tuple[str, ...]]] = {
     # find_unused_parameters stays False
-    "ddp": (DistributedDataParallel, ("vit", "rope_mixed", "beit", "torchvision", "cct")),
+    "ddp": (DistributedDataParallel, ("vit", "rope_mixed", "beit", "swin", "torchvision", "cct")),
     "fsdp2": (fsdp2, ("vit", "encoder", "cct")),
     "fsdp2_low": (fsdp2_low, ("vit",)),
     "fsdp2_checkpointed": (fsdp2_checkpointed, ("vit",)),

@@ -4,6 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, C classes.
 """
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel, attach
@@ -29,6 +31,8 @@ class HostCase:
 
     build takes the rate of every kind of dropout that the host has, drop path included.
     model, prefix, covers: what the table of supported hosts says of it.
+    patches: patch tokens of the first layer.
+    vtm: whether VTM is possible.
     """
 
     name: str
@@ -38,6 +42,13 @@ class HostCase:
     build_fresh: Callable[[float], nn.Module]
     covers: str = ""
     fixed_size: bool = True
+    patches: int = PATCHES
+    vtm: bool = True
+
+    @property
+    def rho(self) -> float:
+        """For tests that mix: a third of the mean saliency of a token."""
+        return 0.32 / self.patches
 
     @property
     def class_token(self) -> bool:
@@ -55,7 +66,9 @@ class HostCase:
         return host.train()
 
     def attach(self, host: nn.Module, **settings: Any) -> TokenMixupModel:
-        """As a user of this host attaches TokenMixup."""
+        """As a user of this host attaches TokenMixup; without VTM where that is not possible."""
+        if not self.vtm:
+            settings.pop("vertical", None)
         if self.family != ENCODER:
             return attach(host, **settings)
         return attach(
@@ -115,6 +128,52 @@ def timm_case(
     return HostCase(name, family, model, prefix, build, covers, fixed_size)
 
 
+def stages_case(
+    name: str,
+    family: str,
+    model: str,
+    covers: str,
+    fixed_size: bool = True,
+    vtm: bool = False,
+    rates: tuple[str, ...] = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    **settings: Any,
+) -> HostCase:
+    """A host with stages that timm builds: layers 0 and 1 in the first, 2 in the second.
+
+    Where VTM is possible, all in one.
+    """
+
+    def build(dropout: float) -> nn.Module:
+        chances = dict.fromkeys(rates, dropout)
+        return timm.create_model(
+            model.partition(",")[0], num_classes=CLASSES, **settings, **chances
+        )
+
+    patches = (IMAGE // 4) ** 2
+    return HostCase(name, family, model, "none", build, covers, fixed_size, patches, vtm)
+
+
+def mvit_case(name: str, model: str, prefix: str, covers: str, **settings: Any) -> HostCase:
+    """Layers 0 and 1 in the first stage; 2, which pools its queries, takes their tokens."""
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+    config = MultiScaleVitCfg(
+        depths=(2, 1),
+        embed_dim=WIDTH,
+        num_heads=HEADS,
+        mlp_ratio=2,
+        stride_q=((1, 1), (2, 2)),
+        stride_kv_adaptive=(2, 2),
+        **settings,
+    )
+
+    def build(dropout: float) -> nn.Module:
+        rates = {"drop_rate": dropout, "drop_path_rate": dropout}
+        return MultiScaleVit(config, IMAGE, num_classes=CLASSES, **rates)
+
+    return HostCase(name, MVIT, model, prefix, build, covers, True, (IMAGE // 4) ** 2, vtm=False)
+
+
 def cct_host(dropout: float) -> nn.Module:
     return timm.create_model(
         "cct_7_3x1_32",
@@ -143,6 +202,34 @@ def torchvision_host(dropout: float) -> nn.Module:
     )
 
 
+def torchvision_swin(name: str, model: str, covers: str, window: int) -> HostCase:
+    """Blocks as the model has them; layers 0 and 1 in the first stage, 2 in the second."""
+
+    def build(dropout: float) -> nn.Module:
+        from torchvision.models import swin_transformer
+
+        v2 = {
+            "block": swin_transformer.SwinTransformerBlockV2,
+            "downsample_layer": swin_transformer.PatchMergingV2,
+        }
+        return swin_transformer.SwinTransformer(
+            [4, 4],
+            WIDTH,
+            [2, 1],
+            [HEADS, 2 * HEADS],
+            [window, window],
+            mlp_ratio=2,
+            dropout=dropout,
+            attention_dropout=dropout,
+            stochastic_depth_prob=dropout,
+            num_classes=CLASSES,
+            **(v2 if "v2" in model else {}),
+        )
+
+    family, patches = "torchvision SwinTransformer", (IMAGE // 4) ** 2
+    return HostCase(name, family, model, "none", build, covers, False, patches, vtm=False)
+
+
 def transformers_host(
     name: str, implementation: str, drop_path: bool = False, **settings: Any
 ) -> Callable[[float], nn.Module]:
@@ -166,6 +253,25 @@ def transformers_host(
         return getattr(transformers, f"{name}ForImageClassification")(config)
 
     return build
+
+
+def transformers_swin(dropout: float) -> nn.Module:
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=IMAGE,
+        patch_size=4,
+        embed_dim=WIDTH,
+        depths=[2, 1],
+        num_heads=[HEADS, 2 * HEADS],
+        window_size=3,
+        mlp_ratio=2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        drop_path_rate=dropout,
+        num_labels=CLASSES,
+    )
+    return transformers.SwinForImageClassification(config)
 
 
 class OwnEncoder(nn.Module):
@@ -194,6 +300,34 @@ def encoder_case(name: str, model: str, prefix: str, **settings: Any) -> HostCas
 
 
 ENCODER = "torch.nn.TransformerEncoderLayer"
+SWIN_SIZES = {
+    "img_size": IMAGE,
+    "embed_dim": WIDTH,
+    "depths": (2, 1),
+    "num_heads": (HEADS, 2 * HEADS),
+    "window_size": 4,
+}
+PVT_SIZES = {
+    "embed_dims": (WIDTH, 2 * WIDTH),
+    "depths": (2, 1),
+    "num_heads": (HEADS, 2 * HEADS),
+    "sr_ratios": (2, 1),
+    "mlp_ratios": (2, 2),
+}
+PVT_STAGE = {name: each[:1] for name, each in PVT_SIZES.items()} | {
+    "depths": (3,),
+    "sr_ratios": (1,),
+}
+HIERA_SIZES = {
+    "img_size": (IMAGE, IMAGE),
+    "embed_dim": WIDTH,
+    "num_heads": HEADS,
+    "mlp_ratio": 2,
+    "mask_unit_size": (4, 4),
+}
+SWIN, SWIN_V2 = "timm SwinTransformer", "timm SwinTransformerV2"
+PVT, HIERA = "timm PyramidVisionTransformerV2", "timm Hiera"
+MVIT = "timm MultiScaleVit"
 VIT, EVA, BEIT = "timm VisionTransformer", "timm Eva", "timm Beit"
 TORCHVISION = "torchvision VisionTransformer"
 
@@ -309,7 +443,85 @@ CASES = (
         use_abs_pos_emb=True,
         qkv_bias=False,
     ),
+    stages_case(
+        "swin", SWIN, "swin_tiny_patch4_window7_224", "windows, shifted windows", **SWIN_SIZES
+    ),
+    stages_case(
+        "swin_padded",
+        SWIN,
+        "swin_tiny_patch4_window7_224, window_size=3",
+        "windows that pad the grid",
+        **SWIN_SIZES | {"window_size": 3},
+    ),
+    stages_case(
+        "swin_dynamic",
+        SWIN,
+        "swin_tiny_patch4_window7_224, dynamic_img_size=True",
+        "images of any size",
+        fixed_size=False,
+        dynamic_img_size=True,
+        **SWIN_SIZES,
+    ),
+    stages_case(
+        "swin_v2",
+        SWIN_V2,
+        "swinv2_tiny_window8_256",
+        "cosine attention, norm after the attention",
+        **SWIN_SIZES,
+    ),
+    stages_case(
+        "swin_v2_dynamic",
+        SWIN_V2,
+        "swinv2_tiny_window8_256, dynamic_img_size=True",
+        "images of any size",
+        fixed_size=False,
+        dynamic_img_size=True,
+        **SWIN_SIZES,
+    ),
+    stages_case("pvt", PVT, "pvt_v2_b0", "pooled keys", fixed_size=False, **PVT_SIZES),
+    stages_case(
+        "pvt_last_stage",
+        PVT,
+        "pvt_v2_b0, last stage",
+        "VTM within a stage whose keys are not pooled",
+        fixed_size=False,
+        vtm=True,
+        **PVT_STAGE,
+    ),
+    stages_case("pvt_linear", PVT, "pvt_v2_b2_li", "averaged keys", fixed_size=False, **PVT_SIZES),
+    # layer 1 pools its queries; the rates of other hosts are none of Hiera's
+    stages_case(
+        "hiera",
+        HIERA,
+        "hiera_tiny_224",
+        "windows, pooled queries",
+        rates=("drop_rate", "drop_path_rate"),
+        stages=(1, 2),
+        mask_unit_attn=(True, True),
+        q_pool=1,
+        **HIERA_SIZES,
+    ),
+    stages_case(
+        "hiera_global",
+        HIERA,
+        "hiera_tiny_224, stages without windows",
+        "VTM within each such stage, LayerScale",
+        rates=("drop_rate", "drop_path_rate"),
+        vtm=True,
+        init_values=0.5,
+        stages=(3, 1),
+        mask_unit_attn=(False, False),
+        q_pool=1,
+        **HIERA_SIZES,
+    ),
+    mvit_case("mvit", "mvitv2_tiny", "none", "pooled queries and keys, relative positions"),
+    mvit_case("mvit_class", "mvitv2_small_cls", "class", "", use_cls_token=True),
+    mvit_case(
+        "mvit_wide", "mvitv2_large", "none", "the last layer of a stage widens", expand_attn=False
+    ),
     HostCase("torchvision", TORCHVISION, "vit_b_16", "class", torchvision_host),
+    torchvision_swin("torchvision_swin", "swin_t", "windows that pad the grid", 3),
+    torchvision_swin("torchvision_swin_v2", "swin_v2_t", "cosine attention", 4),
     HostCase(
         "hf_vit",
         "transformers ViTForImageClassification",
@@ -341,6 +553,20 @@ CASES = (
         "images of any size",
         fixed_size=False,
     ),
+    *(
+        HostCase(
+            "hf_swin",
+            "transformers SwinForImageClassification",
+            "attn_implementation sdpa",
+            "none",
+            transformers_swin,
+            "transformers from 5.17 on; images of any size, windows that pad the grid",
+            fixed_size=False,
+            patches=(IMAGE // 4) ** 2,
+            vtm=False,
+        )
+        for _ in range(Version(importlib.metadata.version("transformers")) >= Version("5.17"))
+    ),
     encoder_case("encoder", "norm last, gelu", "class", activation="gelu"),
     encoder_case(
         "encoder_norm_first", "norm first, silu", "none", norm_first=True, activation=F.silu
@@ -359,7 +585,7 @@ def some_hosts(*names: str) -> Any:
 # Hosts that differ in how layers, attention and output are reached; for tests of what does not
 # depend on the arithmetic of a variant.
 one_of_each = some_hosts(
-    "vit", "eva02", "rope_mixed", "beit", "torchvision", "hf_vit", "encoder", "cct"
+    "vit", "eva02", "rope_mixed", "beit", "swin", "torchvision", "hf_vit", "encoder", "cct"
 )
 
 

@@ -17,12 +17,16 @@ def variants() -> str:
     """One row per tested host; the text around the table says what the tests check."""
     from tests.helpers.host_cases import CASES
 
-    lines = ["| family | tested with | prefix tokens | notes |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| family | tested with | prefix tokens | VTM | notes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     family = ""
     for case in CASES:
         first = case.family if case.family != family else ""
         family = case.family
-        lines.append(f"| {first} | {case.model} | {case.prefix} | {case.covers} |")
+        vtm = "yes" if case.vtm else "no"
+        lines.append(f"| {first} | {case.model} | {case.prefix} | {vtm} | {case.covers} |")
     return "\n".join(line.replace("|  |", "| |") for line in lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tests.helpers import oracle
 from tests.helpers.cases import array
@@ -26,7 +27,14 @@ def layers_of(host: nn.Module) -> list[nn.Module]:
     family, transformers, _ = kind.partition("ForImageClassification")
     if transformers:
         encoder = getattr(host, family.lower())
+        if family == "Swin":
+            return [layer for stage in encoder.encoder.layers for layer in stage.blocks]
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
+    if hasattr(host, "features"):
+        return [block for stage in host.features[1::2] for block in stage]
+    for stages in ("layers", "stages"):
+        if hasattr(host, stages):
+            return [block for stage in getattr(host, stages) for block in stage.blocks]
     return list(host.blocks) if hasattr(host, "blocks") else list(host.encoder.layers)
 
 
@@ -44,7 +52,7 @@ def attending(attention: nn.Module) -> nn.Module:
 
 def norm_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a layer does to its tokens before it attends to them."""
-    if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+    if type(layer).__name__ in ("ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"):
         return nn.Identity()
     if isinstance(layer, nn.TransformerEncoderLayer) and not layer.norm_first:
         return nn.Identity()
@@ -82,7 +90,7 @@ def watched(host: nn.Module) -> Iterator[Seen]:
     for index, layer in enumerate(layers_of(host)):
 
         def enter(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
-            seen.tokens[index] = args[0].detach().clone()
+            seen.tokens[index] = args[0].detach().clone().flatten(1, -2)  # a grid, row by row
             seen.calls[index] = (args, kwargs)
 
         def attend(_: Any, args: Any, kwargs: Any, index: int = index) -> None:
@@ -91,7 +99,7 @@ def watched(host: nn.Module) -> Iterator[Seen]:
         def leave(_: Any, __: Any, output: Any, index: int = index) -> None:
             if isinstance(output, tuple):
                 output, attention_map = output
-                if attention_map is not None:
+                if torch.is_tensor(attention_map):
                     seen.maps[index] = attention_map.detach()
             seen.outputs[index] = output.detach()
 
@@ -111,31 +119,101 @@ def watched(host: nn.Module) -> Iterator[Seen]:
             handle.remove()
 
 
+class Softmaxes(TorchFunctionMode):
+    """Keeps what every softmax returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self.found.append(result)
+        return result
+
+
 def explicit_map(layer: nn.Module, tokens: torch.Tensor, args: Any, kwargs: Any) -> np.ndarray:
     """The layer's own attention map (B, H, N, N) for tokens (B, N, D); fused attention is off.
 
-    Of an attention that never makes one, the map that is computed here.
+    Of an attention that never makes one, the map that is computed here; of windows, the map of the
+    whole image, put together.
     """
-    attention, found = attention_of(layer), []
+    attention = attention_of(layer)
     with torch.no_grad():
         if isinstance(attention, nn.MultiheadAttention):
             normed = norm_of(layer)(tokens)
             return array(attention(normed, normed, normed, average_attn_weights=False)[1])
-        hf = type(attention).__module__.startswith("transformers.")
-        if not hf and not hasattr(attention, "fused_attn"):
+        with Softmaxes() as softmaxes:
+            layer(tokens.reshape(args[0].shape), *args[1:], **kwargs)
+        if not softmaxes.found:
             normed = norm_of(layer)(tokens)
             return naive_attention(attention, normed, normed, positions_of_own(tokens), 0)[1]
+    (found,) = (array(each) for each in softmaxes.found)
+    if args[0].dim() == 4 or type(layer).__name__ == "SwinLayer":
+        grid = args[0].shape[1:3] if args[0].dim() == 4 else args[1]
+        return map_of_windows(found, swin_windows(layer, *grid))
+    if found.ndim == 5:  # (B, H, W, Q, K): Hiera's token t is in window t modulo W
+        batch, heads, windows, queries, keys = found.shape
+        whole = np.zeros((batch, heads, windows, queries, keys * windows))
+        for w in range(windows):
+            whole[:, :, w, :, w::windows] = found[:, :, w]
+        return whole.reshape(batch, heads, windows * queries, keys * windows)
+    return found
 
-        def keep(_: Any, __: Any, output: Any) -> None:
-            found.append(output[1] if isinstance(output, tuple) else output)
 
-        maker = attending(attention) if hf else attention.attn_drop
-        handle = maker.register_forward_hook(keep)
-        try:
-            layer(tokens, *args[1:], **kwargs)
-        finally:
-            handle.remove()
-    return array(found[0])
+def own_saliency(
+    layer: nn.Module, case: Any, tokens: torch.Tensor, args: Any, kwargs: Any
+) -> np.ndarray:
+    """(B, T), from the layer's own map and the case's word on its prefix tokens."""
+    over_heads = explicit_map(layer, tokens, args, kwargs).mean(axis=1)
+    row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
+    of_keys = row[:, case.num_prefix_tokens :]
+    keys, patches = of_keys.shape[1], tokens.shape[1] - case.num_prefix_tokens
+    if keys == patches:
+        return of_keys
+    rows, columns = args[1]
+    grid = (round(rows * math.sqrt(keys / patches)), round(columns * math.sqrt(keys / patches)))
+    resized = [oracle.resize(one.reshape(grid), rows, columns).ravel() for one in of_keys]
+    return np.stack(resized) * keys / patches
+
+
+def swin_windows(layer: nn.Module, rows: int, columns: int) -> list[list[int | None]]:
+    """Of each window, the tokens at its positions, None where the grid is padded."""
+    its = layer.attn if type(layer).__module__.startswith("torchvision") else layer
+    height, width = np.broadcast_to(its.window_size, 2).tolist()
+    down, right = np.broadcast_to(its.shift_size, 2).tolist()
+    pads_first = not type(layer).__module__.startswith("timm")
+    all_rows, all_columns = math.ceil(rows / height) * height, math.ceil(columns / width) * width
+
+    def token(r: int, c: int) -> int | None:
+        if not pads_first:  # rolled, then padded
+            if r >= rows or c >= columns:
+                return None
+            return (r + down) % rows * columns + (c + right) % columns
+        # padded, then rolled, where there are several windows
+        r = (r + (down if height < all_rows else 0)) % all_rows
+        c = (c + (right if width < all_columns else 0)) % all_columns
+        return r * columns + c if r < rows and c < columns else None
+
+    return [
+        [token(r, c) for r in range(top, top + height) for c in range(left, left + width)]
+        for top in range(0, rows, height)
+        for left in range(0, columns, width)
+    ]
+
+
+def map_of_windows(maps: np.ndarray, windows: list[list[int | None]]) -> np.ndarray:
+    """(B W, H, n, n) -> (B, H, T, T), 0 between windows, without the attention of padding."""
+    tokens = sum(position is not None for window in windows for position in window)
+    whole = np.zeros((len(maps) // len(windows), maps.shape[1], tokens, tokens))
+    for i in range(len(maps)):
+        window = windows[i % len(windows)]
+        for a, query in enumerate(window):
+            for b, key in enumerate(window):
+                if query is not None and key is not None:
+                    whole[i // len(windows), :, query, key] = maps[i, :, a, b]
+    return whole
 
 
 def positions_of_own(tokens: torch.Tensor) -> np.ndarray:
@@ -174,7 +252,11 @@ def weights_of(attention: nn.Module) -> Weights:
         else:
             linears = [inner.query, inner.key, inner.value, attention.output.dense]
         return Weights(*map(of, linears), inner.num_attention_heads, inner.num_attention_heads)
-    heads, out = attention.num_heads, of(attention.proj)
+    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    out = of(attention.proj)
+    if hasattr(attention, "kv"):
+        halves = np.split(array(attention.kv.weight), 2), np.split(array(attention.kv.bias), 2)
+        return Weights(of(attention.q), *zip(*halves, strict=True), out, heads, heads)
     if attention.qkv is None:
         parts = [of(getattr(attention, f"{name}_proj")) for name in "qkv"]
         return Weights(*parts, out, heads, getattr(attention, "num_kv_heads", heads))

@@ -98,13 +98,14 @@ def test_saliency_is_not_rounded(case, autocast, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         step(model, images, targets)
 
-    assert len(calls) == 3  # HTM at layer 1, VTM at 0 and 1
+    assert len(calls) == (3 if case.vtm else 1)  # HTM at layer 1, VTM at 0 and 1
     for query, key, scale, prefix, class_token, bias, found in calls:
         scores = query.double() @ key.double().mT * scale + (0 if bias is None else bias.double())
         probabilities = scores.softmax(-1)
-        assert scores.abs().max() > 2  # some hosts have norms that bound them
-        rows = probabilities[:, :, 0] if class_token else probabilities.mean(2)
-        expected = rows.mean(1)[:, prefix:]
+        # some hosts have norms that bound them, and padding has none
+        assert scores[scores.isfinite()].abs().max() > 2
+        rows = probabilities[..., 0, :] if class_token else probabilities.mean(-2)
+        expected = rows.mean(-2)[..., prefix:]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
 
@@ -121,5 +122,6 @@ def test_whole_model_in_one_type(case, dtype):
     assert out.logits.dtype == dtype
     assert out.targets.dtype == dtype
     wide = torch.promote_types(dtype, torch.float32)
-    assert out.stats["vtm/layer2/remembered_tokens"].dtype == torch.float32
+    if case.vtm:
+        assert out.stats["vtm/layer2/remembered_tokens"].dtype == torch.float32
     assert out.scorenet_loss.dtype == out.stats["htm/layer1/saliency_difference_max"].dtype == wide

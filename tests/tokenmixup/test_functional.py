@@ -371,6 +371,22 @@ def test_each_part_gets_its_own_bias(monkeypatch, shared):
     torch.testing.assert_close(found.double(), of_whole_map(query, key, bias), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("at_once", [1, 5 * 2 * 12, 10**6])
+def test_windows_are_maps_of_their_own(monkeypatch, at_once):
+    """Of each window its map, with as many keys as queries or more; its bias, or one for all."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(7, 5, 2, 3, 4, generator=generator)
+    key = torch.randn(7, 5, 2, 4, 4, generator=generator)
+    monkeypatch.setattr(functional, "_CPU_CHUNK", at_once)
+    for windows in (1, 5):
+        bias = torch.randn(1, windows, 2, 3, 4, generator=generator)
+        found = functional.query_key_saliency(query, key, 0.3, class_token=False, bias=bias)
+        assert found.shape == (7, 5, 4)
+        for w in range(5):
+            expected = of_whole_map(query[:, w], key[:, w], bias[:, w % windows])
+            torch.testing.assert_close(found[:, w].double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_saliency_on_a_device_without_autocast(class_token):
     """Shapes alone, as tools that count operations want them."""

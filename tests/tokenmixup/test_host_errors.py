@@ -22,7 +22,7 @@ vit = BY_NAME["vit"].build
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=3),
+        lambda: timm.create_model("xcit_nano_12_p16_224", num_classes=3),
         lambda: timm.create_model("resnet18", num_classes=3),
         lambda: timm.create_model("naflexvit_base_patch16_gap", num_classes=3),
         torchvision.models.resnet18,
@@ -37,8 +37,9 @@ def test_a_host_of_another_class(build):
         attach(host, horizontal=HTM)
     caught.match(
         f"^{base.class_name(type(host))} is no supported host: register an adapter with "
-        ".*register_adapter.*HorizontalTokenMixupLayer.*A host needs one sequence of tokens"
-        ".*Supported: timm VisionTransformer, Eva, Beit; torchvision VisionTransformer; tr"
+        ".*register_adapter.*HorizontalTokenMixupLayer.*A host needs layers with one attention "
+        ".*Supported: timm VisionTransformer, Eva, Beit, Swin.*; torchvision VisionTransformer, Sw"
+        ".*; tr"
     )
 
 

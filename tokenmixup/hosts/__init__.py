@@ -15,8 +15,14 @@ from tokenmixup.hosts.cct import CCTAdapter
 from tokenmixup.hosts.encoder_layers import LAYER, adapter_of_layers
 from tokenmixup.hosts.timm_beit import TimmBeit
 from tokenmixup.hosts.timm_eva import TimmEva
+from tokenmixup.hosts.timm_hiera import TimmHiera
+from tokenmixup.hosts.timm_mvit import TimmMViT
+from tokenmixup.hosts.timm_pvt import TimmPVT
+from tokenmixup.hosts.timm_swin import TimmSwin, TimmSwinV2
 from tokenmixup.hosts.timm_vit import TimmViT
+from tokenmixup.hosts.torchvision_swin import TorchvisionSwin
 from tokenmixup.hosts.torchvision_vit import TorchvisionViT
+from tokenmixup.hosts.transformers_swin import TransformersSwin
 from tokenmixup.hosts.transformers_vit import TransformersDeiT, TransformersDinov2, TransformersViT
 
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "UnsupportedHostError",
     "adapter_of_layers",
     "find_adapter",
+    "layer_names",
     "register_adapter",
     "unwrapped",
 ]
@@ -36,10 +43,17 @@ _adapters: list[HostAdapter] = [
     TimmViT(),
     TimmEva(),
     TimmBeit(),
+    TimmSwin(),
+    TimmSwinV2(),
+    TimmPVT(),
+    TimmHiera(),
+    TimmMViT(),
     TorchvisionViT(),
+    TorchvisionSwin(),
     TransformersViT(),
     TransformersDeiT(),
     TransformersDinov2(),
+    TransformersSwin(),
     CCTAdapter(),
 ]
 
@@ -82,11 +96,31 @@ def find_adapter(host: nn.Module) -> HostAdapter:
                 _check(adapter, host)
                 return adapter
     raise UnsupportedHostError(
-        f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs one "
-        "sequence of tokens, of one length, through all its layers, with one attention map per "
-        "layer. "
+        f"{class_name(type(host))} is no supported host: {_advice(host)}. A host needs "
+        "layers with one attention map each, over tokens of which the n-th of each image comes "
+        "from the same place. "
         f"Supported: {_families()}"
     )
+
+
+def layer_names(host: nn.Module) -> list[str]:
+    """The layers as configs count them: name in the host, tokens and width of each.
+
+    Args:
+        host: of a supported family.
+
+    Raises:
+        UnsupportedHostError: as :func:`find_adapter`.
+    """
+    adapter, names = find_adapter(host), {part: name for name, part in host.named_modules()}
+    listed = []
+    for layer, layout in zip(adapter.layers(host), adapter.layouts(host), strict=True):
+        tokens = layout.num_patch_tokens
+        grid = "tokens" if tokens is None else f"{tokens} tokens"
+        if layout.grid is not None:
+            grid = "{} x {} tokens".format(*layout.grid)
+        listed.append(f"{names[layer]}, {grid} of width {layout.width}")
+    return listed
 
 
 def _check(adapter: HostAdapter, host: nn.Module) -> None:

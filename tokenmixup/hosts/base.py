@@ -1,7 +1,7 @@
 """What `attach` needs to know about a family of hosts: the interface of adapters.
 
 Dimensions: B batch, N tokens, P prefix tokens, T patch tokens, D width, H heads, d head width,
-C classes, M remembered tokens.
+K keys, C classes, M remembered tokens.
 """
 
 import inspect
@@ -37,7 +37,7 @@ class UnsupportedHostError(ValueError):
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a host lays out its tokens.
+    """How a host lays out its tokens, at one of its layers.
 
     Attributes:
         width: D.
@@ -45,6 +45,8 @@ class TokenLayout:
         class_token: whether token 0 is a class token.
         num_patch_tokens: T, or None where it depends on the image.
         num_classes: C, or None where the host has no classifier.
+        stage: tokens keep their width and their places from layer to layer of one stage.
+        grid: rows and columns of the patch tokens, where an adapter needs them and knows them.
     """
 
     width: int
@@ -52,6 +54,8 @@ class TokenLayout:
     class_token: bool
     num_patch_tokens: int | None
     num_classes: int | None
+    stage: int = 0
+    grid: tuple[int, int] | None = None
 
 
 class Remembered(NamedTuple):
@@ -103,7 +107,11 @@ class HostAdapter(ABC):
 
     @abstractmethod
     def layout(self, host: nn.Module) -> TokenLayout:
-        """Layout of the tokens at the input of every layer."""
+        """Layout of the tokens at the input of every layer, of a host with stages the first."""
+
+    def layouts(self, host: nn.Module) -> Sequence[TokenLayout]:
+        """Layout at the input of each layer; by default the same for all."""
+        return [self.layout(host)] * len(self.layers(host))
 
     @abstractmethod
     def attention(self, layer: nn.Module) -> nn.Module:
@@ -127,7 +135,9 @@ class HostAdapter(ABC):
             class_row: only the class token's query is needed.
 
         Returns:
-            Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), scale.
+            Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), scale. A
+            layer that attends within W windows, (B, W, H, N, d) each. There may be other keys than
+            tokens: see :meth:`token_saliency`.
         """
 
     def projection(self, layer: nn.Module) -> nn.Module | None:
@@ -157,7 +167,36 @@ class HostAdapter(ABC):
         """What the layer adds to its scores, e.g. a relative-position bias; by default nothing.
 
         Returns:
-            (B or 1, H, N, N), or (B or 1, H, 1, N) with ``class_row``.
+            (B or 1, H, N, N), or (B or 1, H, 1, N) with ``class_row``; with windows
+            (B or 1, W or 1, H, N, N).
+        """
+        return None
+
+    def token_saliency(
+        self, layer: nn.Module, saliency: Tensor, args: Args, kwargs: Kwargs
+    ) -> Tensor:
+        """Saliency (B, T) of the layer's patch tokens, from that of its keys.
+
+        Args:
+            layer: one of :meth:`layers`.
+            saliency: what each key but those of prefix tokens receives, mean over queries and
+                heads, (B, K), with windows (B, W, K). By default the keys are the tokens.
+            args: positional arguments of the layer's call.
+            kwargs: keyword arguments of the layer's call.
+        """
+        return saliency
+
+    def raster(self, host: nn.Module, index: int) -> Tensor | None:
+        """Which patch token stands at each place of a layer's grid, row by row, (T,) int64.
+
+        Nothing but pictures asks. None, the default, where the n-th stands at the n-th place.
+        """
+        return None
+
+    def no_memory(self, layer: nn.Module) -> str | None:
+        """Why VTM is not possible at the layer, which neither remembers then nor attends to others.
+
+        By default nothing stands in its way.
         """
         return None
 
@@ -223,7 +262,7 @@ def layer_saliency(
         kwargs: keyword arguments of the layer's call.
     """
     query, key, scale = query_key
-    return query_key_saliency(
+    of_keys = query_key_saliency(
         query,
         key,
         scale,
@@ -231,6 +270,7 @@ def layer_saliency(
         class_token=layout.class_token,
         bias=adapter.score_bias(layer, args, kwargs, layout.class_token),
     )
+    return adapter.token_saliency(layer, of_keys, args, kwargs)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ class TimmNames(HostAdapter):
 
     block_classes: ClassVar[tuple[str, ...]]
     """Full names of the allowed classes of blocks."""
+    block_read: ClassVar[tuple[str, ...]] = ("norm1", "attn")
+    """The attributes of the blocks that the adapter reads."""
     post_norm_block: ClassVar[str | None] = None
     """The one of them that norms after its attention, where there is one."""
     attention_classes: ClassVar[tuple[str, ...]]
@@ -42,12 +44,15 @@ class TimmNames(HostAdapter):
     arguments: ClassVar[tuple[str, ...]]
     """All allowed arguments of blocks and of their attention."""
 
+    def blocks(self, host: nn.Module) -> dict[str, nn.Module]:
+        """The blocks by their place in the host, in the order of the forward pass."""
+        return {f"blocks[{i}]": block for i, block in enumerate(cast(Any, host).blocks)}
+
     def check(self, host: nn.Module) -> None:
         """Blocks and attentions of the known classes, whose adapters take effect."""
-        for index, block in enumerate(cast(Any, host).blocks):
-            where = f"blocks[{index}]"
-            require_part(block, where, self.block_classes, ("norm1", "attn"), self.arguments)
-            attention, where = block.attn, f"{where}.attn"
+        for where, block in self.blocks(host).items():
+            require_part(block, where, self.block_classes, self.block_read, self.arguments)
+            attention, where = cast(Any, block).attn, f"{where}.attn"
             require_part(attention, where, self.attention_classes, self.read, self.arguments)
             self.projection_bias(attention)
 
@@ -68,7 +73,7 @@ class TimmNames(HostAdapter):
 
     def layers(self, host: nn.Module) -> Sequence[nn.Module]:
         """The blocks."""
-        return list(cast(Any, host).blocks)
+        return list(self.blocks(host).values())
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The block's `attn`."""

@@ -62,13 +62,7 @@ class TransformersViT(HostAdapter):
 
     def check(self, host: nn.Module) -> None:
         """Layers with separate projections, and an implementation that the tests cover."""
-        implementation = cast(Any, host).config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
-            raise UnsupportedHostError(
-                f"TokenMixup supports the attention implementations {', '.join(IMPLEMENTATIONS)} "
-                f"of {self.family}, got {implementation!r}: "
-                'host.set_attn_implementation("sdpa") sets it'
-            )
+        check_implementation(self.family, host)
         for index, layer in enumerate(self.layers(host)):
             where = f"layers[{index}]"
             require_part(layer, where, (self.layer_class,), (self.norm, "attention"), ARGUMENTS)
@@ -170,6 +164,17 @@ class TransformersDinov2(TransformersViT):
     def num_patch_tokens(self, host: nn.Module) -> int | None:
         """None: the host resizes its position embedding to any image."""
         return None
+
+
+def check_implementation(family: str, host: nn.Module) -> None:
+    """Raise `UnsupportedHostError` if the tests do not cover the host's attention."""
+    implementation = cast(Any, host).config._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedHostError(
+            f"TokenMixup supports the attention implementations {', '.join(IMPLEMENTATIONS)} "
+            f"of {family}, got {implementation!r}: "
+            'host.set_attn_implementation("sdpa") sets it'
+        )
 
 
 def _projections(attention: nn.Module) -> tuple[str, str]:

@@ -23,7 +23,7 @@ def test_each_family_of_timms_models_is_suggested(adapter):
 @pytest.mark.parametrize(
     ("misspelt", "nearest"),
     [
-        ("vit_tny", "vit_tiny_patch16_"),
+        ("vit_tiny_patch1_224", "vit_tiny_patch16_"),
         ("vit_bas_patch16_224", "vit_base_patch16_224"),
         ("deit_smal_patch16_224", "deit_small_patch16_224"),
         ("cct_7_3x1", "cct_7_3x1_32"),
@@ -44,3 +44,10 @@ def test_trying_a_model_out_changes_nothing(tmp_path, monkeypatch):
     assert model.state_dict().keys() == untried.state_dict().keys()
     for name, value in untried.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_hosts_whose_constructor_takes_no_image_size():
+    """As a PVT v2, which takes images of any size."""
+    config = RunConfig(model=ModelConfig(name="pvt_v2_b0", image_size=32))
+    model = build.build_model(config, 10)
+    assert model(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1])).logits.shape == (2, 10)

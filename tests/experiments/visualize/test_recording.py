@@ -15,13 +15,13 @@ from experiments.models.build import build_model
 from experiments.visualize.recording import record
 from tests.helpers import oracle
 from tests.helpers.cases import array
-from tests.helpers.host_cases import batch, every_host
+from tests.helpers.host_cases import BY_NAME, batch, every_host
 from tests.helpers.naive_host import (
     attention_of,
-    explicit_map,
     layers_of,
     naive_attention,
     norm_of,
+    own_saliency,
     positions_of_own,
     switch_off_fused_attention,
     watched,
@@ -41,27 +41,28 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
     images, targets = batch(case, size, torch.float64)
     model = case.attach(
         host,
-        horizontal=HorizontalConfig(layers=(1,), rho=0.01, scorenet=None),
+        horizontal=HorizontalConfig(layers=(1,), rho=0.004, scorenet=None),
         vertical=VerticalConfig(layers=(1, 2), kappa=KAPPA),
     )
     with watched(host) as seen:
         recording = record(model, images, targets)
     assert recording.horizontal[0].mask.any()
+    place = np.arange(case.patches)  # of each token, row by row
+    if case.family == "timm Hiera":
+        place = array(host.unroll(torch.arange(case.patches).view(1, -1, 1))).ravel().astype(int)
+        assert (place != np.arange(case.patches)).any()
 
     remembered, places = [], []
     for index, found in enumerate(recording.vertical):
         layer = layers_of(plain)[index]
-        attention_map = explicit_map(layer, seen.tokens[index], *seen.calls[index])
-        over_heads = attention_map.mean(axis=1)
-        row = over_heads[:, 0] if case.class_token else over_heads.mean(axis=1)
-        saliency = row[:, prefix:]
-        np.testing.assert_allclose(found.saliency, saliency, rtol=0, atol=1e-6)
+        saliency = own_saliency(layer, case, seen.tokens[index], *seen.calls[index])
+        np.testing.assert_allclose(found.saliency[:, place], saliency, rtol=0, atol=1e-6)
         chosen = np.array([oracle.salient_positions(one, KAPPA) for one in saliency])
-        assert np.array_equal(found.positions, chosen)
+        assert np.array_equal(found.positions, place[chosen])
         places.append(prefix + chosen)
         remembered.append(seen.tokens[index][torch.arange(size)[:, None], prefix + chosen])
 
-    assert [attention.layer for attention in recording.attention] == [1, 2]
+    assert [attention.layer for attention in recording.attention] == [1, 2] * case.vtm
     for attention in recording.attention:
         index = attention.layer
         layer, own = layers_of(plain)[index], norm_of(layers_of(plain)[index])(seen.tokens[index])
@@ -71,7 +72,10 @@ def test_saliency_and_shares_of_attention_are_those_of_the_naive_maps(case):
         _, maps = naive_attention(attention_of(layer), own, keys, positions, prefix, **kwargs)
         ends = np.cumsum([0, own.shape[1], *[KAPPA] * index])
         expected = [maps[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
-        np.testing.assert_allclose(attention.shares, np.stack(expected, axis=-1), rtol=0, atol=1e-6)
+        shares = np.concatenate(
+            [attention.shares[:, :, :prefix], attention.shares[:, :, prefix:][:, :, place]], axis=2
+        )
+        np.testing.assert_allclose(shares, np.stack(expected, axis=-1), rtol=0, atol=1e-6)
         assert expected[-1].std() > 1e-3, "a constant would prove nothing"
 
 
@@ -117,6 +121,23 @@ def test_several_layers_carry_images_and_labels_on():
     for sample, token in itertools.product(range(12), range(16)):
         at = second.partner[sample] if second.mask[sample, token] else sample
         assert recording.origin(3)[sample, token] == origin[at, token]
+
+
+def test_stages_carry_images_on():
+    """HTM at layers 1 and 2: a token of the second stage stands for four of the first."""
+    case = BY_NAME["hiera"]
+    host = case.build()
+    htm = HorizontalConfig(layers=(1, 2), rho=1e-3, scorenet=None)
+    images, targets = batch(case)
+    recording = record(case.attach(host, horizontal=htm), images, targets)
+    first, second = recording.horizontal
+    assert first.mask.shape == (6, 64) and second.mask.shape == (6, 16)
+    assert first.mask.any() and second.mask.any()
+    origin = np.where(first.mask, first.partner[:, None], np.arange(6)[:, None])
+    assert np.array_equal(recording.origin(1), origin)
+    coarse = origin.reshape(6, 4, 2, 4, 2)[:, :, 1, :, 1].reshape(6, 16)
+    expected = np.where(second.mask, coarse[second.partner], coarse)
+    assert np.array_equal(recording.origin(2), expected)
 
 
 @pytest.fixture
