@@ -14,7 +14,7 @@ def test_it_names_versions_what_was_built_and_hosts(monkeypatch):
     told = {name: value.strip() for name, value in lines.items()}
     assert told["tokenmixup"] == tokenmixup.__version__ and told["torch"] in torch.__version__
     assert told["solver in C"] == "built"
-    assert told["torchvision"].endswith("(hosts: VisionTransformer)")
+    assert told["torchvision"].endswith("(hosts: VisionTransformer, SwinTransformer)")
     monkeypatch.setattr(command._assignment, "compiled_solver", lambda: None)
     monkeypatch.setattr(command, "_LIBRARIES", ("timm", "no_such_library"))
     assert "solver in C      not built; lapx finds" in command.report()
