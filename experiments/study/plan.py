@@ -137,6 +137,8 @@ class Study:
         plain = as_plain(config) | {"output": None, "logging": None, "checkpoint": None}
         plain["data"] |= {"root": None, "download": None, "workers": None}
         plain["substitutions"] = sorted(variant.substitutions)
+        # as the first records have it, when there was no more to choose
+        plain["compile"] = {"off": False, "on": True}.get(plain["compile"], plain["compile"])
         # younger than the first records, whose hashes do not count them
         for section, key in (
             (plain, "tokenmixup_off_epoch"),

@@ -118,7 +118,7 @@ IN_THE_FILE = {
             ("in_chans", 1),
         )
     },
-    "model: {name: vit_tny}": "which timm does not know; the nearest is vit_tiny_patch16_",
+    "model: {name: vit_tny}": "which timm does not know; the nearest is mvitv2_tiny",
     "horizontal: {layers: [1], tau: 0.05, rho: 0}\nmixup: {label_smoothing: 0.1}": (
         "horizontal.tau: got 0.05; allowed: above 0.0500, the least difficulty"
     ),

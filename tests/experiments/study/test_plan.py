@@ -113,7 +113,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, change, words):
         (["--run", "nobody/1"], "a name of plain, HTM, mask"),
         (["--run", "HTM/1", "--jobs", "2"], "no meaning with --run"),
         (["--report", "--jobs", "2"], "no meaning with --report"),
-        (["--seed", "3"], "--seed: unknown option"),
+        (["--seed", "3"], "--seed: got '3'; allowed: 1, 2"),
         (["--report"], "holds no record yet"),
     ],
 )
