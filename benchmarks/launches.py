@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import row
 from benchmarks.pretended import MODELS, Case, counted
 from benchmarks.row import Row, Settings, Target
-from benchmarks.steps import VARIANTS
+from benchmarks.steps import FAMILIES
 from experiments.documents.markdown import aligned_table
 
 OVER_PLAIN = {
@@ -24,8 +24,8 @@ OVER_PLAIN = {
 def measure(settings: Settings) -> dict[str, Any]:
     """Count the steps of each model and variant."""
     models = list(MODELS)[: 1 if settings.quick else None]
-    variants = ("plain", "HVTM") if settings.quick else VARIANTS
-    cases = [Case(model, variant) for model in models for variant in variants]
+    variants = {m: ("plain", "HVTM") if settings.quick else FAMILIES[m].variants for m in models}
+    cases = [Case(model, variant) for model in models for variant in variants[model]]
     with tempfile.TemporaryDirectory() as folder:
         found = dict(zip(cases, counted(cases, Path(folder)), strict=True))
     return {
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                         "exchanges": len(counts.exchanges),
                         "elsewhere": sum(counts.elsewhere.values()),
                     }
-                    for variant in variants
+                    for variant in variants[model]
                     for counts in [found[Case(model, variant)]]
                 },
             }
@@ -80,7 +80,7 @@ def targets(values: dict[str, Any]) -> list[Target]:
     """Operations over those of the plain step."""
     found = []
     for model in values["models"]:
-        for variant, most in OVER_PLAIN[model["model"]].items():
+        for variant, most in OVER_PLAIN.get(model["model"], {}).items():
             if variant in model["variants"]:
                 over = _over_plain(model, variant)
                 name = f"12. launches, {model['model']}, B={model['batch']}, {variant}"

@@ -56,7 +56,7 @@ class Model:
     image: int
     classes: int
     horizontal: HorizontalConfig
-    vertical: VerticalConfig
+    vertical: VerticalConfig | None = None
 
 
 MODELS = {
@@ -80,6 +80,12 @@ MODELS = {
             scorenet_stop_gradient=True,
         ),
         VerticalConfig(layers=(4,), kappa=3),
+    ),
+    "Swin-T": Model(
+        "swin_tiny_patch4_window7_224",
+        {},
+        *(128, 224, 1000),
+        HorizontalConfig(layers=(1,), tau=0.1, rho=1 / 56**2),
     ),
 }
 

@@ -97,9 +97,10 @@ def in_short(found: Latest, reliability: Latest) -> str:
         rows = [
             [
                 f"{model['model']}, batch {model['batch']}",
-                *(times(model["over_plain"][name], 3) for name in names),
+                *(times(over[name], 3) if name in over else "–" for name in names),
             ]
             for model in found["steps"].values["models"]
+            for over in [model["over_plain"]]
         ]
         where = f"on {found['steps'].cores} CPU cores"
         head = (f"training step over plain, {where} (95% interval)", *names.values())

@@ -16,13 +16,13 @@ from experiments.provenance import ROOT
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 from tokenmixup.rules import Rules
 
-CCT, VIT = pretended.MODELS
-VARIANTS = ("plain", "HTM", "VTM", "HVTM")
+CCT, VIT, SWIN = pretended.MODELS
 lacking = pretended.missing()
 pretends = pytest.mark.skipif(lacking is not None, reason=f"no GPU can be pretended: {lacking}")
 MORE = {
     CCT: {"HTM": 70, "VTM": 48, "HVTM": 118},
     VIT: {"HTM": 61, "VTM": 51, "HVTM": 112},
+    SWIN: {"HTM": 80},
 }
 """Operations that TokenMixup adds to a step, as of 2026-11-28 with torch 2.13."""
 LAYERS_AGAIN = 25
@@ -50,7 +50,8 @@ def check(counts, plain, more, layers):
     assert not counts.elsewhere and not plain.elsewhere and not plain.exchanges
 
 
-def check_model(counted, model, variants=VARIANTS, **way):
+def check_model(counted, model, variants=None, **way):
+    variants = variants or ("plain", *MORE[model])
     plain, *others = counted(*(Case(model, variant, **way) for variant in variants))
     for variant, counts in zip(variants[1:], others, strict=True):
         more = MORE[model][variant] + LAYERS_AGAIN * bool(way)
@@ -67,7 +68,7 @@ def test_a_step_of_cct_launches_few_operations_and_reads_once(counted):
 @pretends
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [{}, {"checkpointing": True}, {"ddp": True}], ids=str)
-@pytest.mark.parametrize("model", [CCT, VIT])
+@pytest.mark.parametrize("model", pretended.MODELS)
 def test_every_way_to_run_a_step(counted, model, way):
     check_model(counted, model, **way)
 

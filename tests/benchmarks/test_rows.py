@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, pretended, report, solver
+from benchmarks import gpu, pretended, report, solver, steps
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
@@ -112,8 +112,8 @@ def test_readme_s_figures_are_those_of_the_newest_records():
         (line,) = [one for one in text.splitlines() if one.startswith(f"| {model['model']}")]
         for cell, name in zip(line.split("|")[2:5], ("HTM", "VTM", "HVTM"), strict=True):
             found = [float(number) for number in re.findall(r"[\d.]+", cell)]
-            over = model["over_plain"][name]
-            assert found == [round(over[key], 3) for key in ("ratio", "low", "high")]
+            over = model["over_plain"].get(name)  # Swin has no VTM
+            assert found == [round(over[key], 3) for key in ("ratio", "low", "high") if over]
     cases = sorted(c["speed_up"]["ratio"] for c in newest["solver"]["values"]["cases"])
     assert f"{cases[0]:.1f} to {cases[-1]:.1f} times as fast as lapx" in text
     for model in newest["saliency"]["values"]["models"]:
@@ -123,6 +123,19 @@ def test_readme_s_figures_are_those_of_the_newest_records():
     kills = [newest[f"kills-{processes}"]["values"] for processes in (1, 2)]
     survived, total = (sum(kill[key] for kill in kills) for key in ("survived", "total"))
     assert f"the same bytes: {survived} of {total}." in text
+
+
+def test_what_a_model_has_not_and_what_a_record_has_not():
+    """Swin has no VTM and no direct form, and records from before it do not have it."""
+    values = steps.measure(Settings(quick=True))
+    text = report.in_short({"steps": record("steps", "2026-01-01T00:00:00", values)}, {})
+    (line,) = [line for line in text.splitlines() if "Swin-T" in line]
+    assert [cell.strip() for cell in line.split("|")[3:5]] == ["–", "–"]
+    rows = [one for one in steps.tables(values).splitlines() if "Swin-T" in one]
+    assert [one.split("|")[2].strip() for one in rows] == ["plain", "HTM"]
+    old = {"models": [model for model in values["models"] if model["model"] != "Swin-T"]}
+    targets = {target.name: target for target in steps.targets(old)}
+    assert targets["2. step, Swin-T, B=16, HTM"].measured is None
 
 
 def test_lapx_is_timed_itself_and_finds_the_same_total(monkeypatch):

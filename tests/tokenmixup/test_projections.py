@@ -23,7 +23,7 @@ from tokenmixup.rules import Rules
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)
 VTM = VerticalConfig(layers=(2,), kappa=3)
 MIX_NONE = HorizontalConfig(layers=(1,), tau=0, rho=0.01)
-READ = ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "dense")
+READ = ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "dense", "q", "kv")
 MLP = ("fc1", "fc2", "fc1_g", "fc1_x")
 CLASSIFIERS = ("head", "classifier")
 SCORENET_TOO = ("backbone.head", "backbone.classifier", "scorenets.1")  # as docs/hosts.md writes it
@@ -63,9 +63,10 @@ def adapt(model, dora=False, dropout=0.0, targets=(*READ, "proj", *MLP), save=CL
     return adapted.train()
 
 
-def put_on(host, **settings):
+def put_on(host, vtm=True, **settings):
     torch.manual_seed(5)  # ScoreNet's weights
-    return attach(host, **{"horizontal": HTM, "vertical": VTM} | settings).train()
+    both = {"horizontal": HTM, "vertical": VTM if vtm else None}
+    return attach(host, **both | settings).train()
 
 
 def assert_same_step(model, other, images, targets):
@@ -82,6 +83,7 @@ def assert_same_step(model, other, images, targets):
     "name, dora",
     [
         *((name, False) for name in ("vit", "eva02", "eva02_separate", "beit", "hf_vit", "cct")),
+        *((name, False) for name in ("swin", "hiera", "mvit")),
         *((name, True) for name in ("vit", "hf_vit")),
     ],
 )
@@ -89,11 +91,11 @@ def test_adapters_decide_as_their_merged_weights(name, dora):
     """peft before attach, after it, and merged in place."""
     case = BY_NAME[name]
     images, targets = batch(case, dtype=torch.float64)
-    merged = put_on(adapt(host_of(case), dora).merge_and_unload())
-    plain = put_on(host_of(case))
+    merged = put_on(adapt(host_of(case), dora).merge_and_unload(), case.vtm)
+    plain = put_on(host_of(case), case.vtm)
     torch.manual_seed(5)
-    after = adapt(put_on(host_of(case)), dora, save=SCORENET_TOO)
-    before = put_on(adapt(host_of(case), dora))
+    after = adapt(put_on(host_of(case), case.vtm), dora, save=SCORENET_TOO)
+    before = put_on(adapt(host_of(case), dora), case.vtm)
     for model in (before, after):
         out = assert_same_step(model, merged, images, targets)
         out.loss().backward()
@@ -226,6 +228,23 @@ def test_adapters_of_the_multi_head_attention():
     model = adapt(put_on(case.build()), targets=["self_attention"], save=())
     with pytest.raises(UnsupportedHostError, match=f"layer 0 was replaced by a {message}"):
         model(*batch(case))
+
+
+@some_hosts("pvt", "pvt_last_stage")
+def test_adapters_of_pvts_keys(case):
+    """The layer's hook is on `kv` itself, so its adapters come before it or not at all."""
+    images, targets = batch(case, dtype=torch.float64)
+    merged = put_on(adapt(host_of(case)).merge_and_unload(), case.vtm)
+    before = put_on(adapt(host_of(case)), case.vtm)
+    assert_same_step(before, merged, images, targets).loss().backward()
+    adapters = [p for n, p in before.named_parameters() if ".attn.kv.lora_" in n]
+    assert adapters and all(p.grad.any() for p in adapters)
+    after = adapt(put_on(host_of(case), case.vtm), save=SCORENET_TOO)
+    with pytest.raises(UnsupportedHostError, match=r"was replaced by a peft\S+Linear"):
+        after(images, targets)
+    others = [name for name in READ if name != "kv"]
+    one, other = (adapt(put_on(host_of(case), case.vtm), targets=others) for _ in range(2))
+    assert_same_step(one, other.merge_and_unload(), images, targets)
 
 
 def test_adapters_of_torchvisions_mlp():
