@@ -458,7 +458,8 @@ def joint_query_key(
     A score is then q (W x + b) = (q W) x + q b, where q b is the same for all keys of a query and
     changes no softmax. With ``as_projected``, where scores are such products and nothing else is
     done to queries and keys, the query is q W, (B, H, 1, D), and the tokens themselves are the keys
-    of all heads, (B, 1, N, D): no key is projected.
+    of all heads, (B, 1, N, D): no key is projected. Where torch is allowed to multiply in TF32 it
+    rounds both, by less than autocast rounds queries and keys.
     """
     if class_row:
         with without_autocast(tokens.device.type):
