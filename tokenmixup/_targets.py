@@ -12,8 +12,9 @@ SUM_TOLERANCE = 0.01
 
 def no_distributions(targets: Tensor) -> Tensor:
     """Which rows of targets (B, C) are not finite, somewhere negative, or do not sum to 1: (B,)."""
-    total = targets.sum(1, dtype=torch.promote_types(targets.dtype, torch.float32))
-    return (total.clamp(1 - SUM_TOLERANCE, 1 + SUM_TOLERANCE) != total) | (targets.amin(1) < 0)
+    wide = targets.to(torch.promote_types(targets.dtype, torch.float32))
+    root = torch.linalg.vector_norm(wide.sqrt(), dim=1)  # of the sum; nan, as that of a negative
+    return root.clamp((1 - SUM_TOLERANCE) ** 0.5, (1 + SUM_TOLERANCE) ** 0.5) != root
 
 
 def soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> Tensor:

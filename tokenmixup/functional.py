@@ -111,8 +111,8 @@ def query_key_saliency(
 
     Args:
         query: (B, H, Q, D / H), or (B, H, 1, D / H) where only the class token's row is read.
-        key: (B, H, N, D / H). Where samples attend within W windows, both have them as second
-            dimension, (B, W, H, N, D / H).
+        key: (B, H, N, D / H), or (B, 1, N, D / H) where all heads share them. Where samples attend
+            within W windows, both have them as second dimension, (B, W, H, N, D / H).
         scale: factor of the scores, usually (D / H) ** -0.5.
         num_prefix_tokens: P.
         class_token: as in :func:`attention_saliency`.
@@ -125,6 +125,9 @@ def query_key_saliency(
     _check_prefix(key.shape[-2], num_prefix_tokens, "key")
     if _reads_class_token(num_prefix_tokens, class_token):
         query, bias = query[..., :1, :], None if bias is None else bias[..., :1, :]
+    if key.shape[-3] == 1:  # of one head, which has the queries of all
+        query = query.flatten(-3, -2).unsqueeze(-3)
+        bias = None if bias is None else bias.flatten(-3, -2).unsqueeze(-3)
     samples, *windows, heads, tokens = key.shape[:-1]
     maps = _rows_at_once(key, math.prod(windows) * query.shape[-2] * tokens)
     of_heads = heads if maps >= heads else 1
@@ -166,10 +169,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Te
     which tensor cores multiply where torch is allowed to use it, but their scaled values need not
     be.
     """
-    dtype, layout = _wide(query), torch.contiguous_format  # one operation for both changes
-    query = query.to(dtype, memory_format=layout)
-    key = key.to(dtype, memory_format=layout)
-    rows, columns = query.flatten(0, -3), key.flatten(0, -3).mT
+    rows, columns = _widened(query).flatten(0, -3), _widened(key).flatten(0, -3).mT
     if torch.compiler.is_compiling():  # the compiler multiplies where it reads the product
         product = torch.bmm(rows, columns) * scale
     else:
@@ -374,7 +374,7 @@ class _Mixing(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         partner, mask = ctx.saved_tensors
         kept = gradient.masked_fill(mask, 0)
-        return kept.index_add(0, partner, gradient * mask), None, None
+        return kept.index_add_(0, partner, gradient * mask), None, None
 
 
 @torch.no_grad()
@@ -398,8 +398,9 @@ def mix_targets(targets: Tensor, saliency: Tensor, decision: MixingDecision) -> 
     share = label_share(saliency, decision)
     dtype = torch.promote_types(targets.dtype, share.dtype)
     own, share = targets.to(dtype), share.to(dtype).unsqueeze(1)
-    blend = torch.lerp(own, own.index_select(0, decision.partner), share)
-    return torch.where(share > 0, blend.to(targets.dtype), targets)
+    difference = own - own.index_select(0, decision.partner)
+    # unlike `lerp`, this leaves a sample that is its own partner every bit, also of a negative zero
+    return torch.addcmul(own, share, difference, value=-1).to(targets.dtype)
 
 
 def horizontal_mixup(
@@ -489,6 +490,14 @@ def _rows_at_once(like: Tensor, elements: int) -> int:
         return 1 << 40
     most = _CPU_CHUNK if like.device.type == "cpu" else _DEVICE_CHUNK
     return max(1, most // max(1, elements))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In the wide type; contiguous, in the same operation, where that is another one."""
+    dtype = _wide(tensor)
+    if tensor.dtype == dtype:
+        return tensor
+    return tensor.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

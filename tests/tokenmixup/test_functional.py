@@ -388,6 +388,22 @@ def test_windows_are_maps_of_their_own(monkeypatch, at_once):
 
 
 @pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("at_once", [1, 10**6])
+def test_keys_that_all_heads_share_are_as_if_each_had_them(
+    monkeypatch, class_token, biased, at_once
+):
+    query, key = operands(5, 3, 6)
+    bias = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1)) if biased else None
+    monkeypatch.setattr(functional, "_CPU_CHUNK", at_once)
+    found, expected = (
+        functional.query_key_saliency(query, keys, 0.3, 1, class_token=class_token, bias=bias)
+        for keys in (key[:, :1], key[:, :1].expand_as(key))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
 def test_saliency_on_a_device_without_autocast(class_token):
     """Shapes alone, as tools that count operations want them."""
     query, key = torch.empty(2, 3, 2, 5, 8, dtype=torch.bfloat16, device="meta")

@@ -135,9 +135,9 @@ class HostAdapter(ABC):
             class_row: only the class token's query is needed.
 
         Returns:
-            Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), scale. A
-            layer that attends within W windows, (B, W, H, N, d) each. There may be other keys than
-            tokens: see :meth:`token_saliency`.
+            Queries (B, H, N, d), or (B, H, 1, d) with ``class_row``, keys (B, H, N, d), or
+            (B, 1, N, d) where all heads share them, scale. A layer that attends within W windows,
+            (B, W, H, N, d) each. There may be other keys than tokens: see :meth:`token_saliency`.
         """
 
     def projection(self, layer: nn.Module) -> nn.Module | None:
@@ -443,17 +443,35 @@ def joint_projection(
 
 
 def joint_query_key(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int, class_row: bool
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    class_row: bool,
+    as_projected: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys (B, H, N, d) from a joint projection.
 
     With ``class_row`` the queries are those of token 0 alone, (B, H, 1, d), in the type of the
     weight, autocast or not: casts would be most of their cost.
+
+    A score is then q (W x + b) = (q W) x + q b, where q b is the same for all keys of a query and
+    changes no softmax. With ``as_projected``, where scores are such products and nothing else is
+    done to queries and keys, the query is q W, (B, H, 1, D), and the tokens themselves are the keys
+    of all heads, (B, 1, N, D): no key is projected. Where torch is allowed to multiply in TF32 it
+    rounds both, by less than autocast rounds queries and keys.
     """
     if class_row:
         with without_autocast(tokens.device.type):
-            query = joint_projection(tokens[:, :1].to(weight.dtype), weight, bias, 0, heads)
-        return query, joint_projection(tokens, weight, bias, 1, heads)
+            width = weight.shape[0] // 3
+            own = None if bias is None else bias[:width]
+            query = F.linear(tokens[:, 0].to(weight.dtype), weight[:width], own)
+            query = query.unflatten(-1, (heads, -1))  # (B, H, d)
+            if as_projected:
+                of_keys = weight.unflatten(0, (3, heads, -1))[1]  # (H, d, D)
+                query = torch.bmm(query.transpose(0, 1), of_keys).transpose(0, 1)
+                return query.unsqueeze(2), tokens.to(weight.dtype).unsqueeze(1)
+        return query.unsqueeze(2), joint_projection(tokens, weight, bias, 1, heads)
     rows = slice(2 * weight.shape[0] // 3)
     both = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
     query, key = both.chunk(2, dim=-1)
@@ -466,6 +484,7 @@ def module_query_key(
     heads: int,
     class_row: bool,
     bias: Tensor | None = None,
+    as_projected: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`joint_query_key`, from the module itself; see :func:`project`.
 
@@ -475,11 +494,12 @@ def module_query_key(
         heads: H.
         class_row: only the class token's query is needed.
         bias: what the attention adds to a projection that has no bias of its own, (3 H d,).
+        as_projected: whether the scores are products of what is projected, with no more done to it.
     """
     if plain_linear(projection):
         linear = cast(nn.Linear, projection)
         own = linear.bias if bias is None else bias
-        return joint_query_key(tokens, linear.weight, own, heads, class_row)
+        return joint_query_key(tokens, linear.weight, own, heads, class_row, as_projected)
     projected = project(projection, tokens)
     return split_query_key(projected if bias is None else projected + bias, heads, class_row)
 

@@ -61,6 +61,7 @@ class MultiheadHost(HostAdapter):
             attention.in_proj_bias,
             attention.num_heads,
             class_row,
+            as_projected=True,
         )
         return query, key, attention.head_dim**-0.5
 

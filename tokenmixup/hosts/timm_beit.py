@@ -71,6 +71,7 @@ class TimmBeit(TimmNames):
             attention.num_heads,
             class_row,
             self.projection_bias(attention),
+            as_projected=True,
         )
         return query, key, attention.scale
 

@@ -128,7 +128,12 @@ class TimmViT(TimmNames):
         refuse_masks(args, kwargs, attn_mask=1, is_causal=2)
         attention = cast(Any, layer).attn
         query, key = module_query_key(
-            self.normalise(layer, tokens), attention.qkv, attention.num_heads, class_row
+            self.normalise(layer, tokens),
+            attention.qkv,
+            attention.num_heads,
+            class_row,
+            as_projected=class_row
+            and all(type(norm) is nn.Identity for norm in (attention.q_norm, attention.k_norm)),
         )
         return *self.head_norms(attention, query, key), attention.scale
 

@@ -103,6 +103,7 @@ def no_compiler(run, monkeypatch):
 
 
 @uses_inductor
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
 @pytest.mark.parametrize(
     "break_it", [unsupported, pytest.param(no_compiler, marks=pytest.mark.slow)]
 )
