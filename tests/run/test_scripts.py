@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted([*(ROOT / "run").glob("*.sh"), ROOT / ".ci" / "run"])
 
@@ -107,3 +109,21 @@ def test_scripts_are_well_formed() -> None:
             assert used, f"{script} is neither a program nor sourced by one"
         done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_s_models_learn(tmp_path: Path) -> None:
+    """The whole script but its set-up: four models that reach 96%, and a picture."""
+    (tmp_path / "run").mkdir()
+    for name in ("configs", "experiments", "tokenmixup", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "run" / "quickstart.sh", tmp_path / "run")
+    (tmp_path / "run" / "setup.sh").touch()
+    command = ["bash", str(tmp_path / "run" / "quickstart.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(.+)/1: ([\d.]+)% in", done.stdout, re.MULTILINE)
+    assert {name for name, _ in found} == {"plain", "HTM", "VTM", "HTM + VTM"}
+    assert all(float(top1) >= 96 for _, top1 in found), found
+    picture = tmp_path / "output" / "quickstart" / "pictures" / "tokenmixup.png"
+    assert picture.stat().st_size > 10_000
