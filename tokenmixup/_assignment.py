@@ -115,10 +115,14 @@ def _settled(gain: np.ndarray, columns: np.ndarray) -> np.ndarray:
     owner = np.full(gain.shape[1], spare)
     owner[columns] = np.arange(spare)
     more = gain - gain[owner[columns], columns][:, None]  # than from the row's own column
-    price, before = np.zeros(len(owner)), np.full(len(owner), -1.0)
-    while not np.array_equal(price, before):
+    price = np.zeros(len(owner))
+    for _ in range(len(gain) + 2):  # prices of a best assignment rise along its rows at most once
         before, lowest = price, price[owner == spare].max(initial=0)
         price = np.maximum(price, (price[columns][:, None] + more).max(0)).clip(lowest)
+        if np.array_equal(price, before):
+            break
+    else:
+        raise RuntimeError("lapx found an assignment that is not the best; please report this")
     tight = [*(price[columns][:, None] + more == price), price == lowest]
     best = [
         int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in tight

@@ -240,6 +240,14 @@ def test_no_memory_is_an_error(monkeypatch):
         solve_assignment(torch.rand(5, 6))
 
 
+def test_an_assignment_that_is_not_the_best_is_refused():
+    """Prices that prove it optimal do not exist; looking for them must end."""
+    gain = np.array([[4.0, 1.0, 0.0], [1.0, 4.0, 0.0]])
+    assert _assignment._settled(gain, np.array([0, 1])).tolist() == [0, 1]
+    with pytest.raises(RuntimeError, match="not the best"):
+        _assignment._settled(gain, np.array([1, 0]))
+
+
 def test_without_the_solver_all_is_the_same(monkeypatch):
     gain = torch.rand(40, 40)
     found = solve_assignment(gain)
