@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,13 +217,5 @@ def _observe_compiled(
 
 
 @_observe_compiled.register_fake
-def _(
-    mixed: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    now: list[Tensor],
-    key: int,
-    layer: str,
-    frozen: bool,
-) -> Tensor:
+def _(mixed: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(mixed)
