@@ -87,11 +87,12 @@ class _Hook:
 
     def _remembered(self, record: StepRecord) -> Remembered:
         """What this VTM layer attends to: what earlier layers of its stage remember."""
-        layouts, stage = self.shared.layouts, self.layout.stage
-        earlier = sorted(layer for layer in record.positions if layer < self.index)
-        near = [layer for layer in earlier if layouts[layer].stage == stage]
+        near = [
+            layer
+            for layer in range(self.index)
+            if layer in record.memory and self.shared.layouts[layer].stage == self.layout.stage
+        ]
         tokens = remembered_before({layer: record.memory[layer] for layer in near}, self.index)
-        assert tokens is not None, "layers before it remember theirs"
         return Remembered(tokens, tuple(record.positions[layer] for layer in near))
 
 
