@@ -194,9 +194,9 @@ class HostAdapter(ABC):
         return None
 
     def no_memory(self, layer: nn.Module) -> str | None:
-        """Why VTM is not possible at the layer, which neither remembers then nor attends to others.
+        """Why the layer cannot attend to remembered tokens; by default nothing stands in its way.
 
-        By default nothing stands in its way.
+        Others of its stage may attend to those that it remembers.
         """
         return None
 
