@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from tokenmixup._session import in_backward
 from tokenmixup.config import HorizontalConfig
 from tokenmixup.functional import least_difficulty
 from tokenmixup.scorenet import ScoreNet
+
+if TYPE_CHECKING:
+    from tokenmixup.horizontal import HorizontalStep
 
 STEPS = 300
 """Training steps after which a layer that has mixed nothing is told."""
@@ -73,9 +76,7 @@ class Watch:
         layer: str,
         scorenet: ScoreNet | None,
         targets: Tensor,
-        mixed: Tensor,
-        mask: Tensor,
-        stats: Mapping[str, Tensor],
+        step: "HorizontalStep",
     ) -> Tensor:
         """Count a training step of a layer.
 
@@ -83,13 +84,13 @@ class Watch:
             layer: its name.
             scorenet: its ScoreNet, or None.
             targets: before its mixing, (B, C).
-            mixed: after it, (B, C).
-            mask: the tokens that it mixed, (B, T) bool.
-            stats: of the step.
+            step: what it did.
 
         Returns:
-            ``mixed``, which compiled code has to use: a compiler drops calls without a result.
+            ``step.targets``, which compiled code has to use: a compiler drops calls without a
+            result.
         """
+        mixed, mask = step.targets, step.decision.mask
         compiling = torch.compiler.is_compiling()
         if not compiling and (in_backward() or self._is_over(layer)):
             return mixed
@@ -97,9 +98,9 @@ class Watch:
         parameters = [] if scorenet is None else list(scorenet.parameters())
         frozen = len(parameters) > 0 and not any(p.requires_grad for p in parameters)
         if compiling:
-            now = _numbers(stats)
+            now = _numbers(step.stats)
             return _observe_compiled(mixed, targets, mask, now, self.key, layer, frozen)
-        self.see(layer, targets, mask, lambda: _numbers(stats), frozen)
+        self.see(layer, targets, mask, lambda: _numbers(step.stats), frozen)
         return mixed
 
     def _is_over(self, layer: str) -> bool:

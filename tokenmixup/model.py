@@ -312,16 +312,13 @@ class TokenMixupModel(nn.Module):
         return TokenMixupOutput(logits, record.targets, loss, stats)
 
     def _check_carried_out(self, record: StepRecord) -> None:
-        mixing = self.horizontal.layers if self.horizontal is not None else ()
-        attending = self.vertical.layers if self.vertical is not None else ()
-        indices = range(len(self.layouts))
-        remembering = [index for index in indices if self._shared.remembering(index)]
-        for name, layers, done in (
-            ("HTM", mixing, record.decisions),
-            ("VTM", attending, record.attended),
-            ("VTM's remembering", remembering, record.memory),
+        shared, indices = self._shared, range(len(self.layouts))
+        for name, acts, done in (
+            ("HTM", shared.mixing, record.decisions),
+            ("VTM", shared.attending, record.attended),
+            ("VTM's remembering", shared.remembering, record.memory),
         ):
-            missing = [index for index in layers if index not in done]
+            missing = [index for index in indices if acts(index) and index not in done]
             if missing:
                 raise RuntimeError(
                     f"{name} was not carried out at layer(s) {', '.join(map(str, missing))}: the "

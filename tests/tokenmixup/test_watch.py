@@ -128,7 +128,7 @@ def test_greatest_difference_is_that_to_any_sample():
     wrapper = wrap(StubLayer(attention), tau=0.1, rho=0.9)
     stats = []
     observe = wrapper._watch.observe
-    wrapper._watch.observe = lambda *args: stats.append(args[-1]) or observe(*args)
+    wrapper._watch.observe = lambda *args: stats.append(args[-1].stats) or observe(*args)
     wrapper.scorenet.head.weight.data.zero_()
     wrapper.scorenet.head.bias.data = torch.tensor([9.0, 0, 0, 0, 0]).double()
     y = torch.eye(CLASSES, dtype=torch.float64)[[0, 1, 0, 2]]  # samples 0 and 2 are easy
