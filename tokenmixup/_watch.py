@@ -153,7 +153,7 @@ class Watch:
     def _cause(self, seen: _Seen) -> str | None:
         """Why nothing was mixed, and what to do; None if something was."""
         assert seen.read is not None
-        mixed, least, easy, difference, hardest = seen.read.tolist()
+        mixed, least, easy, difference, lowest = seen.read.tolist()
         tau, rho = self.config.tau, self.config.rho
         if mixed > 0:
             return None
@@ -169,10 +169,9 @@ class Watch:
             )
         if easy == 0:
             return (
-                f"no sample was easy. In the last of them the least difficulty was {hardest:.4f}, "
-                f"tau is {tau}. "
-                "If difficulty_min does not fall, see that the optimiser has ScoreNet's parameters "
-                "and that scorenet_lambda is not too small, or raise tau"
+                f"in the last of them no sample was easy: the least difficulty was {lowest:.4f}, "
+                f"tau is {tau}. If difficulty_min does not fall, see that the optimiser has "
+                "ScoreNet's parameters and that scorenet_lambda is not too small, or raise tau"
             )
         if difference <= rho:
             return (
@@ -190,8 +189,8 @@ class Watch:
 def _numbers(stats: Mapping[str, Tensor]) -> list[Tensor]:
     """Easy share, greatest saliency difference and least difficulty of a step, each 0-d."""
     easy = stats["easy_share"]
-    hardest = stats.get("difficulty_min", torch.zeros_like(easy))
-    return [easy, stats["saliency_difference_max"], hardest]
+    lowest = stats.get("difficulty_min", torch.zeros_like(easy))
+    return [easy, stats["saliency_difference_max"], lowest]
 
 
 _keys = itertools.count()
