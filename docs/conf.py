@@ -23,6 +23,7 @@ from sphinx.util.nodes import make_refnode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's library
 
 import tokenmixup
+import tokenmixup._attach
 import tokenmixup.integrations.timm
 import tokenmixup.integrations.transformers
 
@@ -61,6 +62,7 @@ napoleon_use_rtype = False
 
 PUBLIC_MODULES = (
     tokenmixup,
+    tokenmixup._attach,
     tokenmixup.config,
     tokenmixup.functional,
     tokenmixup.horizontal,

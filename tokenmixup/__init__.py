@@ -9,9 +9,10 @@ from tokenmixup.config import HorizontalConfig, VerticalConfig
 
 if TYPE_CHECKING:
     from tokenmixup import functional
+    from tokenmixup._attach import attach
     from tokenmixup._watch import TokenMixupWarning
     from tokenmixup.horizontal import HorizontalTokenMixupLayer
-    from tokenmixup.model import TokenMixupModel, TokenMixupOutput, attach
+    from tokenmixup.model import TokenMixupModel, TokenMixupOutput
     from tokenmixup.vertical import VerticalTokenMixupLayer
 
 __all__ = [
@@ -38,7 +39,7 @@ def __getattr__(name: str) -> Any:
     import tokenmixup.functional  # first, as the others ask for it while they are imported
 
     if name != "functional":
-        import tokenmixup.model
+        import tokenmixup._attach
         import tokenmixup.vertical
 
         globals().update(
@@ -47,7 +48,7 @@ def __getattr__(name: str) -> Any:
             TokenMixupOutput=tokenmixup.model.TokenMixupOutput,
             TokenMixupWarning=tokenmixup._watch.TokenMixupWarning,
             VerticalTokenMixupLayer=tokenmixup.vertical.VerticalTokenMixupLayer,
-            attach=tokenmixup.model.attach,
+            attach=tokenmixup._attach.attach,
         )
     return globals()[name]
 

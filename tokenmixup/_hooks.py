@@ -51,6 +51,14 @@ class Attachment:
     watch: Watch | None
     """Of HTM."""
 
+    def mixing(self, index: int) -> bool:
+        """Whether HTM acts at this layer."""
+        return self.horizontal is not None and index in self.horizontal.layers
+
+    def attending(self, index: int) -> bool:
+        """Whether this is a VTM layer."""
+        return self.vertical is not None and index in self.vertical.layers
+
     def remembering(self, index: int) -> bool:
         """Whether a later VTM layer attends to what this layer remembers."""
         return remembering(self.layouts, self.vertical, index)
@@ -87,11 +95,12 @@ class _Hook:
 
     def _remembered(self, record: StepRecord) -> Remembered:
         """What this VTM layer attends to: what earlier layers of its stage remember."""
-        layouts, stage = self.shared.layouts, self.layout.stage
-        earlier = sorted(layer for layer in record.positions if layer < self.index)
-        near = [layer for layer in earlier if layouts[layer].stage == stage]
+        near = [
+            layer
+            for layer in range(self.index)
+            if layer in record.memory and self.shared.layouts[layer].stage == self.layout.stage
+        ]
         tokens = remembered_before({layer: record.memory[layer] for layer in near}, self.index)
-        assert tokens is not None, "layers before it remember theirs"
         return Remembered(tokens, tuple(record.positions[layer] for layer in near))
 
 
@@ -104,15 +113,13 @@ class _LayerHook(_Hook):
         index: int,
         layer: nn.Module,
         scorenets: nn.ModuleDict,
-        projection: nn.Module | None,
-        watch: Watch | None,
     ) -> None:
         super().__init__(shared, index, layer)
-        self.watch = watch
-        self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
+        self.mixes = shared.mixing(index)
         self.remembers = shared.remembering(index)
+        self.scorenets = scorenets  # not the ScoreNet itself, which peft replaces by a copy
         self.attention = shared.adapter.attention(layer)
-        self.projection = projection
+        self.projection = shared.adapter.projection(layer) if self.remembers else None
 
     def __call__(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         record, again = self.shared.session.current()
@@ -122,7 +129,7 @@ class _LayerHook(_Hook):
         adapter = self.shared.adapter
         tokens = adapter.tokens(args, kwargs)
         self._check(record, tokens)
-        if self.watch is not None:
+        if self.mixes:
             tokens = self._mix(record, again, tokens, args, kwargs)
         # what has taken the projection's place does not have its hook
         if self.projection is not None and adapter.projection(layer) is self.projection:
@@ -131,9 +138,7 @@ class _LayerHook(_Hook):
             if not again:
                 self._choose(record, self._input_saliency(record, tokens, args, kwargs))
             self._remember(record, again, tokens)
-        if self.watch is None:
-            return None
-        return adapter.with_tokens(tokens, args, kwargs)
+        return adapter.with_tokens(tokens, args, kwargs) if self.mixes else None
 
     def _check(self, record: StepRecord, tokens: Tensor) -> None:
         attention = self.shared.adapter.attention(self.layer)
@@ -165,8 +170,9 @@ class _LayerHook(_Hook):
     def _mix(
         self, record: StepRecord, again: bool, tokens: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
-        assert self.watch is not None, "only layers that mix are called here"
-        config = self.watch.config
+        watch = self.shared.watch
+        assert watch is not None, "only layers that mix are called here"
+        config = watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
         difficulty, scorenet = None, None
@@ -182,10 +188,7 @@ class _LayerHook(_Hook):
                 self.shared.rules, self.index, targets, saliency, difficulty, config
             )
             record.decisions[self.index] = (targets, step.decision)
-            record.targets = self.watch.observe(
-                *(f"layer {self.index}", scorenet, targets, step.targets, step.decision.mask),
-                step.stats,
-            )
+            record.targets = watch.observe(f"layer {self.index}", scorenet, targets, step)
             record.stats.append(partial(_named, f"htm/layer{self.index}/", step.stats))
         decision = record.decisions[self.index][1]
         return self.shared.rules.mix(tokens, decision, self.layout.num_prefix_tokens)
@@ -275,20 +278,15 @@ def install_hooks(
     layers: Sequence[nn.Module], shared: Attachment, scorenets: nn.ModuleDict
 ) -> list[RemovableHandle]:
     """Put the hooks on the layers, and return the handles that remove them."""
-    mixing = shared.horizontal.layers if shared.horizontal is not None else ()
-    attending = shared.vertical.layers if shared.vertical is not None else ()
     handles = []
     for index, layer in enumerate(layers):
-        remembers = shared.remembering(index)
-        projection = shared.adapter.projection(layer) if remembers else None
-        if index in mixing or remembers:
-            watching = shared.watch if index in mixing else None
-            hook = _LayerHook(shared, index, layer, scorenets, projection, watching)
+        if shared.mixing(index) or shared.remembering(index):
+            hook = _LayerHook(shared, index, layer, scorenets)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        if projection is not None:
-            reading = _ProjectionHook(shared, index, layer)
-            handles.append(projection.register_forward_hook(reading))
-        if index in attending:
+            if hook.projection is not None:
+                reading = _ProjectionHook(shared, index, layer)
+                handles.append(hook.projection.register_forward_hook(reading))
+        if shared.attending(index):
             attention = shared.adapter.attention(layer)
             attend, own = _AttendHook(shared, index, layer), _OwnTokensHook(shared, index, layer)
             handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))

@@ -12,7 +12,8 @@ class Statistics(Mapping[str, Tensor]):
     Copies and pickles are plain dicts.
 
     Args:
-        values: the tensors, or what computes them.
+        values: what computes the tensors, or the tensors themselves: libraries that cast or move
+            what a model returns build a mapping anew from its items.
     """
 
     def __init__(self, values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:

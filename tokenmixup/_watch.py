@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from tokenmixup._session import in_backward
 from tokenmixup.config import HorizontalConfig
 from tokenmixup.functional import least_difficulty
 from tokenmixup.scorenet import ScoreNet
+
+if TYPE_CHECKING:
+    from tokenmixup.horizontal import HorizontalStep
 
 STEPS = 300
 """Training steps after which a layer that has mixed nothing is told."""
@@ -72,9 +76,7 @@ class Watch:
         layer: str,
         scorenet: ScoreNet | None,
         targets: Tensor,
-        mixed: Tensor,
-        mask: Tensor,
-        stats: Mapping[str, Tensor],
+        step: "HorizontalStep",
     ) -> Tensor:
         """Count a training step of a layer.
 
@@ -82,13 +84,13 @@ class Watch:
             layer: its name.
             scorenet: its ScoreNet, or None.
             targets: before its mixing, (B, C).
-            mixed: after it, (B, C).
-            mask: the tokens that it mixed, (B, T) bool.
-            stats: of the step.
+            step: what it did.
 
         Returns:
-            ``mixed``, which compiled code has to use: a compiler drops calls without a result.
+            ``step.targets``, which compiled code has to use: a compiler drops calls without a
+            result.
         """
+        mixed, mask = step.targets, step.decision.mask
         compiling = torch.compiler.is_compiling()
         if not compiling and (in_backward() or self._is_over(layer)):
             return mixed
@@ -96,9 +98,9 @@ class Watch:
         parameters = [] if scorenet is None else list(scorenet.parameters())
         frozen = len(parameters) > 0 and not any(p.requires_grad for p in parameters)
         if compiling:
-            now = _numbers(stats)
+            now = _numbers(step.stats)
             return _observe_compiled(mixed, targets, mask, now, self.key, layer, frozen)
-        self.see(layer, targets, mask, lambda: _numbers(stats), frozen)
+        self.see(layer, targets, mask, lambda: _numbers(step.stats), frozen)
         return mixed
 
     def _is_over(self, layer: str) -> bool:
@@ -151,7 +153,7 @@ class Watch:
     def _cause(self, seen: _Seen) -> str | None:
         """Why nothing was mixed, and what to do; None if something was."""
         assert seen.read is not None
-        mixed, least, easy, difference, hardest = seen.read.tolist()
+        mixed, least, easy, difference, lowest = seen.read.tolist()
         tau, rho = self.config.tau, self.config.rho
         if mixed > 0:
             return None
@@ -167,10 +169,9 @@ class Watch:
             )
         if easy == 0:
             return (
-                f"no sample was easy. In the last of them the least difficulty was {hardest:.4f}, "
-                f"tau is {tau}. "
-                "If difficulty_min does not fall, see that the optimiser has ScoreNet's parameters "
-                "and that scorenet_lambda is not too small, or raise tau"
+                f"in the last of them no sample was easy: the least difficulty was {lowest:.4f}, "
+                f"tau is {tau}. If difficulty_min does not fall, see that the optimiser has "
+                "ScoreNet's parameters and that scorenet_lambda is not too small, or raise tau"
             )
         if difference <= rho:
             return (
@@ -188,8 +189,8 @@ class Watch:
 def _numbers(stats: Mapping[str, Tensor]) -> list[Tensor]:
     """Easy share, greatest saliency difference and least difficulty of a step, each 0-d."""
     easy = stats["easy_share"]
-    hardest = stats.get("difficulty_min", torch.zeros_like(easy))
-    return [easy, stats["saliency_difference_max"], hardest]
+    lowest = stats.get("difficulty_min", torch.zeros_like(easy))
+    return [easy, stats["saliency_difference_max"], lowest]
 
 
 _keys = itertools.count()
@@ -216,13 +217,5 @@ def _observe_compiled(
 
 
 @_observe_compiled.register_fake
-def _(
-    mixed: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    now: list[Tensor],
-    key: int,
-    layer: str,
-    frozen: bool,
-) -> Tensor:
+def _(mixed: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(mixed)

@@ -264,9 +264,7 @@ class HorizontalTokenMixupLayer(nn.Module):
         mixed = self._original(_PAPER.mix(tokens, step.decision, self.num_prefix_tokens))
         self._report(step)
         name = self.layer_name or "the wrapped layer"
-        relabelled = self._watch.observe(
-            name, self.scorenet, targets, step.targets, step.decision.mask, step.stats
-        )
+        relabelled = self._watch.observe(name, self.scorenet, targets, step)
         carried = relabelled if loss is None else (relabelled, loss)
         return self.layer(mixed, carried, *args, **kwargs)
 

@@ -24,7 +24,8 @@ class Rules:
     HTM in the order in which they stand here, then those of VTM. Under activation checkpointing
     only :meth:`mix` and :meth:`remember` run a second time, in the backward pass.
 
-    Methods other than :meth:`begin`, :meth:`mix` and :meth:`remember` run without gradient.
+    Methods other than :meth:`begin`, :meth:`mix` and :meth:`remember` run without gradient. What
+    they return must not be written to later: ``out.stats`` are computed from it when they are read.
     """
 
     def begin(self, model: "TokenMixupModel", images: Tensor, targets: Tensor | None) -> None:

@@ -28,10 +28,9 @@ def remembering(layouts: Sequence[TokenLayout], config: VerticalConfig | None, l
     return any(layer < one and layouts[one].stage == layouts[layer].stage for one in attending)
 
 
-def remembered_before(memory: Mapping[int, Tensor], layer: int) -> Tensor | None:
+def remembered_before(memory: Mapping[int, Tensor], layer: int) -> Tensor:
     """All tokens that layers before ``layer`` remembered, (B, M, D), lowest layer first."""
-    earlier = [memory[index] for index in sorted(memory) if index < layer]
-    return torch.cat(earlier, dim=1) if earlier else None
+    return torch.cat([memory[index] for index in sorted(memory) if index < layer], dim=1)
 
 
 def remember(
@@ -196,7 +195,6 @@ class VerticalTokenMixupLayer(nn.Module):
                 "reset() only after the last layer"
             )
         remembered = remembered_before(memory, self.layer_index)
-        assert remembered is not None, "VTM layers have earlier layers, and none is missing"
         self._report(remembered.shape[1])
         return remembered
 

@@ -4,9 +4,11 @@ import copy
 import gc
 import pickle
 import threading
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 
 from tests.helpers.cases import same_bits
 from tests.helpers.host_cases import BY_NAME, batch, every_host, logits_of, one_of_each
@@ -169,6 +171,40 @@ def test_nothing_of_a_step_outlives_it(case):
         assert not records() and kept.stats
     finally:
         gc.enable()
+
+
+def tensors_behind(kept):
+    """All tensors that an object keeps alive, as Python's collector sees them."""
+    found, waiting = {}, [kept]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found and not isinstance(one, (type, ModuleType, FunctionType)):
+            found[id(one)] = one
+            waiting += gc.get_referents(one)
+    return [one for one in found.values() if isinstance(one, torch.Tensor)]
+
+
+@one_of_each
+def test_statistics_are_those_of_their_step_whenever_they_are_read(case):
+    """After the optimiser's step and detach(); until then they keep neither graph nor tokens."""
+    images, targets = batch(case)
+    expected = dict(build(case)(images, targets).stats)
+    model = build(case)
+    out = model(images, targets)
+    out.loss().backward()
+    torch.optim.SGD(model.parameters(), 10.0).step()
+    model.detach()
+    stats = out.stats
+    del out
+    tokens = len(images) * max(layout.num_patch_tokens or 64 for layout in model.layouts)
+    kept = tensors_behind(stats)
+    assert kept and not any(one.requires_grad for one in kept)
+    assert max(one.untyped_storage().nbytes() for one in kept) <= 4 * 2 * tokens
+    assert stats.keys() == expected.keys()
+    cast = convert_to_fp32(stats)
+    for read in (stats, cast, copy.deepcopy(stats), pickle.loads(pickle.dumps(stats))):
+        assert all(same_bits(read[name], value) for name, value in expected.items())
+    assert all(one.dim() == 0 for one in tensors_behind(stats))
 
 
 class Broken(Exception):

@@ -46,7 +46,7 @@ class TokenLayout:
         num_patch_tokens: T, or None where it depends on the image.
         num_classes: C, or None where the host has no classifier.
         stage: tokens keep their width and their places from layer to layer of one stage.
-        grid: rows and columns of the patch tokens, where an adapter needs them and knows them.
+        grid: rows and columns of the patch tokens, where the adapter knows them; for people.
     """
 
     width: int
@@ -194,9 +194,9 @@ class HostAdapter(ABC):
         return None
 
     def no_memory(self, layer: nn.Module) -> str | None:
-        """Why VTM is not possible at the layer, which neither remembers then nor attends to others.
+        """Why the layer cannot attend to remembered tokens; by default nothing stands in its way.
 
-        By default nothing stands in its way.
+        Others of its stage may attend to those that it remembers.
         """
         return None
 

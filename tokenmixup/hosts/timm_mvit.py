@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmixup.functional import resized_saliency
-from tokenmixup.hosts.base import Args, Kwargs, argument, module_query_key
-from tokenmixup.hosts.timm_stages import Grid, TimmStages
-
-Size = tuple[int, int]
-"""Rows and columns of a grid."""
+from tokenmixup.hosts.base import Args, Kwargs, module_query_key
+from tokenmixup.hosts.timm_stages import Grid, Size, TimmStages, feat_size
 
 
 class TimmMViT(TimmStages):
@@ -57,7 +54,7 @@ class TimmMViT(TimmStages):
         these products become further entries of the query, and a key has 1 at its row and column.
         The class token's query has none.
         """
-        attention, grid = cast(Any, layer).attn, _grid(args, kwargs)
+        attention, grid = cast(Any, layer).attn, feat_size(args, kwargs)
         normed, prefix = self.normalise(layer, tokens), int(attention.has_cls_token)
         query, key = module_query_key(normed, attention.qkv, attention.num_heads, class_row)
         key = _pooled(attention.pool_k, attention.norm_k, key, grid, prefix)
@@ -74,7 +71,7 @@ class TimmMViT(TimmStages):
         self, layer: nn.Module, saliency: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
         """That of a key is shared out among the tokens that it is made of."""
-        grid = _grid(args, kwargs)
+        grid = feat_size(args, kwargs)
         return resized_saliency(saliency, _pooled_size(cast(Any, layer).attn.pool_k, grid), grid)
 
     def no_memory(self, layer: nn.Module) -> str | None:
@@ -83,11 +80,6 @@ class TimmMViT(TimmStages):
             "it convolves its keys in their grid, and adds relative positions of that grid to all "
             "scores: a remembered token has no place in it"
         )
-
-
-def _grid(args: Args, kwargs: Kwargs) -> Size:
-    rows, columns = argument(1, "feat_size", args, kwargs)
-    return rows, columns
 
 
 def _pooled_size(pool: Any, grid: Size) -> Size:
@@ -111,7 +103,7 @@ def _pooled(
     pool: nn.Module | None,
     norm: nn.Module | None,
     heads: Tensor,
-    grid: tuple[int, int],
+    grid: Size,
     prefix: int,
 ) -> Tensor:
     """Queries or keys (B, H, N, d) pooled over their grid, but for prefix tokens, then normed."""

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tokenmixup.functional import resized_saliency
-from tokenmixup.hosts.base import Args, Kwargs, Remembered, argument, project, split_heads
-from tokenmixup.hosts.timm_stages import Grid, TimmStages
+from tokenmixup.hosts.base import Args, Kwargs, Remembered, project, split_heads
+from tokenmixup.hosts.timm_stages import Grid, TimmStages, feat_size
 
 
 class TimmPVT(TimmStages):
@@ -44,7 +44,7 @@ class TimmPVT(TimmStages):
         attention, tokens = cast(Any, layer).attn, self.normalise(layer, tokens)
         pooled = tokens
         if attention.sr is not None:
-            grid = tokens.mT.unflatten(2, _grid(args, kwargs))
+            grid = tokens.mT.unflatten(2, feat_size(args, kwargs))
             grid = grid if attention.pool is None else attention.pool(grid)
             pooled = attention.norm(attention.sr(grid).flatten(2).mT)
             pooled = pooled if attention.act is None else attention.act(pooled)
@@ -56,7 +56,7 @@ class TimmPVT(TimmStages):
         self, layer: nn.Module, saliency: Tensor, args: Args, kwargs: Kwargs
     ) -> Tensor:
         """That of a key is shared out among the tokens that it is made of."""
-        attention, grid = cast(Any, layer).attn, _grid(args, kwargs)
+        attention, grid = cast(Any, layer).attn, feat_size(args, kwargs)
         if attention.pool is not None:
             side = attention.pool.output_size
             return resized_saliency(saliency, (side, side), grid)
@@ -79,8 +79,3 @@ class TimmPVT(TimmStages):
     ) -> Any:
         """All keys and values: remembered tokens have no queries."""
         return output
-
-
-def _grid(args: Args, kwargs: Kwargs) -> tuple[int, int]:
-    rows, columns = argument(1, "feat_size", args, kwargs)
-    return rows, columns

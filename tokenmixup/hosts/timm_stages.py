@@ -9,11 +9,13 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from tokenmixup.hosts.base import TokenLayout, linear_outputs
+from tokenmixup.hosts.base import Args, Kwargs, TokenLayout, argument, linear_outputs
 from tokenmixup.hosts.timm_vit import TimmNames
 
-Grid = tuple[int, int] | None
-"""Rows and columns; None where they depend on the image."""
+Size = tuple[int, int]
+"""Rows and columns of a grid."""
+Grid = Size | None
+"""None where they depend on the image."""
 
 
 class TimmStages(TimmNames):
@@ -62,3 +64,9 @@ class TimmStages(TimmNames):
     def layout(self, host: nn.Module) -> TokenLayout:
         """Of the first layer."""
         return self.layouts(host)[0]
+
+
+def feat_size(args: Args, kwargs: Kwargs) -> Size:
+    """The grid of a layer's tokens, where the layer is called with it."""
+    rows, columns = argument(1, "feat_size", args, kwargs)
+    return rows, columns

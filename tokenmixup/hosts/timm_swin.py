@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tokenmixup.hosts.base import Args, Kwargs, module_query_key
 from tokenmixup.hosts.timm_stages import Grid, TimmStages
 from tokenmixup.hosts.timm_vit import joint_bias
-from tokenmixup.hosts.windows import WindowedHost, Windows, shape_of
+from tokenmixup.hosts.windows import GridHost, Windows
 
 
-class TimmSwin(WindowedHost, TimmStages):
+class TimmSwin(GridHost, TimmStages):
     """timm's Swin, with images of a fixed or of any size, and windows of any size."""
 
     family = "timm SwinTransformer"
@@ -29,7 +29,7 @@ class TimmSwin(WindowedHost, TimmStages):
     )
     block_read = (
         *("norm1", "attn", "dim", "window_size", "shift_size", "input_resolution"),
-        *("dynamic_mask", "attn_mask", "get_attn_mask"),
+        *("dynamic_mask", "attn_mask"),
     )
     attention_classes = ("timm.models.swin_transformer.WindowAttention",)
     read: ClassVar[tuple[str, ...]] = ("qkv", "num_heads", "scale", "_get_rel_pos_bias")
@@ -44,7 +44,8 @@ class TimmSwin(WindowedHost, TimmStages):
     def windows(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> Windows:
         """Rolled, then padded."""
         block = cast(Any, layer)
-        return Windows(shape_of(args), tuple(block.window_size), tuple(block.shift_size))
+        grid = tuple(args[0].shape[1:3])
+        return Windows(grid, tuple(block.window_size), tuple(block.shift_size))
 
     def window_query_key(self, layer: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor, float]:
         """From the first two thirds of `qkv`."""
@@ -52,18 +53,16 @@ class TimmSwin(WindowedHost, TimmStages):
         query, key = module_query_key(windows, attention.qkv, attention.num_heads, False)
         return query, key, attention.scale
 
-    def window_bias(self, layer: nn.Module, windows: Windows) -> Tensor:
-        """The relative-position bias, and the host's mask where the windows are shifted."""
-        block = cast(Any, layer)
-        bias = self.relative_bias(block.attn).unsqueeze(0)  # (1, 1, H, n, n)
-        mask = block.attn_mask
-        if block.dynamic_mask:
-            mask = block.get_attn_mask(bias.new_empty((1, *windows.padded, 1)))
-        return bias if mask is None else bias + mask.unsqueeze(1)
+    def relative_bias(self, layer: nn.Module) -> Tensor:
+        """By the host itself."""
+        return cast(Any, layer).attn._get_rel_pos_bias()
 
-    def relative_bias(self, attention: Any) -> Tensor:
-        """(1, H, n, n)."""
-        return attention._get_rel_pos_bias()
+    def shift_bias(self, layer: nn.Module, windows: Windows, like: Tensor) -> Tensor | None:
+        """The mask that the host keeps for images of a fixed size."""
+        block = cast(Any, layer)
+        if block.dynamic_mask or block.attn_mask is None:
+            return windows.shift_bias(like)
+        return block.attn_mask[None, :, None]
 
 
 class TimmSwinV2(TimmSwin):
@@ -95,8 +94,9 @@ class TimmSwinV2(TimmSwin):
         query, key = cosine(query, key, attention.logit_scale)
         return query, key, 1.0
 
-    def relative_bias(self, attention: Any) -> Tensor:
-        """(1, H, n, n)."""
+    def relative_bias(self, layer: nn.Module) -> Tensor:
+        """From the MLP, as the attention computes it inside its own pass."""
+        attention = cast(Any, layer).attn
         table = attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2)
         bias = table[attention.relative_position_index.flatten()].mT  # (H, n n)
         positions = attention.window_size[0] * attention.window_size[1]

@@ -19,7 +19,7 @@ from tokenmixup.hosts.base import (
     require_part,
 )
 from tokenmixup.hosts.timm_swin import cosine
-from tokenmixup.hosts.windows import WindowedHost, Windows, shape_of
+from tokenmixup.hosts.windows import GridHost, Windows
 
 _MODULE = "torchvision.models.swin_transformer"
 BLOCKS = (f"{_MODULE}.SwinTransformerBlock", f"{_MODULE}.SwinTransformerBlockV2")
@@ -27,7 +27,7 @@ ATTENTION = (f"{_MODULE}.ShiftedWindowAttention", f"{_MODULE}.ShiftedWindowAtten
 _READ = ("qkv", "num_heads", "window_size", "shift_size", "get_relative_position_bias")
 
 
-class TorchvisionSwin(WindowedHost):
+class TorchvisionSwin(GridHost):
     """torchvision's Swin: images of any size, and windows that pad the grid where it is small."""
 
     family = "torchvision SwinTransformer"
@@ -54,10 +54,6 @@ class TorchvisionSwin(WindowedHost):
             for block in blocks
         ]
 
-    def layout(self, host: nn.Module) -> TokenLayout:
-        """Of the first layer."""
-        return self.layouts(host)[0]
-
     def attention(self, layer: nn.Module) -> nn.Module:
         """The block's `attn`."""
         return cast(Any, layer).attn
@@ -68,8 +64,8 @@ class TorchvisionSwin(WindowedHost):
 
     def windows(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> Windows:
         """Padded, then rolled, but for sides of a single window."""
-        attention = cast(Any, layer).attn
-        still = Windows(shape_of(args), tuple(attention.window_size), (0, 0), pads_first=True)
+        attention, grid = cast(Any, layer).attn, tuple(args[0].shape[1:3])
+        still = Windows(grid, tuple(attention.window_size), (0, 0), pads_first=True)
         down, right = (
             0 if side >= size else by
             for side, size, by in zip(
@@ -91,8 +87,6 @@ class TorchvisionSwin(WindowedHost):
             return *cosine(query, key, attention.logit_scale), 1.0
         return query, key, query.shape[-1] ** -0.5
 
-    def window_bias(self, layer: nn.Module, windows: Windows) -> Tensor:
-        """Relative positions, and the mask of shifted windows."""
-        bias = cast(Any, layer).attn.get_relative_position_bias().unsqueeze(0)
-        shifted = windows.shift_bias(bias)
-        return bias if shifted is None else bias + shifted
+    def relative_bias(self, layer: nn.Module) -> Tensor:
+        """By the host itself."""
+        return cast(Any, layer).attn.get_relative_position_bias()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tokenmixup.hosts.base import (
     Args,
-    HostAdapter,
     Kwargs,
     TokenLayout,
     argument,
@@ -58,10 +57,6 @@ class TransformersSwin(WindowedHost):
             for layer in stage.blocks
         ]
 
-    def layout(self, host: nn.Module) -> TokenLayout:
-        """Of the first layer."""
-        return self.layouts(host)[0]
-
     def attention(self, layer: nn.Module) -> nn.Module:
         """The layer's `attention`."""
         return cast(Any, layer).attention
@@ -87,19 +82,9 @@ class TransformersSwin(WindowedHost):
         )
         return query, key, attention.scaling
 
-    def window_bias(self, layer: nn.Module, windows: Windows) -> Tensor:
-        """Relative positions, and the mask of shifted windows."""
-        bias = cast(Any, layer).attention.relative_position_bias().unsqueeze(0)
-        shifted = windows.shift_bias(bias)
-        return bias if shifted is None else bias + shifted
-
-    def tokens(self, args: Args, kwargs: Kwargs) -> Tensor:
-        """A sequence already."""
-        return HostAdapter.tokens(self, args, kwargs)
-
-    def with_tokens(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """A sequence already."""
-        return HostAdapter.with_tokens(self, tokens, args, kwargs)
+    def relative_bias(self, layer: nn.Module) -> Tensor:
+        """By the host itself."""
+        return cast(Any, layer).attention.relative_position_bias()
 
     def logits(self, output: Any) -> Tensor:
         """The output's `logits`."""

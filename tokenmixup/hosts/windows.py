@@ -6,13 +6,12 @@ H heads.
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenmixup.hosts.base import Args, HostAdapter, Kwargs
+from tokenmixup.hosts.base import Args, HostAdapter, Kwargs, TokenLayout
 
 NO_MEMORY = (
     "its queries attend to the tokens of their own window alone, and remembered tokens, which come "
@@ -122,8 +121,16 @@ class WindowedHost(HostAdapter):
         """Queries and keys (B', H, n, d), and the scale, of normalised windows (B', n, D)."""
 
     @abstractmethod
-    def window_bias(self, layer: nn.Module, windows: Windows) -> Tensor:
-        """What the layer adds to its scores, (1, W or 1, H, n, n)."""
+    def relative_bias(self, layer: nn.Module) -> Tensor:
+        """What the layer adds to the scores of each window, (1, H, n, n)."""
+
+    def shift_bias(self, layer: nn.Module, windows: Windows, like: Tensor) -> Tensor | None:
+        """What it adds where windows are shifted, (1, W, 1, n, n)."""
+        return windows.shift_bias(like)
+
+    def layout(self, host: nn.Module) -> TokenLayout:
+        """Of the first layer: these hosts have stages."""
+        return self.layouts(host)[0]
 
     def query_key(
         self, layer: nn.Module, tokens: Tensor, args: Args, kwargs: Kwargs, class_row: bool
@@ -137,11 +144,11 @@ class WindowedHost(HostAdapter):
     def score_bias(
         self, layer: nn.Module, args: Args, kwargs: Kwargs, class_row: bool
     ) -> Tensor | None:
-        """The layer's, and one that leaves out the queries of padding."""
-        windows = self.windows(layer, args, kwargs)
-        bias = self.window_bias(layer, windows)
-        padding = windows.padding_bias(bias)
-        return bias if padding is None else bias + padding
+        """The layer's own, and one that leaves out the queries of padding."""
+        windows, bias = self.windows(layer, args, kwargs), self.relative_bias(layer).unsqueeze(0)
+        for more in (self.shift_bias(layer, windows, bias), windows.padding_bias(bias)):
+            bias = bias if more is None else bias + more
+        return bias
 
     def token_saliency(
         self, layer: nn.Module, saliency: Tensor, args: Args, kwargs: Kwargs
@@ -151,20 +158,18 @@ class WindowedHost(HostAdapter):
         joined = windows.join(saliency)
         return joined * (saliency.shape[2] / joined.shape[1])
 
-    def tokens(self, args: Args, kwargs: Kwargs) -> Tensor:
-        """The grid (B, R, C, D), row by row."""
-        return args[0].flatten(1, 2)
-
-    def with_tokens(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """As a grid again."""
-        return (tokens.view_as(args[0]), *args[1:]), kwargs
-
     def no_memory(self, layer: nn.Module) -> str | None:
         """A window's keys are its own tokens."""
         return NO_MEMORY
 
 
-def shape_of(args: Args) -> tuple[int, int]:
-    """Rows and columns of a layer's input (B, R, C, D)."""
-    shape: Any = args[0].shape
-    return shape[1], shape[2]
+class GridHost(WindowedHost):
+    """Base of those whose layers take their grid itself, (B, R, C, D)."""
+
+    def tokens(self, args: Args, kwargs: Kwargs) -> Tensor:
+        """The grid, row by row."""
+        return args[0].flatten(1, 2)
+
+    def with_tokens(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """As a grid again."""
+        return (tokens.view_as(args[0]), *args[1:]), kwargs
