@@ -43,6 +43,7 @@ class Family:
 
     configs: str  # start of the names of its configs
     classes: int  # C
+    gpu_batch: int  # B on a GPU
     tiny: Mapping[str, str]  # what a smoke run changes in them
     sharper: float
     """Factor on the query and key weights: untrained attention maps become as uneven as trained
@@ -58,14 +59,23 @@ class Family:
 
 FAMILIES = {
     "CCT-7/3×1": Family(
-        "cct_7-3x1_cifar100", 100, {"model.name": "cct_2_3x2_32", "model.image_size": "32"}, 8.0
+        "cct_7-3x1_cifar100",
+        100,
+        128,
+        {"model.name": "cct_2_3x2_32", "model.image_size": "32"},
+        8.0,
     ),
     "ViT-B/16": Family(
-        "vit_imagenet", 1000, {"model.name": "vit_tiny_patch16_224", "model.image_size": "64"}, 4.0
+        "vit_imagenet",
+        1000,
+        126,
+        {"model.name": "vit_tiny_patch16_224", "model.image_size": "64"},
+        4.0,
     ),
     "Swin-T": Family(
         "vit_imagenet",
         1000,
+        128,
         {
             "model.image_size": "64",
             "model.kwargs": "{embed_dim: 24, depths: [2, 1], num_heads: [3, 6], window_size: 4}",
