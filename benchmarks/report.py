@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from benchmarks import (
     faults,
-    gpu,
     host,
     launches,
     pairing,
@@ -25,6 +24,7 @@ from benchmarks import (
     startup,
     steps,
 )
+from benchmarks.gpu import parts as gpu
 from benchmarks.row import RESULTS, Measurement, Row, Target, latest
 from benchmarks.timing import times
 from experiments import cli

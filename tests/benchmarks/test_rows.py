@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, pretended, report, solver, steps
+from benchmarks import pretended, report, solver, steps
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
 from benchmarks.faults import RESULTS as RELIABILITY
+from benchmarks.gpu import parts as gpu
 from benchmarks.pairing import peak_extra_bytes
 from benchmarks.row import RESULTS, Row, Settings
 from benchmarks.steps import Steps, Workload, time_steps
