@@ -128,7 +128,10 @@ def test_readme_s_figures_are_those_of_the_newest_records():
 
 def test_what_a_model_has_not_and_what_a_record_has_not():
     """Swin has no VTM and no direct form, and records from before it do not have it."""
-    values = steps.measure(Settings(quick=True))
+    kept = []
+    settings = Settings(quick=True, keep=lambda values: kept.append(len(values["models"])))
+    values = steps.measure(settings)
+    assert kept == [1, 2, 3], "each model is kept as soon as it is measured"
     text = report.in_short({"steps": record("steps", "2026-01-01T00:00:00", values)}, {})
     (line,) = [line for line in text.splitlines() if "Swin-T" in line]
     assert [cell.strip() for cell in line.split("|")[3:5]] == ["–", "–"]
