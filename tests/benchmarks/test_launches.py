@@ -120,7 +120,7 @@ def test_cuda_graphs_are_cut_at_what_runs_on_the_host(tmp_path):
 @pretends
 @pytest.mark.slow
 def test_compiled_a_step_of_cct_has_few_more_kernels(tmp_path):
-    """As of 2026-11-28, with torch 2.13: 383 to 303."""
+    """As of 2026-11-28, with torch 2.13: 374 to 303."""
     plain, both = (
         sum(
             graph["kernels"]
@@ -129,7 +129,7 @@ def test_compiled_a_step_of_cct_has_few_more_kernels(tmp_path):
         for name in ("plain", "HVTM")
         if (tmp_path / name).mkdir() is None
     )
-    assert plain > 200 and both <= 1.27 * plain
+    assert plain > 200 and both <= 1.24 * plain
 
 
 class Allowed(Rules):
