@@ -24,7 +24,7 @@ def measure(settings: Settings, found: Values) -> None:
         settings.rounds(9),
         warm_up=2,
         least_seconds=0.0 if settings.quick else 0.2,
-        synchronise=lambda: torch.get_device_module(device).synchronize(device),
+        synchronise=torch.get_device_module(device).synchronize,
     )
     seconds = {name: timing.median for name, timing in timings.items()}
     found |= {

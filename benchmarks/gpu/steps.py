@@ -50,7 +50,7 @@ def measure(model: Model, mode: str, files: Path, settings: Settings, found: Val
                 warm_up=1 if settings.quick else 3,
                 # several steps in flight on the device, as in a training
                 least_seconds=0.0 if settings.quick else 0.5,
-                synchronise=lambda: torch.get_device_module(device).synchronize(device),
+                synchronise=torch.get_device_module(device).synchronize,
             )
             values |= {
                 **timings[name].record(),
