@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks import gpu, report, row
+from benchmarks import report, row
+from benchmarks.gpu import parts as gpu
 from experiments import cli
 from experiments.config import nearest
 from experiments.errors import ConfigError, DataError

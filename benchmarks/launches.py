@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import row
-from benchmarks.pretended import MODELS, Case, counted
+from benchmarks.pretended import Case, counted
 from benchmarks.row import Row, Settings, Target
 from benchmarks.steps import FAMILIES
 from experiments.documents.markdown import aligned_table
@@ -23,7 +23,7 @@ OVER_PLAIN = {
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Count the steps of each model and variant."""
-    models = list(MODELS)[: 1 if settings.quick else None]
+    models = list(FAMILIES)[: 1 if settings.quick else None]
     variants = {m: ("plain", "HVTM") if settings.quick else FAMILIES[m].variants for m in models}
     cases = [Case(model, variant) for model in models for variant in variants[model]]
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "models": [
             {
                 "model": model,
-                "batch": MODELS[model].batch,
+                "batch": FAMILIES[model].gpu_batch,
                 "variants": {
                     variant: {
                         "operations": counts.total,

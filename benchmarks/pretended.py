@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
@@ -27,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.steps import FAMILIES, Workload, make_config
 from experiments.errors import DataError
+from experiments.models.build import build_model
 from experiments.provenance import ROOT
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
-from tokenmixup.models import CCT_NAMES
 
 _LIBRARY = str(ROOT / "tokenmixup")
 _VIEWS = """
@@ -47,54 +46,10 @@ _SOLVER = "solve_assignment"
 
 
 @dataclass(frozen=True)
-class Model:
-    """A host with its batch, and TokenMixup's settings on it."""
-
-    name: str
-    settings: dict[str, Any]
-    batch: int
-    image: int
-    classes: int
-    horizontal: HorizontalConfig
-    vertical: VerticalConfig | None = None
-
-
-MODELS = {
-    "CCT-7/3×1": Model(
-        CCT_NAMES[CCT_NAMES.index("cct_7_3x1_32")],
-        {"attn_drop_rate": 0.1, "drop_path_rate": 0.1},
-        *(128, 32, 100),
-        HorizontalConfig(layers=(2,), tau=0.2, rho=0.005),
-        VerticalConfig(layers=(3,), kappa=3),
-    ),
-    "ViT-B/16": Model(
-        "vit_base_patch16_224",
-        {},
-        *(126, 224, 1000),
-        HorizontalConfig(
-            layers=(3,),
-            tau=0.1,
-            rho=0.01,
-            scorenet="cls",
-            scorenet_lambda=1.0,
-            scorenet_stop_gradient=True,
-        ),
-        VerticalConfig(layers=(4,), kappa=3),
-    ),
-    "Swin-T": Model(
-        "swin_tiny_patch4_window7_224",
-        {},
-        *(128, 224, 1000),
-        HorizontalConfig(layers=(1,), tau=0.1, rho=1 / 56**2),
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Case:
     """A step to count."""
 
-    model: str  # a key of `MODELS`
+    model: str  # a key of `FAMILIES`
     variant: str  # plain, HTM, VTM or HVTM
     checkpointing: bool = False
     ddp: bool = False
@@ -156,22 +111,25 @@ def _line() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def build(model: Model, variant: str) -> nn.Module:
-    """The model in training, its parameters on the pretended GPU."""
-    host = timm.create_model(model.name, num_classes=model.classes, **model.settings)
-    attached = attach(
-        host,
-        horizontal=model.horizontal if variant in ("HTM", "HVTM") else None,
-        vertical=model.vertical if variant in ("VTM", "HVTM") else None,
-        num_classes=model.classes,
-    )
-    return attached.to_empty(device="cuda").train()
+def build(workload: Workload, variant: str) -> nn.Module:
+    """The model of the variant's config in training, its parameters on the pretended GPU."""
+    config = make_config(workload, variant, torch.device("cuda"))
+    model = build_model(config, FAMILIES[workload.model].classes)
+    return model.to_empty(device="cuda").train()
+
+
+def batch(workload: Workload) -> tuple[Tensor, Tensor]:
+    """Images and soft targets on the pretended GPU."""
+    config = make_config(workload, "plain", torch.device("cuda"))
+    size, classes = config.model.image_size, FAMILIES[workload.model].classes
+    images = torch.empty(workload.batch, 3, size, size, device="cuda")
+    return images, torch.empty(workload.batch, classes, device="cuda")
 
 
 def count(case: Case) -> Counts:
     """Count the second step of a training (the optimiser makes its state in the first one)."""
-    model = MODELS[case.model]
-    attached: Any = build(model, case.variant)
+    workload = Workload(case.model, FAMILIES[case.model].gpu_batch, "bf16")
+    attached: Any = build(workload, case.variant)
     if case.checkpointing:
         attached.set_grad_checkpointing()
     run = attached
@@ -180,8 +138,7 @@ def count(case: Case) -> Counts:
         run = DistributedDataParallel(attached, init_sync=False)
         run.register_comm_hook(None, _no_exchange)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        images = torch.empty(model.batch, 3, model.image, model.image, device="cuda")
-        targets = torch.empty(model.batch, model.classes, device="cuda")
+        images, targets = batch(workload)
         optimizer = torch.optim.AdamW(attached.parameters(), lr=1e-3, fused=True)
 
         def step(run: Any) -> Any:

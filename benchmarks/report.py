@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from benchmarks import (
     faults,
-    gpu,
     host,
     launches,
     pairing,
@@ -25,6 +24,7 @@ from benchmarks import (
     startup,
     steps,
 )
+from benchmarks.gpu import parts as gpu
 from benchmarks.row import RESULTS, Measurement, Row, Target, latest
 from benchmarks.timing import times
 from experiments import cli
@@ -141,10 +141,12 @@ def block(name: str, found: Latest, reliability: Latest) -> str:
         "reliability": lambda: faults.page(reliability),
         "reliability-sources": lambda: sources(reliability.values()),
         "gpu": lambda: gpu.page(found),
-        **{one.name: functools.partial(_details, one, found) for one in ROWS},
+        **{
+            one.name: functools.partial(_details, one, found)
+            for one in ROWS
+            if one not in gpu.ROWS  # on one page
+        },
     }
-    for one in gpu.ROWS:  # on one page
-        del makers[one.name]
     if name not in makers:
         raise DataError(f"generated: benchmark: got {name}; allowed: {', '.join(sorted(makers))}")
     return makers[name]()

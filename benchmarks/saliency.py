@@ -4,14 +4,11 @@ By attention, saliency comes from the queries and keys of the layer that mixes. 
 takes one more forward and backward pass of the whole model (as in Kim, Choo and Song, "Puzzle Mix",
 ICML 2020), without the gradients of the weights.
 
-A second table shows what it costs in bf16 to compute scores in float32.
-
-Dimensions: B batch, H heads, N tokens, T patch tokens, d head width, C classes.
+Dimensions: B batch, T patch tokens, C classes.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +23,10 @@ from experiments.documents.markdown import aligned_table
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from tokenmixup import TokenMixupModel, attach
-from tokenmixup.functional import query_key_saliency
 from tokenmixup.hosts.base import input_saliency
 from tokenmixup.rules import Rules
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
-ROUNDED = (Workload("CCT-7/3×1", 32), Workload("ViT-B/16", 8))
 SPEED_UP = 30
 
 
@@ -70,57 +65,10 @@ def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[]
     return lambda: input_saliency(adapter, layout, layer, seen[0], (), {})
 
 
-@torch.no_grad()
-def rounded_saliency(query: Tensor, key: Tensor, scale: float, class_token: bool) -> Tensor:
-    """Saliency (B, N) from scores in the type of the keys (B, H, N, d)."""
-    rows = (query[:, :, :1] if class_token else query).to(key.dtype)
-    at_once = max(1, (1 << 20) // (rows.shape[2] * key.shape[2]))  # 1M scores, as in the library
-    return torch.cat(
-        [
-            torch.stack(
-                [
-                    (q[:, head] * scale @ k[:, head].mT).softmax(-1, dtype=torch.float32).mean(1)
-                    for head in range(key.shape[1])
-                ]
-            ).mean(0)
-            for q, k in zip(rows.split(at_once), key.split(at_once), strict=True)
-        ]
-    )
-
-
 def measure(settings: Settings) -> dict[str, Any]:
-    """The saliency, then whole HTM steps, in both ways in turn; then its precision in bf16."""
+    """The saliency, then whole HTM steps, in both ways in turn."""
     workloads = sized(WORKLOADS, settings.quick)
-    models = [_model(settings, workload) for workload in workloads]
-    half = [replace(w, precision="bf16") for w in sized(ROUNDED, settings.quick)]
-    return {"models": models, "scores": [_scores(settings, workload) for workload in half]}
-
-
-def _scores(settings: Settings, workload: Workload) -> dict[str, Any]:
-    step = Steps(workload, "HTM")
-    model: TokenMixupModel = step.learner.model
-    assert model.horizontal is not None
-    layer = model.adapter.layers(model.backbone)[model.horizontal.layers[0]]
-    class_token = model.layout.class_token
-    tokens = torch.randn(workload.batch, model.layout.num_patch_tokens or 1, model.layout.width)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        query, key, scale = model.adapter.query_key(layer, tokens, (), {}, class_token)
-    rounds = settings.rounds(21)
-    timings = interleaved(
-        {
-            "float32": lambda: query_key_saliency(query, key, scale, class_token=class_token),
-            "rounded": lambda: rounded_saliency(query, key, scale, class_token),
-        },
-        rounds,
-    )
-    whole, _ = time_steps({"step": step}, settings.rounds(5))
-    more = timings["float32"].median - timings["rounded"].median
-    return {
-        "model": workload.model,
-        "batch": workload.batch,
-        "timings": recorded(timings | whole),
-        "more_share": more / whole["step"].median,
-    }
+    return {"models": [_model(settings, workload) for workload in workloads]}
 
 
 def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
@@ -168,22 +116,7 @@ def tables(values: dict[str, Any]) -> str:
         *("model", "saliency by gradients (ms)", "by attention (ms)", "times faster (95%)"),
         *("HTM step by gradients (ms)", "by attention (ms)", "times faster (95%)"),
     )
-    shown = aligned_table(head, rows, range(1, 7))
-    if "scores" not in values:  # a record from before 2026-11-28
-        return shown
-    precision = [
-        [
-            f"{model['model']}, B={model['batch']}, bf16",
-            *(milliseconds(model["timings"][name]) for name in ("rounded", "float32", "step")),
-            f"{100 * model['more_share']:+.2f}%",
-        ]
-        for model in values["scores"]
-    ]
-    columns = (
-        *("model", "saliency of bf16 scores (ms)", "of float32 scores (ms)", "HTM step (ms)"),
-        "float32 adds to the step",
-    )
-    return f"{shown}\n{aligned_table(columns, precision, range(1, 5))}"
+    return aligned_table(head, rows, range(1, 7))
 
 
 def targets(values: dict[str, Any]) -> list[Target]:

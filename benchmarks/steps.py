@@ -43,6 +43,7 @@ class Family:
 
     configs: str  # start of the names of its configs
     classes: int  # C
+    gpu_batch: int  # B on a GPU
     tiny: Mapping[str, str]  # what a smoke run changes in them
     sharper: float
     """Factor on the query and key weights: untrained attention maps become as uneven as trained
@@ -58,14 +59,23 @@ class Family:
 
 FAMILIES = {
     "CCT-7/3×1": Family(
-        "cct_7-3x1_cifar100", 100, {"model.name": "cct_2_3x2_32", "model.image_size": "32"}, 8.0
+        "cct_7-3x1_cifar100",
+        100,
+        128,
+        {"model.name": "cct_2_3x2_32", "model.image_size": "32"},
+        8.0,
     ),
     "ViT-B/16": Family(
-        "vit_imagenet", 1000, {"model.name": "vit_tiny_patch16_224", "model.image_size": "64"}, 4.0
+        "vit_imagenet",
+        1000,
+        126,
+        {"model.name": "vit_tiny_patch16_224", "model.image_size": "64"},
+        4.0,
     ),
     "Swin-T": Family(
         "vit_imagenet",
         1000,
+        128,
         {
             "model.image_size": "64",
             "model.kwargs": "{embed_dim: 24, depths: [2, 1], num_heads: [3, 6], window_size: 4}",
@@ -208,32 +218,33 @@ def time_steps(
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Each model: its variants in turn, then HTM in the library's and the direct form."""
-    workloads = sized(WORKLOADS, settings.quick)
-    return {"models": [_model(settings, workload) for workload in workloads]}
+    """Each model: its variants and the direct form of HTM in turn."""
+    found: dict[str, Any] = {"models": []}
+    for workload in sized(WORKLOADS, settings.quick):
+        found["models"].append(_model(workload, settings.rounds(11)))
+        settings.keep(found)
+    return found
 
 
-def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
-    rounds = settings.rounds(21)
+def _model(workload: Workload, rounds: int) -> dict[str, Any]:
     family = FAMILIES[workload.model]
-    variants = {name: Steps(workload, name) for name in family.variants}
-    timings, mixing = time_steps(variants, rounds)
-    plain, ours = timings["plain"], variants["HTM"]
-    variants.clear()  # a ViT-B/16 and its gradients take more than a GiB
-    found = {
+    steps = {name: Steps(workload, name) for name in family.variants}
+    if family.direct:
+        steps["direct"] = Steps(workload, "HTM", wrap=DirectModel)
+    timings, mixing = time_steps(steps, rounds)
+    over_plain = {
+        name: ratio(timings[name], timings["plain"]) for name in family.variants if name != "plain"
+    }
+    found: dict[str, Any] = {
         "model": workload.model,
         "batch": workload.batch,
-        "steps": recorded(timings),
-        "over_plain": {
-            name: ratio(timing, plain) for name, timing in timings.items() if name != "plain"
-        },
+        "steps": recorded({name: timings[name] for name in family.variants}),
+        "over_plain": over_plain,
         "mixing": mixing,
     }
     if family.direct:
-        forms = {"ours": ours, "direct": Steps(workload, "HTM", wrap=DirectModel)}
-        forms_timings, _ = time_steps(forms, rounds)
-        found["forms"] = recorded(forms_timings)
-        found["over_direct"] = ratio(forms_timings["ours"], forms_timings["direct"])
+        found["forms"] = recorded({"direct": timings["direct"]})
+        found["over_direct"] = ratio(timings["HTM"], timings["direct"])
     return found
 
 

@@ -6,8 +6,10 @@ import pytest
 import timm
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import COPIES, profiled
+from benchmarks.gpu.models import MODELS
+from benchmarks.gpu.parts import make_row, parts
+from benchmarks.gpu.profile import profiled
+from benchmarks.gpu.steps import COPIES, peak_bytes
 from benchmarks.pairing import KINDS, RHO, easy_samples, saliency
 from benchmarks.row import Settings
 from benchmarks.steps import Steps, Workload
@@ -140,8 +142,8 @@ def test_activation_checkpointing():
 
 def test_smoke_run_of_the_benchmark(tmp_path):
     settings = Settings(quick=True, device=torch.device("cuda"))
-    for key, model in gpu.MODELS.items():
-        part = gpu.make_row(f"{key}-off", gpu.parts(tmp_path)[f"{key}-off"])
+    for key, model in MODELS.items():
+        part = make_row(f"{key}-off", parts(tmp_path)[f"{key}-off"])
         variants = part.measure(settings)["variants"]
         parameters = Steps(model.workload("off", True), "plain").learner.model.parameters()
         weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -155,16 +157,16 @@ def test_smoke_run_of_the_benchmark(tmp_path):
 @forks
 @pytest.mark.parametrize("part", ["cct-loading", "epoch", "ceilings"])
 def test_smoke_run_of_its_other_parts(part, tmp_path):
-    one = gpu.make_row(part, gpu.parts(tmp_path)[part])
+    one = make_row(part, parts(tmp_path)[part])
     values = one.measure(Settings(quick=True, device=torch.device("cuda")))
     assert one.tables(values)
 
 
 def test_activation_checkpointing_needs_less_memory():
-    workload, peaks = gpu.MODELS["vit"].workload("off", True), []
+    workload, peaks = MODELS["vit"].workload("off", True), []
     for checkpointing in (False, True):
         one = Steps(workload, "HVTM", World(0, 1, torch.device("cuda")))
         one.learner.model.backbone.set_grad_checkpointing(checkpointing)
         one()
-        peaks.append(gpu.peak_bytes(one))
+        peaks.append(peak_bytes(one))
     assert peaks[1] < peaks[0]

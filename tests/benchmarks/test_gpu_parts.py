@@ -8,8 +8,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, report
+from benchmarks import report
 from benchmarks import row as shared
+from benchmarks.gpu import profile, steps
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.models import MODELS
+from benchmarks.gpu.parts import SECONDS, Part, make_row, parts
 from benchmarks.row import Settings
 from experiments import cli
 from experiments.provenance import ROOT
@@ -19,15 +23,15 @@ from tests.helpers.others_warnings import forks
 @pytest.fixture
 def measured(tmp_path, monkeypatch, unchanged_images):
     """Measures a part in its smallest form: its row, the figures, and what was kept on the way."""
-    monkeypatch.setattr(gpu, "VARIANTS", ("plain", "HVTM"))
+    monkeypatch.setattr(steps, "VARIANTS", ("plain", "HVTM"))
 
-    def measure(name, seconds=gpu.SECONDS):
+    def measure(name, seconds=SECONDS):
         kept = []
 
         def keep(values):
             kept.append(json.loads(json.dumps(values, allow_nan=False)))
 
-        part = gpu.make_row(name, gpu.parts(tmp_path)[name], seconds)
+        part = make_row(name, parts(tmp_path)[name], seconds)
         values = part.measure(Settings(quick=True, keep=keep))
         return part, json.loads(json.dumps(values, allow_nan=False)), kept
 
@@ -57,7 +61,7 @@ def test_steps(measured, tmp_path, monkeypatch, mode):
     assert 0.2 * ratio < both["over_plain"]["ratio"] < 5 * ratio
     names = ("cct_7-3x1_cifar100_baseline", "cct_7-3x1_cifar100_HVTM")
     for name in names:
-        assert 0 < (tmp_path / f"{name}-{mode}.json.gz").stat().st_size < gpu.LARGEST_TRACE
+        assert 0 < (tmp_path / f"{name}-{mode}.json.gz").stat().st_size < profile.LARGEST_TRACE
         assert "aten::" in (tmp_path / f"{name}-{mode}.txt").read_text()
     assert row.tables(values).count("|\n") == 4
     measured_targets = [target.name for target in row.targets(values) if target.measured]
@@ -68,31 +72,31 @@ def test_steps(measured, tmp_path, monkeypatch, mode):
 
 
 def test_a_variant_that_fails_leaves_the_others(measured, monkeypatch, capsys):
-    steps = gpu.Steps
+    make_steps = steps.Steps
 
     def make(workload, name, world):
         if name == "HVTM":
             raise RuntimeError("no\nkernel")
-        return steps(workload, name, world)
+        return make_steps(workload, name, world)
 
-    monkeypatch.setattr(gpu, "Steps", make)
-    monkeypatch.setattr(gpu, "VARIANTS", ("plain", "HVTM", "VTM"))
+    monkeypatch.setattr(steps, "Steps", make)
+    monkeypatch.setattr(steps, "VARIANTS", ("plain", "HVTM", "VTM"))
     row, values, _ = measured("cct-off")
     assert values["variants"]["HVTM"] == {"error": "RuntimeError: no kernel"}
     assert "profile" in values["variants"]["VTM"]
     assert "- HVTM failed: RuntimeError: no kernel" in row.tables(values)
     assert "HVTM: RuntimeError: no kernel" in capsys.readouterr().err
-    monkeypatch.setattr(gpu, "VARIANTS", ("HVTM",))
+    monkeypatch.setattr(steps, "VARIANTS", ("HVTM",))
     with pytest.raises(RuntimeError, match="kernel"):
         measured("cct-off")  # nothing to compare with
-    monkeypatch.setattr(gpu, "interleaved", make)
-    monkeypatch.setattr(gpu, "VARIANTS", ("plain",))
+    monkeypatch.setattr(steps, "interleaved", make)
+    monkeypatch.setattr(steps, "VARIANTS", ("plain",))
     _, values, (kept,) = measured("cct-off")
     assert "error" in values["variants"]["plain"] and kept == values, "what failed is recorded too"
 
 
 @forks
-@pytest.mark.parametrize("model", gpu.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_loading(measured, model):
     row, values, kept = measured(f"{model}-loading")
     assert "images_per_second" not in kept[1] and kept[1]["alone_images_per_second"] > 0
@@ -119,9 +123,9 @@ def test_ceilings(measured):
     assert min(values.values()) > 0 and row.tables(values).count("|\n") == 5
 
 
-@pytest.mark.parametrize("part", gpu.parts())
+@pytest.mark.parametrize("part", parts())
 def test_parts_without_figures_are_shown_as_not_measured(part):
-    row = gpu.make_row(part, gpu.parts()[part])
+    row = make_row(part, parts()[part])
     assert all(target.measured is None and not target.reached for target in row.targets({}))
     lines = [line for line in report.summary({}).splitlines() if f"`{row.command}`" in line]
     assert len(lines) == len(row.targets({}))
@@ -140,7 +144,7 @@ def test_a_part_that_runs_out_of_time_keeps_what_it_has(measured, capsys):
             except Exception:
                 continue
 
-    part = gpu.make_row("slow", gpu.Part(measure, lambda values: ""), seconds=0.2)
+    part = make_row("slow", Part(measure, lambda values: ""), seconds=0.2)
     assert part.measure(Settings()) == {"first": 1}
     assert "stopped after 0.2 s; what was measured is kept" in capsys.readouterr().err
 
@@ -148,7 +152,7 @@ def test_a_part_that_runs_out_of_time_keeps_what_it_has(measured, capsys):
 def test_a_command_records_its_part_beside_the_others(tmp_path):
     words = ["--device", "cpu", "--quick", "--results", str(tmp_path), "--files", str(tmp_path)]
     for part, seconds in (("ceilings", "100"), ("epoch", "100"), ("ceilings", "1e-6")):
-        gpu.main([part, *words, "--seconds", seconds])
+        main([part, *words, "--seconds", seconds])
     found = shared.records(tmp_path).read()
     assert [one.row for one in found] == ["gpu-ceilings", "gpu-epoch"]
     assert found[0].values, "a command without time for anything leaves the record as it was"
@@ -156,10 +160,10 @@ def test_a_command_records_its_part_beside_the_others(tmp_path):
 
 def test_idle_time_of_the_device():
     spans = [(2, 6), (0, 4), (10, 11), (20, 22.5)]
-    assert gpu.busy_share(spans) == pytest.approx((6 + 1 + 2.5) / 22.5)
-    assert gpu.busy_share([]) == 0
-    assert gpu.gap_after([4, 6, 30], [0, 2, 10, 20]) == (6 + 4) / 2
-    assert gpu.gap_after([], [1]) == 0
+    assert profile.busy_share(spans) == pytest.approx((6 + 1 + 2.5) / 22.5)
+    assert profile.busy_share([]) == 0
+    assert profile.gap_after([4, 6, 30], [0, 2, 10, 20]) == (6 + 4) / 2
+    assert profile.gap_after([], [1]) == 0
 
 
 def test_mistakes_on_the_command_line_are_named(capsys, monkeypatch):
@@ -169,10 +173,10 @@ def test_mistakes_on_the_command_line_are_named(capsys, monkeypatch):
         (["cct-on", "--device", "cpu"], "allowed without --quick: cuda"),
         (["epoch", "--device", "cpu", "--quick", "--seconds", "0"], "got 0.0; allowed: above 0"),
     ):
-        assert cli.run(gpu.main, words) == 2
+        assert cli.run(main, words) == 2
         assert expected in capsys.readouterr().err
 
 
 def test_the_page_names_every_part():
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"python -m benchmarks\.gpu ([a-z-]+)", text)) >= {*gpu.parts()}
+    assert set(re.findall(r"python -m benchmarks\.gpu ([a-z-]+)", text)) >= {*parts()}

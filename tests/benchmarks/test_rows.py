@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, pretended, report, solver, steps
+from benchmarks import pretended, report, solver, steps
 from benchmarks import row as shared
 from benchmarks.__main__ import main as run_all
 from benchmarks.direct import DirectModel
 from benchmarks.faults import RESULTS as RELIABILITY
+from benchmarks.gpu import parts as gpu
 from benchmarks.pairing import peak_extra_bytes
 from benchmarks.row import RESULTS, Row, Settings
 from benchmarks.steps import Steps, Workload, time_steps
@@ -127,7 +128,10 @@ def test_readme_s_figures_are_those_of_the_newest_records():
 
 def test_what_a_model_has_not_and_what_a_record_has_not():
     """Swin has no VTM and no direct form, and records from before it do not have it."""
-    values = steps.measure(Settings(quick=True))
+    kept = []
+    settings = Settings(quick=True, keep=lambda values: kept.append(len(values["models"])))
+    values = steps.measure(settings)
+    assert kept == [1, 2, 3], "each model is kept as soon as it is measured"
     text = report.in_short({"steps": record("steps", "2026-01-01T00:00:00", values)}, {})
     (line,) = [line for line in text.splitlines() if "Swin-T" in line]
     assert [cell.strip() for cell in line.split("|")[3:5]] == ["–", "–"]

@@ -6,7 +6,6 @@ Run it with the environment of `benchmarks.pretended`; it prints a line of JSON 
 import json
 import re
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -17,22 +16,15 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.pretended import MODELS, build
-from tokenmixup import HorizontalConfig, VerticalConfig
-
-SMALL = replace(
-    MODELS["CCT-7/3×1"],
-    **{"name": "cct_2_3x2_32", "settings": {}, "batch": 8, "classes": 10},
-    horizontal=HorizontalConfig(layers=(0,), tau=0.2, rho=0.005),
-    vertical=VerticalConfig(layers=(1,), kappa=3),
-)
+from benchmarks.pretended import batch, build
+from benchmarks.steps import Workload
 
 
 class Generated(Exception):
     """The code is there; what would compile its kernels for the device is left out."""
 
 
-def generate(model, variant):
+def generate(workload, variant):
     """The code of the forward and of the backward pass."""
     found = []
 
@@ -59,11 +51,9 @@ def generate(model, variant):
         return compile_fx.compile_fx(graph, inputs, inner_compile=without_running)
 
     GraphLowering.save_output_code = staticmethod(keep)
-    attached = build(model, variant)
+    attached = build(workload, variant)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
-        images = torch.empty(model.batch, 3, model.image, model.image, device="cuda")
-        targets = torch.empty(model.batch, model.classes, device="cuda")
-        out = torch.compile(attached, fullgraph=True, backend=backend)(images, targets)
+        out = torch.compile(attached, fullgraph=True, backend=backend)(*batch(workload))
         out.loss().backward()
     return found
 
@@ -94,6 +84,6 @@ if __name__ == "__main__":
     pretend_triton()
     quiet = {"fx_graph_cache": False, "shape_padding": False, "joint_graph_constant_folding": False}
     with config.patch({**quiet, **settings["config"]}):  # padding is tried, constants are read
-        model = SMALL if settings["small"] else MODELS["CCT-7/3×1"]
-        for code in generate(model, settings["variant"]):
+        workload = Workload("CCT-7/3×1", settings["batch"], "bf16", quick=settings["quick"])
+        for code in generate(workload, settings["variant"]):
             print(json.dumps(described(code)))
