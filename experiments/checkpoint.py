@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
-from experiments.config import dotted_keys, read_yaml
+from experiments.config import dotted_keys
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, exclusive, write_atomically
 from experiments.released import (
@@ -30,6 +29,7 @@ from experiments.released import (
     load_named,
     load_released,
 )
+from experiments.strict_yaml import read_yaml, yaml_text
 
 __all__ = [
     "LOCK_FILE",
@@ -442,7 +442,7 @@ def record_hash(path: Path, source: str) -> str:
     lock = path.parent / LOCK_FILE
     with exclusive(lock):
         entries = {**known_files(path.parent), path.name: entry}
-        text = yaml.safe_dump(dict(sorted(entries.items())), sort_keys=False)
+        text = yaml_text(dict(sorted(entries.items())))
         write_atomically(lock, (_HEAD + text).encode())
     return str(entry["sha256"])
 

@@ -25,10 +25,11 @@ from experiments.checkpoint import (
     refuse_changed_config,
     save_checkpoint,
 )
-from experiments.config import RunConfig, as_plain, build_config, settings_of, yaml_text
+from experiments.config import RunConfig, as_plain, build_config, settings_of
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
+from experiments.strict_yaml import yaml_text
 from experiments.training.distributed import World
 from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.step import Learner
