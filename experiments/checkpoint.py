@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from experiments.config import dotted_keys
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, exclusive, write_atomically
+from experiments.provenance import now
 from experiments.released import (
     NPZ,
     Loaded,
@@ -437,7 +437,7 @@ def record_hash(path: Path, source: str) -> str:
         "sha256": file_hash(path),
         "size": path.stat().st_size,
         "source": source,
-        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recorded": now(),
     }
     lock = path.parent / LOCK_FILE
     with exclusive(lock):
