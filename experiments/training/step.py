@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: 0-d, to go backward from: the part's share of the batch's loss.
-        names: of the values, sorted.
+        names: of the values.
         values: (V,) float32, without gradient.
         finite: (2,) bool, whether the training loss and ScoreNet's are finite.
     """
@@ -82,11 +82,10 @@ class TrainingPass(nn.Module):
         values = {"loss": loss, **output.stats}
         if self.model.horizontal is not None and self.model.enabled:
             values["scorenet_loss"] = output.scorenet_loss
-        names = tuple(sorted(values))
         return StepResult(
             (loss + output.scorenet_loss) / self.parts,
-            names,
-            torch.stack([values[name].detach().float() for name in names]),
+            tuple(values),
+            torch.stack([value.detach().float() for value in values.values()]),
             torch.stack((loss.detach(), output.scorenet_loss.detach())).isfinite(),
         )
 
