@@ -107,6 +107,7 @@ class Run:
 
         # Data and model.
         check_optimizer(config.optimizer)
+        refuse_graphs_without_gpu(config)
         splits = (config.data.train_split, config.data.val_split)
         model, num_classes, (images, val_images) = model_and_images(
             config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
@@ -151,7 +152,6 @@ class Run:
                 loader process was killed.
             DataError: images cannot be read.
         """
-        refuse_graphs_without_gpu(self.config.compile, self.world.device)
         self._requests = requests or StopRequests()
         with ExitStack() as stack:
             if self.world.is_main:
