@@ -94,8 +94,8 @@ def copied(content: Any, earlier: Any = None) -> Any:
     if isinstance(content, dict):
         before = earlier if isinstance(earlier, dict) else {}
         return {key: copied(value, before.get(key)) for key, value in content.items()}
-    if isinstance(content, list):
-        return [copied(value) for value in content]
+    if isinstance(content, list | tuple):
+        return type(content)(map(copied, content))
     return content
 
 
