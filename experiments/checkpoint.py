@@ -10,18 +10,17 @@ import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
-from experiments.config import dotted_keys, read_yaml
+from experiments.config import dotted_keys
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, exclusive, write_atomically
+from experiments.provenance import now
 from experiments.released import (
     NPZ,
     Loaded,
@@ -30,6 +29,7 @@ from experiments.released import (
     load_named,
     load_released,
 )
+from experiments.strict_yaml import read_yaml, yaml_text
 
 __all__ = [
     "LOCK_FILE",
@@ -94,8 +94,8 @@ def copied(content: Any, earlier: Any = None) -> Any:
     if isinstance(content, dict):
         before = earlier if isinstance(earlier, dict) else {}
         return {key: copied(value, before.get(key)) for key, value in content.items()}
-    if isinstance(content, list):
-        return [copied(value) for value in content]
+    if isinstance(content, list | tuple):
+        return type(content)(map(copied, content))
     return content
 
 
@@ -437,12 +437,12 @@ def record_hash(path: Path, source: str) -> str:
         "sha256": file_hash(path),
         "size": path.stat().st_size,
         "source": source,
-        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recorded": now(),
     }
     lock = path.parent / LOCK_FILE
     with exclusive(lock):
         entries = {**known_files(path.parent), path.name: entry}
-        text = yaml.safe_dump(dict(sorted(entries.items())), sort_keys=False)
+        text = yaml_text(dict(sorted(entries.items())))
         write_atomically(lock, (_HEAD + text).encode())
     return str(entry["sha256"])
 

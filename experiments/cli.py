@@ -118,7 +118,7 @@ def parse(
 
 
 def _configs_text() -> str:
-    """The configs of this project, each with the first sentence of its first comment."""
+    """The configs of this project, each with its first line, a comment."""
     lines = []
     for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")):
         about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()

@@ -18,7 +18,7 @@ FLOORS = (
     {"checkpoint", "released"},
     {"cli", "config", "provenance"},
     {"documents"},
-    {"errors", "files", "seeding"},
+    {"errors", "files", "seeding", "strict_yaml"},
 )
 """The rooms of `experiments`, from top to bottom; `tokenmixup` lies below them."""
 STAIRS = {("reproduce", "study")}

@@ -81,7 +81,6 @@ class DigitImages:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        self._split = split
         self._indices = digits_split(digits.target, split)
         self._labels = digits.target[self._indices]
         grey = (digits.images[self._indices] * (255 / 16)).round().astype(np.uint8)

@@ -147,7 +147,37 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in order[start : start + share]]
 
 
-class TrainBatches:
+class _Batches:
+    """A loader's batches, brought to the device."""
+
+    def __init__(
+        self, config: RunConfig, dataset: SeededImages, batch_sampler: Any, device: torch.device
+    ) -> None:
+        # the loader draws a seed for its processes in every epoch: from a generator of its own
+        generator = torch.Generator()
+        generator.manual_seed(derive_seed(config.seed, "loader"))
+        self._loader: DataLoader[Sample] = DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=config.data.workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=config.data.workers > 0,
+            generator=generator,
+            collate_fn=_collate,
+            worker_init_fn=_outlive_main_process,
+        )
+        self._transfer = Transfer(config, device)
+        self.num_images = len(dataset)
+
+    def _arriving(self) -> Iterator[Loaded]:
+        return self._transfer(_loaded(self._loader))
+
+    def close(self) -> None:
+        """End the loader's processes, which otherwise live until Python exits."""
+        del self._loader
+
+
+class TrainBatches(_Batches):
     """One process's share of the training batches, epoch by epoch, on its device."""
 
     def __init__(
@@ -169,10 +199,8 @@ class TrainBatches:
         dataset = SeededImages(images, transform, seed, num_classes, data.max_bad_images > 0)
         self.division = divide_batch(data, rank, size)
         self._keys = EpochBatches(len(images), data.batch_size, seed, self.division)
-        self._loader = _loader(dataset, self._keys, data.workers, device, seed)
-        self.transfer = Transfer(config, device)
+        super().__init__(config, dataset, self._keys, device)
         self.images = images
-        self.num_images = len(images)
         self.steps_per_epoch = len(images) // data.batch_size
         self.max_bad_images = data.max_bad_images
         self.bad_images: dict[str, None] = {}
@@ -185,15 +213,11 @@ class TrainBatches:
             DataError: more images than allowed cannot be read; the message names the last.
         """
         self._keys.epoch, self._keys.first_step = epoch, first_step
-        for images, labels, problems in self.transfer(_loaded(self._loader)):
+        for images, labels, problems in self._arriving():
             for problem in problems:
                 self._count_bad(problem)
             yield images, labels
             del images, labels  # before the next batch is begun
-
-    def close(self) -> None:
-        """End the loader's processes, which otherwise live until Python exits."""
-        del self._loader
 
     def _count_bad(self, problem: str) -> None:
         if not problem or problem in self.bad_images:
@@ -205,7 +229,7 @@ class TrainBatches:
         print(f"warning: {problem}; unreadable images: {count}", file=sys.stderr, flush=True)
 
 
-class EvalBatches:
+class EvalBatches(_Batches):
     """This process's share of the validation split, on its device; over all, every image once."""
 
     def __init__(
@@ -223,41 +247,17 @@ class EvalBatches:
         length = data.eval_batch_size or data.batch_size
         keys = [(0, index) for index in range(rank, len(images), size)]
         batches = [keys[start : start + length] for start in range(0, len(keys), length)]
-        self._loader = _loader(dataset, batches, data.workers, device, config.seed)
-        self._transfer = Transfer(config, device)
-        self.num_images = len(images)
+        super().__init__(config, dataset, batches, device)
         self.common_batches = -(-(len(images) // size) // length)
         """Batches that every process has at least."""
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, labels, _ in self._transfer(_loaded(self._loader)):
+        for images, labels, _ in self._arriving():
             yield images, labels
-            del images, labels
+            del images, labels  # as above
 
     def __len__(self) -> int:
         return len(self._loader)
-
-    def close(self) -> None:
-        """End the loader's processes, which otherwise live until Python exits."""
-        del self._loader
-
-
-def _loader(
-    dataset: SeededImages, batch_sampler: Any, workers: int, device: torch.device, seed: int
-) -> DataLoader[Sample]:
-    # the loader draws a seed for its processes in every epoch: from a generator of its own
-    generator = torch.Generator()
-    generator.manual_seed(derive_seed(seed, "loader"))
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        generator=generator,
-        collate_fn=_collate,
-        worker_init_fn=_outlive_main_process,
-    )
 
 
 def _collate(samples: list[Sample]) -> Loaded:

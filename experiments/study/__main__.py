@@ -53,10 +53,9 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if "study" not in options:
         raise ConfigError("command line: --study: missing; it is a file of configs/studies")
-    chosen = ("jobs", "only", "seed")
-    for mode, others in (("report", chosen), ("run", chosen), ("judge", chosen)):
-        for other in ("run", *others) if mode != "run" else others:
-            if mode in options and other in options:
+    for mode in ("report", "judge", "run"):
+        for other in ("run", "jobs", "only", "seed"):
+            if mode in options and other in options and other != mode:
                 raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
     output = Path(options.get("output", "output/studies"))
     results = Path(options.get("results", "results"))

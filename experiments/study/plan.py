@@ -18,10 +18,10 @@ from experiments.config import (
     optional_sections,
     override,
     read_settings,
-    read_yaml,
     settings_of,
 )
 from experiments.errors import ConfigError
+from experiments.strict_yaml import read_yaml
 from experiments.study.variants import RULES, rules_of
 
 _OPTIONAL = ("set", "test_split", "claims", "arms")

@@ -178,7 +178,7 @@ class Runner:
             torch.set_num_threads(self.threads)
         with joined_world(config.device, config.timeout_minutes) as world:
             with _clock(training.folder) if world.is_main else nullcontext():
-                run = Run(config, world, rules=rules)
+                run = Run(config, world, rules, self._command(training, self.places))
                 run.fit(requests)
                 result = self._test(run) if world.is_main else None
             if world.is_main:
@@ -214,6 +214,9 @@ class Runner:
         for key, value in self.overrides.items():
             words += [f"--{key}", value]
         return words
+
+    def _command(self, training: Training, places: Sequence[str] = ()) -> str:
+        return shlex.join(["python", *self._words(training), *places])
 
     def _start(self, training: Training) -> "subprocess.Popen[bytes]":
         words, environment = [*self._words(training), *self.places], dict(os.environ)
@@ -274,7 +277,7 @@ class Runner:
             str(n): _statistics([row for row in train if row["epoch"] == n])
             for n in (row["epoch"] for row in validation)
         }
-        command = shlex.join(["python", *self._words(training)])
+        command = self._command(training)
         return StudyRecord(
             study=self.study.name,
             variant=training.variant.name,

@@ -10,7 +10,7 @@ from experiments.data.datasets import known_num_classes, to_be_fetched
 from experiments.data.loading import divide_batch
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS, choose_device
-from experiments.training.evaluation import Assessment
+from experiments.training.evaluation import Assessment, refuse_tf32_without_gpu
 from experiments.training.folder import RunFolder
 from experiments.training.optim import build_optimizer, check_optimizer
 from experiments.training.run import Run, model_to_train
@@ -24,7 +24,9 @@ def check_training(config: RunConfig, allow_changed: list[str]) -> None:
         UserError: any setting or file that cannot work.
     """
     assert config.output is not None, "the reader of the config fills it in"
-    refuse_graphs_without_gpu(config.compile, choose_device(config.device))
+    choose_device(config.device)
+    refuse_graphs_without_gpu(config)
+    refuse_tf32_without_gpu(config)
     divide_batch(config.data, 0, int(os.environ.get("WORLD_SIZE", "1")))
     folder = RunFolder(Path(config.output))
     folder.refuse_unwritable_place()
@@ -48,6 +50,7 @@ def check_evaluation(config: RunConfig, checkpoint: str, needs_data: bool = True
         UserError: any setting or file that cannot work.
     """
     choose_device(config.device)
+    refuse_tf32_without_gpu(config)
     if needs_data and not to_be_fetched(config.data, (config.data.val_split,)):
         Assessment(config, checkpoint, ONE_PROCESS)
         return

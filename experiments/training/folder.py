@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from experiments.checkpoint import (
     refuse_changed_config,
     save_checkpoint,
 )
-from experiments.config import RunConfig, as_plain, build_config, settings_of, yaml_text
+from experiments.config import RunConfig, as_plain, build_config, settings_of
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
+from experiments.strict_yaml import yaml_text
 from experiments.training.distributed import World
 from experiments.training.metrics import Progress, RunningStatistics
 from experiments.training.step import Learner
@@ -116,8 +116,12 @@ class RunFolder:
             if not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def begin(self, config: RunConfig) -> None:
+    def begin(self, config: RunConfig, command: str | None = None) -> None:
         """Write the config, and remove the final weights of fewer epochs: they say "done".
+
+        Args:
+            config: of the run.
+            command: what resumes the run; by default `experiments.train` with its config.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -126,21 +130,18 @@ class RunFolder:
             self.final_weights.unlink(missing_ok=True)
             text = yaml_text(as_plain(config))
             write_atomically(self.path / CONFIG_FILE, text.encode())
-            write_atomically(self.path / README_FILE, self._about(config).encode())
+            write_atomically(self.path / README_FILE, self._about(config, command).encode())
 
-    def _about(self, config: RunConfig) -> str:
+    def _about(self, config: RunConfig, command: str | None) -> str:
         """Two lines for those who find the folder: what it is, and which command goes on."""
         with_what = [name for name in ("horizontal", "vertical") if getattr(config, name)]
-        command = shlex.join(
-            ["python", "-m", "experiments.train", "--config", str(self.path / CONFIG_FILE)]
-        )
-        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        train = ["python", "-m", "experiments.train", "--config", str(self.path / CONFIG_FILE)]
         return (
             f"A training of {config.model.name} on {config.data.dataset}, "
             f"{' and '.join(with_what) + ' TokenMixup' if with_what else 'plain'}, "
-            f"{config.schedule.total_epochs} epochs, begun or resumed {now}.\n\n"
-            f"`{command}`, called in {Path.cwd()}, goes on from the newest checkpoint; "
-            f"`{FINAL_WEIGHTS}` is there when all is done.\n"
+            f"{config.schedule.total_epochs} epochs, begun or resumed {provenance.now()}.\n\n"
+            f"`{command or shlex.join(train)}`, called in {Path.cwd()}, goes on from the newest "
+            f"checkpoint; `{FINAL_WEIGHTS}` is there when all is done.\n"
         )
 
     def saved(self) -> list[Path]:
@@ -230,8 +231,8 @@ class RunFolder:
         self, path: Path, content: dict[str, Any], finish: Callable[[], object]
     ) -> None:
         self.settle()  # and the memory of the last copy is free
-        self._copy |= copied(content, self._copy)
-        copy = {key: self._copy[key] for key in content}
+        copy = copied(content, self._copy)
+        self._copy |= copy
 
         def write() -> None:
             save_checkpoint(path, copy)
@@ -248,7 +249,7 @@ class RunFolder:
             return
         self._next_beat = now + _SECONDS_BETWEEN_HEARTBEATS
         content = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": provenance.now(),
             "state": state,
             "epochs_done": progress.epochs_done,
             "step": progress.step,

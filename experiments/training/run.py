@@ -86,20 +86,28 @@ class Run:
     """One training, in its run folder.
 
     The constructor checks everything and reads the data; `fit` trains. A study passes the rules by
-    which TokenMixup decides; by default they are the paper's.
+    which TokenMixup decides, by default the paper's, and the command that resumes with them.
 
     Raises:
         UserError: any setting that cannot work.
     """
 
-    def __init__(self, config: RunConfig, world: World, rules: Rules | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        rules: Rules | None = None,
+        command: str | None = None,
+    ) -> None:
         assert config.output is not None, "the reader of the config fills it in"
         self.config = config
         self.world = world
         self.folder = RunFolder(Path(config.output))
+        self._command = command
 
         # Data and model.
         check_optimizer(config.optimizer)
+        refuse_graphs_without_gpu(config)
         splits = (config.data.train_split, config.data.val_split)
         model, num_classes, (images, val_images) = model_and_images(
             config, world, splits, lambda num_classes: model_to_train(config, num_classes, rules)
@@ -144,7 +152,6 @@ class Run:
                 loader process was killed.
             DataError: images cannot be read.
         """
-        refuse_graphs_without_gpu(self.config.compile, self.world.device)
         self._requests = requests or StopRequests()
         with ExitStack() as stack:
             if self.world.is_main:
@@ -157,7 +164,7 @@ class Run:
                 self._say(f"{self.folder.path}: all {self.total_epochs} epochs are done already")
                 return
             if self.world.is_main:
-                self.folder.begin(self.config)
+                self.folder.begin(self.config, self._command)
                 with self.folder.refuse_unwritable():
                     tensorboard = self.config.logging.tensorboard
                     self._metrics = MetricsWriter(self.folder.path, rows, tensorboard)

@@ -19,7 +19,7 @@ from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division
 from experiments.errors import ConfigError, TrainingStopped
 from experiments.seeding import derive_seed, seed_step
-from experiments.training.distributed import World
+from experiments.training.distributed import World, choose_device
 from experiments.training.evaluation import autocast
 from experiments.training.metrics import CHECKED, Progress
 from experiments.training.optim import Schedule
@@ -31,16 +31,16 @@ _MOST_OVERFLOWS = 32
 halvings lead to one at which a finite gradient cannot overflow."""
 
 
-def refuse_graphs_without_gpu(mode: str, device: torch.device) -> None:
+def refuse_graphs_without_gpu(config: RunConfig) -> None:
     """Refuse `compile: graphs` on a CPU, where torch would leave the graphs out.
 
     Raises:
         ConfigError: it says what to choose.
     """
-    if mode == "graphs" and device.type != "cuda":
+    if config.compile == "graphs" and choose_device(config.device).type != "cuda":
         raise ConfigError(
-            f"compile: got 'graphs', but the device is {device.type}, and the graphs are CUDA's; "
-            "allowed here: off, on, auto"
+            "compile: got 'graphs', but the device is cpu, and the graphs are CUDA's; allowed "
+            "here: off, on, auto"
         )
 
 
@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: 0-d, to go backward from: the part's share of the batch's loss.
-        names: of the values, sorted.
+        names: of the values.
         values: (V,) float32, without gradient.
         finite: (2,) bool, whether the training loss and ScoreNet's are finite.
     """
@@ -82,11 +82,10 @@ class TrainingPass(nn.Module):
         values = {"loss": loss, **output.stats}
         if self.model.horizontal is not None and self.model.enabled:
             values["scorenet_loss"] = output.scorenet_loss
-        names = tuple(sorted(values))
         return StepResult(
             (loss + output.scorenet_loss) / self.parts,
-            names,
-            torch.stack([values[name].detach().float() for name in names]),
+            tuple(values),
+            torch.stack([value.detach().float() for value in values.values()]),
             torch.stack((loss.detach(), output.scorenet_loss.detach())).isfinite(),
         )
 

@@ -80,12 +80,16 @@ def read_history(folder: Path) -> History:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Names that tell run folders apart: `HTM` and `VTM` of `.../HTM/seed1` and `.../VTM/seed1`."""
+    """Names that tell run folders apart: `HTM` and `VTM` of `.../HTM/seed1` and `.../VTM/seed1`.
+
+    All folders differ.
+    """
     paths = [folder.resolve() for folder in folders]
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
-    parts = [path.relative_to(os.path.commonpath(paths)).parts for path in paths]
+    base = os.path.commonpath([path.parent for path in paths])
+    parts = [path.relative_to(base).parts for path in paths]
     if len({len(part) for part in parts}) == 1:
         while len({part[-1] for part in parts}) == 1:
             parts = [part[:-1] for part in parts]
@@ -228,8 +232,6 @@ def group_by_seed(histories: list[History]) -> list[Group]:
         DataError: two runs are the same experiment with the same seed.
     """
     experiments: dict[str, list[History]] = {}
-    folders = [history.folder for history in histories]
-    names = dict(zip(folders, names_of(folders), strict=True))
     for history in histories:
         members = experiments.setdefault(history.experiment, [])
         for other in members:
@@ -239,6 +241,8 @@ def group_by_seed(histories: list[History]) -> list[Group]:
                     f"seed {history.seed}; give one of them"
                 )
         members.append(history)
+    folders = [history.folder for history in histories]
+    names = dict(zip(folders, names_of(folders), strict=True))
     labels = [_label(members, names[members[0].folder]) for members in experiments.values()]
     groups = []
     for label, members in zip(labels, experiments.values(), strict=True):

@@ -22,10 +22,10 @@ from experiments.config import (
     load_config,
     sections,
     settings_of,
-    yaml_text,
 )
 from experiments.errors import ConfigError
 from experiments.models.build import build_model
+from experiments.strict_yaml import yaml_text
 
 KEYS = sorted(known_keys())
 SECONDS = 5.0  # a case takes about 20 ms; a machine may be busy

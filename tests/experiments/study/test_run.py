@@ -1,6 +1,7 @@
 """Studies: trainings in real runs and real processes, and their records."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def test_a_training_is_the_trainers_own_and_leaves_its_record(tmp_path, capsys):
     assert [r.variant for r in records] == ["HTM", "mask"]
     assert records[1].substitutions == ["released mask"]
     assert records[1].loss != records[0].loss
+    # which the trainer alone would resume by the paper's rules
+    about = (tmp_path / "runs" / "tiny" / "mask" / "seed2" / "README.md").read_text()
+    command = shlex.split(about.split("`")[1])
+    assert command[:3] == ["python", "-m", "experiments.study"] and command[5:7] == [
+        *("--run", "mask/2")
+    ]
+    capsys.readouterr()
+    study.main(command[3:])
+    assert "all 2 epochs are done already" in capsys.readouterr().out
 
 
 def test_finished_trainings_are_not_repeated(tmp_path):

@@ -69,6 +69,8 @@ def test_a_data_set_that_is_not_there_yet(there, tmp_path, checked):
     for wrong, message in (
         (("--model.weights", "nothing.npz"), "nothing.npz: cannot read the checkpoint"),
         (("--optimizer.name", "adamx"), "optimizer.name: got 'adamx'"),
+        (("--compile", "graphs"), "compile: got 'graphs'"),
+        (("--eval_precision", "tf32"), "eval_precision: got 'tf32'"),
         (("--horizontal.layers", "[7]"), "horizontal.layers names layer 7"),
         (("--data.download", "false"), "data set torch/cifar10, split train: expected in"),
         (("--data.dataset", "torch/nonsense"), "data.dataset: got 'torch/nonsense'"),
@@ -76,8 +78,11 @@ def test_a_data_set_that_is_not_there_yet(there, tmp_path, checked):
     ):
         code, said = checked(train, *words, *wrong)
         assert code == 2 and message in said, said
-    code, said = checked(evaluate, "--config", config, "--checkpoint", "nothing.pt")
+    weights = ("--config", config, "--checkpoint", "nothing.pt")
+    code, said = checked(evaluate, *weights)
     assert code == 2 and "nothing.pt: cannot read the checkpoint" in said
+    code, said = checked(evaluate, *weights, "--eval_precision", "tf32")
+    assert code == 2 and "eval_precision: got 'tf32'" in said
     code, said = checked(train, *words, "--data.dataset", "hfds/a")
     assert code == 0 and "the data set hfds/a and the model, whose classes it counts" in said
 

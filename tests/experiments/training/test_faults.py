@@ -116,10 +116,9 @@ def test_a_compilation_that_fails(tmp_path, monkeypatch, break_it):
 
 
 def test_cuda_graphs_without_cuda_are_refused(tmp_path):
-    run = Run(small_config(tmp_path, compile="graphs"), ONE_PROCESS)
     message = r"^compile: got 'graphs', but the device is cpu, .*; allowed here: off, on, auto$"
     with pytest.raises(ConfigError, match=message):
-        run.fit()
+        Run(small_config(tmp_path, compile="graphs"), ONE_PROCESS)
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,12 @@ def test_a_checkpoint_is_of_the_moment_of_its_save_and_one_is_written_at_a_time(
 
 
 def test_a_copy_is_written_over_where_it_fits():
-    content = {"a": torch.arange(3.0), "b": {0: [torch.ones(2)], "c": torch.zeros(2, 2)}, "d": 1}
+    content = {"a": torch.arange(3.0), "b": {0: ([torch.ones(2)],), "c": torch.zeros(2, 2)}, "d": 1}
     first = copied(content)
     content["a"] += 1
     content["b"]["c"] = torch.ones(3)
-    content["b"][0][0] += 1
-    assert first["a"].tolist() == [0, 1, 2] and first["b"][0][0].tolist() == [1, 1]
+    content["b"][0][0][0] += 1
+    assert first["a"].tolist() == [0, 1, 2] and first["b"][0][0][0].tolist() == [1, 1]
     places = first["a"].data_ptr(), first["b"]["c"].data_ptr()
     again = copied(content, first)
     assert again["a"].data_ptr() == places[0] and again["b"]["c"].data_ptr() != places[1]

@@ -91,6 +91,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     ]
     assert names_of([tmp_path / "a" / "b"]) == ["b"]
     assert names_of([tmp_path / "a" / "b", tmp_path / "c"]) == ["b", "c"]
+    assert names_of([tmp_path / "a", tmp_path / "a" / "a"]) == ["a", "a/a"]
 
 
 # Curves
@@ -197,6 +198,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([early], "no epoch was finished and evaluated yet"),
         ([damaged], "line 1: is not JSON"),
         ([one, two], "same experiment with the same seed 1"),
+        ([one, one], "same experiment with the same seed 1"),
         ([one, "--out", blocked], f"--out: cannot write to {blocked}"),
         ([one, "--out", blocked / "inner"], f"--out: cannot write to {blocked / 'inner'}"),
     ):
