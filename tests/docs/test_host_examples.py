@@ -11,7 +11,7 @@ import torch
 
 from experiments.documents.markdown import block_kinds, fill_blocks
 from tests.helpers import hosts_table, versions_table
-from tests.helpers.host_cases import HostCase
+from tests.helpers.host_builders import HostCase
 from tests.helpers.hosts_table import DOCUMENT, ROOT
 from tests.tokenmixup import test_hosts
 
