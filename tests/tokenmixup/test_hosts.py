@@ -12,7 +12,7 @@ import torch
 from tests.helpers import oracle
 from tests.helpers.cases import array, same_bits
 from tests.helpers.host_builders import CLASSES, WIDTH
-from tests.helpers.host_cases import batch, every_host, logits_of, some_hosts
+from tests.helpers.host_cases import batch, every_host, logits_of, one_of_each, some_hosts
 from tests.helpers.naive_host import (
     attention_of,
     layers_of,
@@ -258,7 +258,7 @@ def test_every_parameter_gets_a_gradient(case):
     assert all(p.grad.abs().sum() > 0 for p in model.scorenets.parameters() if p.dim() > 1)
 
 
-@every_host
+@one_of_each
 def test_several_layers_of_each_kind(case):
     """VTM twice and HTM twice, once in the same layer."""
     host = case.build()
