@@ -27,7 +27,11 @@ MIX_NONE = HorizontalConfig(layers=(1,), tau=0, rho=0.01)
 READ = ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "dense", "q", "kv")
 MLP = ("fc1", "fc2", "fc1_g", "fc1_x")
 CLASSIFIERS = ("head", "classifier")
-SCORENET_TOO = ("backbone.head", "backbone.classifier", "scorenets.1")  # as docs/training_loop.md writes it
+SCORENET_TOO = (
+    "backbone.head",
+    "backbone.classifier",
+    "scorenets.1",
+)  # as in docs/training_loop.md
 
 # peft reads an attribute of its hosts that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings(
