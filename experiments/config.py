@@ -535,9 +535,7 @@ def override(settings: Mapping[str, Setting], overrides: Mapping[str, str]) -> d
             found = {k: v for k, v in found.items() if not k.startswith(f"{key}.")}
             continue
         _check_key(key, COMMAND_LINE)
-        text = only_plain(
-            text, f"{COMMAND_LINE}: {key}"
-        )  # a ConfigError for bytes that are no text
+        text = only_plain(text, f"{COMMAND_LINE}: {key}")  # bytes that are no Unicode text
         found[key] = Setting(_read_text(key, text), COMMAND_LINE)
     return found
 

@@ -16,7 +16,6 @@ seeds=(42 1 2)
 
 bash run/setup.sh
 unset PYTHONPATH PYTHONHOME
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as in run/quickstart.sh
 # A floating-point sum depends on its order: on the CPU with one thread the order is fixed, so that every
 # machine of one kind draws the same figures.
 export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1

@@ -53,10 +53,10 @@ def main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in found.items() if name not in _OPTIONS}
     if "study" not in options:
         raise ConfigError("command line: --study: missing; it is a file of configs/studies")
-    for mode in ("report", "judge", "run"):
-        for other in ("run", "jobs", "only", "seed"):
-            if mode in options and other in options and other != mode:
-                raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
+    mode = next((name for name in ("report", "judge", "run") if name in options), None)
+    for other in ("judge", "run", "jobs", "only", "seed"):
+        if mode not in (None, other) and other in options:
+            raise ConfigError(f"command line: --{other}: has no meaning with --{mode}")
     output = Path(options.get("output", "output/studies"))
     results = Path(options.get("results", "results"))
 

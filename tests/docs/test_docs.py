@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tokenmixup
+from experiments import cli, train
 from experiments.config import known_keys, optional_sections, sections
 from experiments.documents.markdown import fill_blocks
 from tests.helpers import documents
@@ -160,6 +162,14 @@ def test_every_named_file_key_and_option_exists() -> None:
         for name in missing_files(code) | missing_names(code) | missing_options(code)
     ]
     assert not missing, "\n".join(missing)
+
+
+def test_documented_trainings_have_settings_that_are_allowed() -> None:
+    codes = [code for document in DOCUMENTS for code in document.code()]
+    commands = [code for code in codes if "experiments.train --config configs/" in code]
+    for words in (shlex.split(code, comments=True) for code in commands if "NAME" not in code):
+        words = words[words.index("experiments.train") + 1 :]
+        assert cli.parse(words, "experiments.train", "", train.OPTIONS), words
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 
 from experiments.documents.markdown import block_kinds, fill_blocks
 from tests.helpers import hosts_table, versions_table
-from tests.helpers.host_cases import HostCase
-from tests.helpers.hosts_table import DOCUMENT, ROOT
+from tests.helpers.documents import ROOT
+from tests.helpers.host_builders import HostCase
+from tests.helpers.hosts_table import DOCUMENT
 from tests.tokenmixup import test_hosts
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "digits")
@@ -106,7 +107,7 @@ def test_table_of_hosts_is_up_to_date(path):
     text = path.read_text(encoding="utf-8")
     assert "hosts" in block_kinds(text)
     assert fill_blocks(text, hosts_table.MAKERS) == text, (
-        "run `python tests/helpers/hosts_table.py`"
+        "run `python -m tests.helpers.hosts_table`"
     )
 
 

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.cases import same_bits
 from tests.helpers.documents import ROOT
-from tests.helpers.host_cases import BY_NAME, IMAGE
+from tests.helpers.host_builders import IMAGE
+from tests.helpers.host_cases import BY_NAME
 from tests.helpers.others_warnings import advice_of_lightning
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 

@@ -25,7 +25,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.helpers.host_cases import BY_NAME, IMAGE
+from tests.helpers.host_builders import IMAGE
+from tests.helpers.host_cases import BY_NAME
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 
 PROCESSES, CLASSES = 2, 7

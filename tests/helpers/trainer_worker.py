@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from tests.helpers.host_cases import randomise
+from tests.helpers.host_builders import randomise
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 from tokenmixup.integrations.transformers import TokenMixupTrainer
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from tests.helpers.host_cases import BY_NAME, CLASSES, batch
+from tests.helpers.host_builders import CLASSES
+from tests.helpers.host_cases import BY_NAME, batch
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig
 
 ROOT = Path(__file__).parent.parent.parent

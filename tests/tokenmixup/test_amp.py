@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.host_cases import batch, every_host
+from tests.helpers.host_cases import BY_NAME, CASES, batch, every_host
 from tokenmixup import HorizontalConfig, VerticalConfig, functional
 from tokenmixup.hosts import base
 from tokenmixup.rules import Rules
@@ -110,8 +110,12 @@ def test_saliency_is_not_rounded(case, autocast, monkeypatch):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
 
 
-@every_host
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case, dtype",
+    # in float64 the tests against the oracle run every host
+    [(BY_NAME["vit"], torch.float64), *((case, torch.bfloat16) for case in CASES)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_whole_model_in_one_type(case, dtype):
     model = build(case, dtype)
     assert {p.dtype for p in model.scorenets.parameters()} == {dtype}

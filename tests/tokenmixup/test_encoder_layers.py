@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tests.helpers.cases import same_bits
-from tests.helpers.host_cases import BY_NAME, CLASSES, WIDTH, batch
+from tests.helpers.host_builders import CLASSES, WIDTH
+from tests.helpers.host_cases import BY_NAME, batch
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 from tokenmixup.hosts import UnsupportedHostError
 

@@ -12,7 +12,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from tests.helpers.cases import same_bits
-from tests.helpers.host_cases import BY_NAME, CLASSES, WIDTH, batch, logits_of, some_hosts
+from tests.helpers.host_builders import CLASSES, WIDTH
+from tests.helpers.host_cases import BY_NAME, batch, logits_of, some_hosts
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 
 HTM = HorizontalConfig(layers=(1,), tau=0.25, rho=0.005)

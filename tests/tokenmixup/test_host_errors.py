@@ -9,7 +9,7 @@ import torchvision
 from packaging.version import Version
 from torch import nn
 
-from tests.helpers.host_cases import BY_NAME, batch, timm_host
+from tests.helpers.host_cases import BY_NAME, batch
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
 from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
 from tokenmixup.hosts.timm_vit import TimmViT
@@ -71,7 +71,7 @@ def test_hosts_that_drop_patches(model):
 )
 def test_blocks_without_a_single_attention_map(model, part):
     with pytest.raises(UnsupportedHostError, match=rf"`blocks\[0\].*{part}: this variant"):
-        attach(timm_host(model)(0.0))
+        attach(timm.create_model(model, depth=1))
 
 
 def test_distilled_training():

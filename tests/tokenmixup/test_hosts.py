@@ -11,14 +11,8 @@ import torch
 
 from tests.helpers import oracle
 from tests.helpers.cases import array, same_bits
-from tests.helpers.host_cases import (
-    CLASSES,
-    WIDTH,
-    batch,
-    every_host,
-    logits_of,
-    some_hosts,
-)
+from tests.helpers.host_builders import CLASSES, WIDTH
+from tests.helpers.host_cases import batch, every_host, logits_of, some_hosts
 from tests.helpers.naive_host import (
     attention_of,
     layers_of,

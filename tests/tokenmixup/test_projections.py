@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from tests.helpers.cases import same_bits
-from tests.helpers.host_cases import BY_NAME, HostCase, batch, logits_of, some_hosts
+from tests.helpers.host_builders import HostCase
+from tests.helpers.host_cases import BY_NAME, batch, logits_of, some_hosts
 from tests.helpers.others_warnings import uses_inductor
 from tests.tokenmixup.test_checkpointing import assert_same_gradients, checkpointed, loss_of
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
@@ -26,7 +27,8 @@ MIX_NONE = HorizontalConfig(layers=(1,), tau=0, rho=0.01)
 READ = ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "dense", "q", "kv")
 MLP = ("fc1", "fc2", "fc1_g", "fc1_x")
 CLASSIFIERS = ("head", "classifier")
-SCORENET_TOO = ("backbone.head", "backbone.classifier", "scorenets.1")  # as docs/hosts.md writes it
+# as docs/training_loop.md writes it
+SCORENET_TOO = ("backbone.head", "backbone.classifier", "scorenets.1")
 
 # peft reads an attribute of its hosts that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,8 @@ import torchvision
 
 from tests.helpers import oracle
 from tests.helpers.cases import array
-from tests.helpers.host_cases import BY_NAME, CLASSES, randomise
+from tests.helpers.host_builders import CLASSES, randomise
+from tests.helpers.host_cases import BY_NAME
 from tests.helpers.naive_host import (
     layers_of,
     own_saliency,

@@ -36,7 +36,8 @@ from torch import nn
 
 from tests.helpers.cases import same_bits
 from tests.helpers.documents import ROOT
-from tests.helpers.host_cases import BY_NAME, CLASSES, IMAGE
+from tests.helpers.host_builders import CLASSES, IMAGE
+from tests.helpers.host_cases import BY_NAME
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 from tokenmixup.integrations.timm import TokenMixupTask
 
