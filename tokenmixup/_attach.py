@@ -109,6 +109,8 @@ def _check_layers(
 ) -> None:
     layers = adapter.layers(host)
     depth = len(layers)
+    if depth == 0:
+        raise UnsupportedHostError("the model has no encoder layers, where TokenMixup acts")
     for config in (horizontal, vertical):
         if config is not None and config.layers[-1] >= depth:
             raise ValueError(

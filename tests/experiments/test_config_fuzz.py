@@ -168,6 +168,7 @@ ODD = st.sampled_from(
     horizontal=st.none() | st.fixed_dictionaries({"layers": st.sampled_from([[0], [1], [0, 1]])}),
     kappa=st.none() | st.sampled_from([1, 4, 999]),
 )
+@example("vit_tiny_patch16_224", {"depth": 0}, 16, None, None)
 @pytest.mark.filterwarnings("ignore")
 def test_a_valid_config_gives_a_model_or_one_line(name, kwargs, image_size, horizontal, kappa):
     content: dict = {

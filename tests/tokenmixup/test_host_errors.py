@@ -74,6 +74,12 @@ def test_blocks_without_a_single_attention_map(model, part):
         attach(timm.create_model(model, depth=1))
 
 
+@pytest.mark.parametrize("settings", [{}, {"vertical": VerticalConfig(layers=(1,), kappa=3)}])
+def test_a_host_without_layers(settings):
+    with pytest.raises(UnsupportedHostError, match="has no encoder layers"):
+        attach(timm.create_model("vit_tiny_patch16_224", depth=0), **settings)
+
+
 def test_distilled_training():
     case = BY_NAME["deit_distilled"]
     host = case.build()
