@@ -292,7 +292,7 @@ def assign_partners(gain: Tensor) -> Tensor:
     """
     if gain.dim() != 2 or gain.shape[0] > gain.shape[1]:
         raise ValueError(f"gain must be (E, B) with E <= B, got shape {tuple(gain.shape)}")
-    return solve_assignment(gain.detach())
+    return solve_assignment(gain)
 
 
 def mixing_mask(saliency: Tensor, partner: Tensor, easy: Tensor, rho: float) -> Tensor:

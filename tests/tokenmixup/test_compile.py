@@ -6,6 +6,7 @@ host.
 
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -139,6 +140,9 @@ def in_bfloat16(run):
     return forward
 
 
+BFLOAT16_ROUNDING = 2**-9
+"""Fused code may sum in another order, and then round single activations to the next number."""
+
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])]
 
 
@@ -157,10 +161,11 @@ def test_in_bfloat16_a_compiled_step_is_the_eager_one(case, backend):
     with torch._inductor.config.patch(emulate_precision_casts=True):
         out, gradients = step(model, in_bfloat16(compiled), images, targets)
     assert out.stats["htm/layer1/tokens_mixed"] > 0
+    close = partial(torch.testing.assert_close, rtol=BFLOAT16_ROUNDING, atol=0)
     for name, value in expected.stats.items():
-        torch.testing.assert_close(out.stats[name], value, msg=name)
-    torch.testing.assert_close(out.targets, expected.targets)
-    torch.testing.assert_close(out.scorenet_loss, expected.scorenet_loss)
+        close(out.stats[name], value)
+    close(out.targets, expected.targets)
+    close(out.scorenet_loss, expected.scorenet_loss)
     error, rounding = (
         sum((one[name] - other[name]).square().sum() for name in exact).sqrt()
         for one, other in ((gradients, rounded), (rounded, exact))
