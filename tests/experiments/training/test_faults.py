@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -90,15 +91,15 @@ def test_memory_that_runs_out(tmp_path, limit):
         run.fit()
 
 
-def unsupported(run, monkeypatch):
+def unsupported(run, stack):
     host = run.learner.model.backbone
     host.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     return "Call to `torch._dynamo.graph_break"
 
 
-def no_compiler(run, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+def no_compiler(run, stack):
+    settings = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    stack.enter_context(torch._inductor.config.patch(settings))
     return "InvalidCxxCompiler: No working C"
 
 
@@ -107,12 +108,13 @@ def no_compiler(run, monkeypatch):
 @pytest.mark.parametrize(
     "break_it", [unsupported, pytest.param(no_compiler, marks=pytest.mark.slow)]
 )
-def test_a_compilation_that_fails(tmp_path, monkeypatch, break_it):
+def test_a_compilation_that_fails(tmp_path, break_it):
     run = Run(small_config(tmp_path, compile="on"), ONE_PROCESS)
-    said = break_it(run, monkeypatch)
-    message = rf"torch\.compile failed \(.*{said}.*\); --compile off \(now on\) trains the same"
-    with pytest.raises(TrainingStopped, match=message):
-        run.fit()
+    with ExitStack() as stack:
+        said = break_it(run, stack)
+        message = rf"torch\.compile failed \(.*{said}.*\); --compile off \(now on\) trains the same"
+        with pytest.raises(TrainingStopped, match=message):
+            run.fit()
 
 
 def test_cuda_graphs_without_cuda_are_refused(tmp_path):
