@@ -27,8 +27,8 @@ from tokenmixup._targets import check_soft_targets, no_distributions
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
-_CPU_CHUNK = 1 << 20
-"""Elements of the largest temporary on a CPU: 4 MiB in float32, which stay in the cache."""
+_CPU_CHUNK = 1 << 19
+"""Elements of the largest temporary on a CPU: 2 MiB in float32, which stay in the cache."""
 _DEVICE_CHUNK = 1 << 26
 """The same on a device, where few large kernels are faster: 256 MiB in float32."""
 
@@ -249,7 +249,8 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
         rho: smallest difference that counts, >= 0, in the unit of the saliency.
 
     Returns:
-        (E, B), in float32 or wider. E depends on the data; :func:`horizontal_mixup` does not.
+        (E, B), in float32 or wider, without gradient. E depends on the data;
+        :func:`horizontal_mixup` does not.
 
     Raises:
         ValueError: shapes do not fit, or rho is negative or not finite.
@@ -267,9 +268,15 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     """
     if torch.compiler.is_compiling():  # the compiler fuses it, without temporaries
         return (columns - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
-    parts = rows.split(_rows_at_once(rows, columns.numel()))
-    gains = [(columns - part.unsqueeze(1)).sub_(rho).clamp_min_(0).sum(-1) for part in parts]
-    return gains[0] if len(gains) == 1 else torch.cat(gains)
+    at_once = _rows_at_once(rows, columns.numel())
+    # in the same memory for each part: an allocator may ask the system for it each time
+    room = columns.new_empty((min(at_once, len(rows)), *columns.shape))
+    gains = columns.new_empty((len(rows), len(columns)))
+    for first in range(0, len(rows), at_once):
+        part = rows[first : first + at_once].unsqueeze(1)
+        differences = torch.sub(columns, part, out=room[: len(part)]).sub_(rho).clamp_min_(0)
+        torch.sum(differences, -1, out=gains[first : first + at_once])
+    return gains
 
 
 def assign_partners(gain: Tensor) -> Tensor:
