@@ -54,9 +54,11 @@ LARGEST_DIRECT = 512
 """Above it, the direct formulation's temporaries take more than a GiB."""
 FILTERED = 0.5
 """Share of easy samples in the second curve."""
-MEMORY_KIND = "usual"
+TYPICAL = "usual"
+SPEED_UPS = {"CCT, CIFAR": 15, "ViT-B/16, ImageNet": 25}
+"""Of the typical saliency; no kind may be slower than the direct formulation."""
 EXTRA_MIB = 4
-SPEED_UP, MIXUP_RATIO = 30, 1.3
+MIXUP_RATIO = 1.3
 _SAMPLE_SECONDS = 0.01
 
 
@@ -214,7 +216,7 @@ def _case(
         "extra_bytes": {
             form: peak_extra_bytes(make_pairing, form, kind, batch, patches)
             for form in ("ours", "direct")
-            if kind == MEMORY_KIND and not settings.quick  # memory does not depend on the values
+            if kind == TYPICAL and not settings.quick  # memory does not depend on the values
         },
         "mixup": recorded(mixing),
         "mixup_ratio": ratio(mixing["whole"], parts),
@@ -295,22 +297,27 @@ def _growth(curve: Sequence[Mapping[str, Any]]) -> str:
 
 
 def targets(values: dict[str, Any]) -> list[Target]:
-    """Per case, the kind of saliency with the worst result."""
+    """Per case, the typical saliency and the one with the worst result."""
     found = []
     for name in dict.fromkeys(case["case"] for case in values["cases"]):
         cases = [case for case in values["cases"] if case["case"] == name]
         sizes = f"B={cases[0]['batch']}, T={cases[0]['patches']}"
-        slowest = min(cases, key=lambda case: case["speed_up"]["ratio"])
-        speed_up = slowest["speed_up"]["ratio"]
-        fastest = max(case["speed_up"]["ratio"] for case in cases)
-        measured = f"{speed_up:.1f} × ({slowest['saliency']}) to {fastest:.1f} ×"
+        speed_ups = {case["saliency"]: case["speed_up"]["ratio"] for case in cases}
+        slowest, wanted = min(speed_ups, key=speed_ups.__getitem__), SPEED_UPS[name]
+        measured = (
+            f"{speed_ups[TYPICAL]:.1f} ×; {speed_ups[slowest]:.1f} × ({slowest}) to "
+            f"{max(speed_ups.values()):.1f} ×"
+        )
         extra = max((case["extra_bytes"].get("ours") or 0) / 2**20 for case in cases)
         worst = max(case["mixup_ratio"]["ratio"] for case in cases)
         whole, of = f"1. horizontal_mixup, {sizes}", f"≤ {MIXUP_RATIO} × (pairing + where)"
         memory = f"1. extra memory, {sizes}"
         found += [
             Target(
-                f"1. pairing, {sizes}", f"≥ {SPEED_UP} × faster", measured, speed_up >= SPEED_UP
+                f"1. pairing, {sizes}",
+                f"{TYPICAL} ≥ {wanted} × faster, all ≥ 1 ×",
+                measured,
+                speed_ups[TYPICAL] >= wanted and speed_ups[slowest] >= 1,
             ),
             Target(memory, f"≤ {EXTRA_MIB} MiB", f"{extra:.1f} MiB", extra <= EXTRA_MIB),
             Target(whole, of, f"{worst:.2f} ×", worst <= MIXUP_RATIO),
