@@ -27,8 +27,8 @@ from tokenmixup._targets import check_soft_targets, no_distributions
 
 DIFFICULTY_SCALE = 10.0
 """The paper divides the cross-entropy by 10, so that useful thresholds tau lie between 0 and 1."""
-_CPU_CHUNK = 3 << 18
-"""Elements of the largest temporary on a CPU: 3 MiB in float32, which stay in the cache."""
+_CPU_CHUNK = 1 << 19
+"""Elements of the largest temporary on a CPU: 2 MiB in float32, which stay in the cache."""
 _DEVICE_CHUNK = 1 << 26
 """The same on a device, where few large kernels are faster: 256 MiB in float32."""
 
