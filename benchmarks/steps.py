@@ -33,7 +33,10 @@ from experiments.training.run import train_step
 from experiments.training.step import Learner
 
 VARIANTS = ("plain", "HTM", "VTM", "HVTM")
-PLAIN_RATIO = {"CCT-7/3×1": 1.03, "ViT-B/16": 1.02, "Swin-T": 1.03}
+KAPPA = ", κ = "
+"""Stands before another number of remembered tokens than that of the variant's config."""
+PLAIN_RATIO = {"CCT-7/3×1": 1.03, "ViT-B/16": 1.01, "Swin-T": 1.03}
+BOTH_RATIO = {**PLAIN_RATIO, "CCT-7/3×1": 1.04}
 DIRECT_RATIO = 0.8
 
 
@@ -54,7 +57,7 @@ class Family:
 
     def config(self, variant: str) -> str:
         """The name of the config of a variant."""
-        return f"{self.configs}_{'baseline' if variant == 'plain' else variant}"
+        return f"{self.configs}_{'baseline' if variant == 'plain' else variant.split(KAPPA)[0]}"
 
 
 FAMILIES = {
@@ -64,6 +67,7 @@ FAMILIES = {
         128,
         {"model.name": "cct_2_3x2_32", "model.image_size": "32"},
         8.0,
+        variants=("plain", "HTM", "VTM", f"VTM{KAPPA}3", "HVTM"),  # VTM has 80
     ),
     "ViT-B/16": Family(
         "vit_imagenet",
@@ -134,6 +138,8 @@ def make_config(workload: Workload, variant: str, device: torch.device) -> RunCo
     if workload.quick:
         overrides |= {"horizontal.layers": "[1]", "vertical.layers": "[1]", "vertical.kappa": "3"}
         overrides |= family.tiny
+    if KAPPA in variant:
+        overrides["vertical.kappa"] = variant.split(KAPPA)[1]
     there = {"horizontal": "H" in variant, "vertical": "V" in variant}
     overrides = {k: v for k, v in overrides.items() if there.get(k.partition(".")[0], True)}
     return load_config(ROOT / "configs" / f"{family.config(variant)}.yaml", overrides)
@@ -146,7 +152,7 @@ class Steps:
 
     Args:
         workload: what to train.
-        variant: one of `VARIANTS`.
+        variant: one of the model's.
         world: the processes.
         wrap: replaces the model by another form of it.
     """
@@ -278,8 +284,9 @@ def targets(values: dict[str, Any]) -> list[Target]:
     """Each variant against the plain step, models that an old record lacks, then the two forms."""
     found, forms = [], []
     for model in values["models"]:
-        name, limit = f"{model['model']}, B={model['batch']}", PLAIN_RATIO[model["model"]]
+        name = f"{model['model']}, B={model['batch']}"
         for variant, over in model["over_plain"].items():
+            limit = (BOTH_RATIO if variant == "HVTM" else PLAIN_RATIO)[model["model"]]
             found.append(row.at_most(f"2. step, {name}, {variant}", over, limit, "plain"))
         if "over_direct" in model:
             over = model["over_direct"]
