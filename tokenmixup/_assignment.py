@@ -18,14 +18,11 @@ _SOLVED, _NO_MEMORY = -1, -2
 _LIBRARY = Path(__file__).with_name("_assignment_solver.so")  # as setup.py names it
 _DIGITS = 50  # as in _assignment_solver.c
 
-
-_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8 has none
-on_the_host = () if _unsafe is None else (_unsafe,)
+on_the_host = (torch.Tag.cudagraph_unsafe,)
 """Tags of operators that run code on the host, which a CUDA graph would not replay.
 
 Compiled with ``mode="reduce-overhead"`` the graph is cut there.
 """
-
 
 _OPERATOR = "tokenmixup::solve_assignment"
 # `custom_op` would make calls 6 µs longer, for gradients that there are none of here

@@ -107,9 +107,6 @@ def generated(folder, **settings):
 
 @pretends
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch does not cut CUDA graphs"
-)
 def test_cuda_graphs_are_cut_at_what_runs_on_the_host(tmp_path):
     """With mode="reduce-overhead": a graph that captured the solver's copy would be an error."""
     forward, backward = generated(tmp_path, variant="HVTM", config={"triton.cudagraphs": True})
