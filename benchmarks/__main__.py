@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from benchmarks import report, row
 from benchmarks.gpu import parts as gpu
 from experiments import cli
-from experiments.config import nearest
-from experiments.errors import ConfigError, DataError
+from experiments.errors import ConfigError, DataError, nearest
 from experiments.provenance import ROOT
 
 

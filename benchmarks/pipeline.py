@@ -24,7 +24,8 @@ from benchmarks import row
 from benchmarks.row import Row, Settings, Target
 from benchmarks.timing import Timing, ratio, recorded
 from experiments.checkpoint import save_checkpoint
-from experiments.config import RunConfig, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import RunConfig
 from experiments.data.augment import train_transform
 from experiments.data.loading import SeededImages, TrainBatches
 from experiments.documents.markdown import aligned_table

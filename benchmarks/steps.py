@@ -18,7 +18,8 @@ from benchmarks import row
 from benchmarks.direct import DirectModel
 from benchmarks.row import Row, Settings, Target
 from benchmarks.timing import Timing, interleaved, milliseconds, ratio, recorded, times
-from experiments.config import RunConfig, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import RunConfig
 from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division
 from experiments.data.transfer import memory_format

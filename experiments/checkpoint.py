@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config import dotted_keys
+from experiments.config.schema import dotted_keys
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, exclusive, write_atomically
 from experiments.provenance import now

@@ -8,14 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config import (
-    RunConfig,
-    known_keys,
-    load_config,
-    nearest,
-    optional_sections,
-    sections,
-)
+from experiments.config.keys import known_keys, optional_sections, sections
+from experiments.config.reading import load_config
+from experiments.config.schema import RunConfig
 from experiments.errors import (
     ConfigError,
     DataError,
@@ -23,6 +18,7 @@ from experiments.errors import (
     SavedAndStopped,
     TrainingStopped,
     UserError,
+    nearest,
 )
 
 

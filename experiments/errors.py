@@ -1,5 +1,8 @@
 """Errors that the commands report in one line, without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A person's mistake. The commands print its message alone and exit with 2."""
@@ -60,3 +63,12 @@ class FieldError(ValueError):
         self.field = field
         self.came = came
         self.allowed = allowed
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest of the known names."""
+    known = list(known)
+    field = name.rpartition(".")[2]
+    found = [key for key in known if key.rpartition(".")[2] == field]  # in another section
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"the nearest is {found[0]}" if found else "--help lists the known ones"

@@ -16,7 +16,8 @@ FLOORS = (
     {"training", "zoo"},
     {"data", "models"},
     {"checkpoint", "released"},
-    {"cli", "config", "provenance"},
+    {"cli"},
+    {"config", "provenance"},
     {"documents"},
     {"errors", "files", "seeding", "strict_yaml"},
 )

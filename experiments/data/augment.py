@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.config import DataConfig, MixupConfig, RunConfig, is_on
+from experiments.config.schema import DataConfig, MixupConfig, RunConfig, is_on
 from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed

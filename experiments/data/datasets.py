@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.config import DataConfig, RunConfig
+from experiments.config.schema import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError, MissingData
 from experiments.seeding import derive_seed
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from experiments.config import DataConfig, RunConfig
+from experiments.config.schema import DataConfig, RunConfig
 from experiments.data.augment import eval_transform, train_transform
 from experiments.data.datasets import Images, UnreadableImage, read_image
 from experiments.data.transfer import Loaded, Transfer

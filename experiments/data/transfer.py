@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.augment import mean_and_std, normalise
 
 Loaded = tuple[Tensor, Tensor, list[str]]

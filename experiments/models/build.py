@@ -9,8 +9,8 @@ from timm.layers.mlp import Mlp
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from experiments.config import ModelConfig, RunConfig, nearest
-from experiments.errors import ConfigError
+from experiments.config.schema import ModelConfig, RunConfig
+from experiments.errors import ConfigError, nearest
 from experiments.seeding import derive_seed, seeded
 from tokenmixup import TokenMixupModel, attach
 from tokenmixup.rules import Rules

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.config import known_keys
+from experiments.config.keys import known_keys
 from experiments.errors import ConfigError, DataError
 from experiments.zoo.manifest import MANIFEST, Manifest, Row, read_manifest
 
@@ -158,7 +158,7 @@ def train(
 
 def _study(manifest: Manifest, rows: list[Row], seeds: tuple[int, ...]) -> "Study":
     """The rows with the seeds; pretrained weights come from $WEIGHTS where a config wants some."""
-    from experiments.config import Setting, read_settings
+    from experiments.config.reading import Setting, read_settings
     from experiments.reproduce.table import STUDY
     from experiments.study.plan import Study, Variant
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import provenance
-from experiments.config import COMMAND_LINE, RunConfig, as_plain, load_config
+from experiments.config.reading import COMMAND_LINE, load_config
+from experiments.config.schema import RunConfig, as_plain
 from experiments.errors import ConfigError, UserError
 from experiments.provenance import Records
 from experiments.reproduce.table import Line, RowRecord

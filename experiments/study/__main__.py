@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.config import known_keys, optional_sections
+from experiments.config.keys import known_keys, optional_sections
 from experiments.errors import ConfigError, SavedAndStopped, TrainingFailed
 
 if TYPE_CHECKING:

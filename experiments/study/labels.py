@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.data.loading import Batch
 from experiments.errors import ConfigError
 from experiments.provenance import provenance

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.augment import mean_and_std
 from experiments.data.datasets import Images
 from experiments.data.loading import Batch, EvalBatches

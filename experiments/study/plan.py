@@ -8,19 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config import (
-    RunConfig,
-    Setting,
-    as_plain,
-    build_config,
-    dotted_keys,
-    nearest,
-    optional_sections,
-    override,
-    read_settings,
-    settings_of,
-)
-from experiments.errors import ConfigError
+from experiments.config.keys import optional_sections
+from experiments.config.reading import Setting, build_config, override, read_settings, settings_of
+from experiments.config.schema import RunConfig, as_plain, dotted_keys
+from experiments.errors import ConfigError, nearest
 from experiments.strict_yaml import read_yaml
 from experiments.study.variants import RULES, rules_of
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.datasets import open_images
 from experiments.errors import CheckpointError, ConfigError, SavedAndStopped, TrainingFailed
 from experiments.files import write_atomically

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from experiments.checkpoint import load_weights
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.datasets import known_num_classes, to_be_fetched
 from experiments.data.loading import divide_batch
 from experiments.models.build import build_model

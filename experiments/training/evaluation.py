@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.checkpoint import Loaded, load_weights
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.datasets import (
     Images,
     known_num_classes,

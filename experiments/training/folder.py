@@ -24,7 +24,8 @@ from experiments.checkpoint import (
     refuse_changed_config,
     save_checkpoint,
 )
-from experiments.config import RunConfig, as_plain, build_config, settings_of
+from experiments.config.reading import build_config, settings_of
+from experiments.config.schema import RunConfig, as_plain
 from experiments.data.loading import TrainBatches
 from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from experiments.config import OptimizerConfig, ScheduleConfig, nearest
-from experiments.errors import ConfigError
+from experiments.config.schema import OptimizerConfig, ScheduleConfig
+from experiments.errors import ConfigError, nearest
 
 _FUSED_IN_TORCH = ("adam", "adamw", "momentum", "nesterov", "sgd")
 

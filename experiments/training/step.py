@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division
 from experiments.errors import ConfigError, TrainingStopped

@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_SECONDS = 1.0

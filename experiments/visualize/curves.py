@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.checkpoint import deciding_keys
-from experiments.config import as_plain, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import as_plain
 from experiments.documents import figures as style
 from experiments.documents.figures import DASHES, GRID, SERIES
 from experiments.documents.markdown import aligned_table

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.documents import figures as style
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.folder import CONFIG_FILE, FINAL_WEIGHTS

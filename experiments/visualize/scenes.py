@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
 from experiments.data.datasets import (
     known_num_classes,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import cli
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.errors import ConfigError, UserError
 from experiments.zoo.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 

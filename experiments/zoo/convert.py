@@ -17,7 +17,8 @@ from experiments.checkpoint import (
     read_weights,
     recognise,
 )
-from experiments.config import RunConfig, as_plain, build_config, settings_of
+from experiments.config.reading import build_config, settings_of
+from experiments.config.schema import RunConfig, as_plain
 from experiments.data.datasets import known_num_classes
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically

@@ -9,8 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from experiments.config import nearest
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, nearest
 from experiments.strict_yaml import read_yaml
 
 MANIFEST = Path(__file__).parent.parent.parent / "weights" / "zoo.yaml"

@@ -18,7 +18,7 @@ from benchmarks.row import RESULTS, Row, Settings
 from benchmarks.steps import Steps, Workload, time_steps
 from benchmarks.timing import Timing, added, interleaved, ratio
 from experiments import cli
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.errors import DataError
 from experiments.models.build import build_model
 from experiments.provenance import ROOT

@@ -13,7 +13,7 @@ import pytest
 
 import tokenmixup
 from experiments import cli, train
-from experiments.config import known_keys, optional_sections, sections
+from experiments.config.keys import known_keys, optional_sections, sections
 from experiments.documents.markdown import fill_blocks
 from tests.helpers import documents
 from tests.helpers.documents import ROOT, Document

@@ -19,7 +19,7 @@ from experiments.checkpoint import (
     save_checkpoint,
     save_final_weights,
 )
-from experiments.config import as_plain
+from experiments.config.schema import as_plain
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import atomic_file, write_atomically
 from experiments.models.build import build_model

@@ -11,15 +11,9 @@ import pytest
 import yaml
 
 from experiments import cli
-from experiments.config import (
-    RunConfig,
-    ScheduleConfig,
-    as_plain,
-    build_config,
-    known_keys,
-    load_config,
-    settings_of,
-)
+from experiments.config.keys import known_keys
+from experiments.config.reading import build_config, load_config, settings_of
+from experiments.config.schema import RunConfig, ScheduleConfig, as_plain
 from experiments.errors import ConfigError
 from experiments.strict_yaml import yaml_text
 from tests.helpers.runs_helper import HTM, VTM, write_config

@@ -13,16 +13,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from experiments.config import (
-    COMMAND_LINE,
-    RunConfig,
-    as_plain,
-    build_config,
-    known_keys,
-    load_config,
-    sections,
-    settings_of,
-)
+from experiments.config.keys import known_keys, sections
+from experiments.config.reading import COMMAND_LINE, build_config, load_config, settings_of
+from experiments.config.schema import RunConfig, as_plain
 from experiments.errors import ConfigError
 from experiments.models.build import build_model
 from experiments.strict_yaml import yaml_text

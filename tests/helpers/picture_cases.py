@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.checkpoint import save_final_weights
-from experiments.config import RunConfig
+from experiments.config.schema import RunConfig
 from experiments.documents import figures as style
 from experiments.models.build import build_model
 from experiments.visualize import horizontal, vertical

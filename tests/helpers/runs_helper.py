@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.config import RunConfig, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import RunConfig
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics

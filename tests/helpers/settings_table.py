@@ -3,7 +3,7 @@
 `python -m tests.helpers.settings_table` writes it.
 """
 
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.documents.markdown import update_documents
 from tests.helpers.documents import ROOT
 

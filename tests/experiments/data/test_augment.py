@@ -8,7 +8,8 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.mixup import Mixup
 
-from experiments.config import DataConfig, MixupConfig, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import DataConfig, MixupConfig
 from experiments.data.augment import (
     BatchMixer,
     eval_transform,

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import cli, evaluate, train
 from experiments.checkpoint import save_final_weights
-from experiments.config import DataConfig, RunConfig
+from experiments.config.schema import DataConfig, RunConfig
 from experiments.data.augment import normalisation
 from experiments.data.datasets import (
     DigitImages,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.config import DataConfig
+from experiments.config.schema import DataConfig
 from experiments.data.datasets import DigitImages, open_images
 from experiments.data.loading import (
     EpochBatches,

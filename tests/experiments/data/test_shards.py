@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from experiments import evaluate, train
-from experiments.config import DataConfig, RunConfig
+from experiments.config.schema import DataConfig, RunConfig
 from experiments.data.datasets import open_images, stated_num_classes
 from experiments.data.loading import TrainBatches
 from experiments.errors import DataError

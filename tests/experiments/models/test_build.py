@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from experiments.config import ModelConfig, RunConfig
+from experiments.config.schema import ModelConfig, RunConfig
 from experiments.models import build
 from tests.helpers.runs_helper import BOTH, small_config
 from tokenmixup.hosts.cct import CCTAdapter

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.data.augment import (
     BatchMixer,
     eval_transform,

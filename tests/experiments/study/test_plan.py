@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import cli
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study.plan import read_study

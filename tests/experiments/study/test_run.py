@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study.records import study_records

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from experiments import evaluate, train
-from experiments.config import DataConfig
+from experiments.config.schema import DataConfig
 from experiments.data.loading import EpochBatches, divide_batch
 from experiments.errors import ConfigError, ProcessLost
 from experiments.training.distributed import _lost_processes_told

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.config import DataConfig, RunConfig
+from experiments.config.schema import DataConfig, RunConfig
 from experiments.errors import ConfigError, DataError, TrainingStopped
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.run import Run

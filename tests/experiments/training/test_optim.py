@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.config import OptimizerConfig, ScheduleConfig, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import OptimizerConfig, ScheduleConfig
 from experiments.models.build import build_model
 from experiments.training.optim import Schedule, build_optimizer
 from tests.helpers.runs_helper import HTM, small_config

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from experiments.config import MixupConfig
+from experiments.config.schema import MixupConfig
 from experiments.data.augment import BatchMixer
 from experiments.data.loading import Division, divide_batch
 from experiments.errors import TrainingStopped

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from experiments import cli, train
 from experiments.checkpoint import load_checkpoint
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import read_metrics

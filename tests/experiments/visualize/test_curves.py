@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from experiments import cli
-from experiments.config import as_plain, load_config
+from experiments.config.reading import load_config
+from experiments.config.schema import as_plain
 from experiments.documents import figures as style
 from experiments.training.folder import CONFIG_FILE, FINAL_WEIGHTS
 from experiments.training.metrics import METRICS_FILE

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from experiments import cli
-from experiments.config import load_config
+from experiments.config.reading import load_config
 from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
 from experiments.data.datasets import DigitImages, readable_names
 from experiments.documents import figures as style

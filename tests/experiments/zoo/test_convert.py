@@ -15,7 +15,7 @@ from experiments.checkpoint import (
     save_checkpoint,
     save_final_weights,
 )
-from experiments.config import as_plain
+from experiments.config.schema import as_plain
 from experiments.errors import CheckpointError, UserError
 from experiments.models.build import build_model
 from experiments.zoo import __main__ as zoo
