@@ -167,6 +167,7 @@ def test_every_named_file_key_and_option_exists() -> None:
 def test_documented_trainings_have_settings_that_are_allowed() -> None:
     codes = [code for document in DOCUMENTS for code in document.code()]
     commands = [code for code in codes if "experiments.train --config configs/" in code]
+    assert commands
     for words in (shlex.split(code, comments=True) for code in commands if "NAME" not in code):
         words = words[words.index("experiments.train") + 1 :]
         assert cli.parse(words, "experiments.train", "", train.OPTIONS), words
