@@ -168,6 +168,18 @@ def test_small_data_takes_what_its_search_found_best(monkeypatch):
     assert found.test_split == "test" and search.test_split is None
 
 
+def test_4000_images_take_the_settings_of_1000(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = ("small_data", "small_data_4000")
+    found, more = (read_study(f"configs/studies/{name}.yaml") for name in names)
+    for name, variant in more.variants.items():
+        ours, theirs = more.config(variant, 1), found.config(found.variants[name], 1)
+        for section in ("model", "mixup", "optimizer", "horizontal", "vertical"):
+            assert getattr(ours, section) == getattr(theirs, section), name
+        assert ours.schedule.lr == theirs.schedule.lr and ours.schedule.epochs == 60
+        assert dataclasses.replace(ours.data, per_class=theirs.data.per_class) == theirs.data
+
+
 def test_the_digits_are_the_quickstarts(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = read_study("configs/studies/digits.yaml")
