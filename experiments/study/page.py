@@ -22,6 +22,7 @@ from experiments.study.statistics import (
     best_of_arms,
     compare,
     layers_of,
+    signed,
 )
 from experiments.study.tables import agreement, measures
 
@@ -176,7 +177,7 @@ def verdict(comparison: Comparison) -> str:
 
 def _verdict(whom: str, pairs: Sequence[tuple[Standing, Difference | None]]) -> str:
     judged = [(s, d) for s, d in pairs if d is not None and d.half_width is not None]
-    found = [f"{s.variant.name} ({_signed(d.mean)})" for s, d in judged if d.excludes_zero]
+    found = [f"{s.variant.name} ({signed(d.mean, 2)})" for s, d in judged if d.excludes_zero]
     text = f"Differences {whom}: {len(found)} of {len(judged)} intervals exclude 0"
     return f"{text}: {'; '.join(found)}." if found else f"{text}."
 
@@ -295,15 +296,4 @@ def _versions(record: StudyRecord) -> str:
 
 
 def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return "–"
-    text = _signed(difference.mean)
-    interval = difference.interval
-    if interval is None:
-        return f"{text} (one seed)"
-    return f"{text} [{_signed(interval[0])}, {_signed(interval[1])}]"
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}".replace("-", "−")
-    return "0.00" if text[1:] == "0.00" else text
+    return "–" if difference is None else difference.text(2)

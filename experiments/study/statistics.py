@@ -50,6 +50,19 @@ class Difference:
         """Whether the whole interval lies on one side of zero."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
+    def text(self, digits: int) -> str:
+        """As tables show it."""
+        if self.interval is None:
+            return f"{signed(self.mean, digits)} (one seed)"
+        low, high = (signed(end, digits) for end in self.interval)
+        return f"{signed(self.mean, digits)} [{low}, {high}]"
+
+
+def signed(value: float, digits: int) -> str:
+    """With a plus or a minus, except what is rounded to zero."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text[1:].strip("0.") else text[1:]
+
 
 def summarise(values: Mapping[int, float]) -> Summary | None:
     """Mean and standard deviation of seed -> value; None for no value."""
@@ -193,7 +206,10 @@ class Standing:
         tokens_mixed: tokens replaced in an easy sample, likewise.
         by_epoch: statistics of HTM, mean over layers and seeds, by the evaluated epoch as text, and
             under "all" over all steps; empty for records without them.
-        measures: of the final weights, over the seeds; empty without a test split.
+        curve: top-1 on the validation images, over the seeds, by the evaluated epoch.
+        measures: of the final weights, over the seeds, "loss" among them; empty without a test
+            split.
+        measures_to: differences of the measures, by the variant that is subtracted: plain, `other`.
     """
 
     variant: Variant
@@ -206,7 +222,9 @@ class Standing:
     mixed_share: float | None
     tokens_mixed: float | None
     by_epoch: dict[str, dict[str, float]]
+    curve: dict[str, Summary]
     measures: dict[str, Summary]
+    measures_to: dict[str, dict[str, Difference]]
 
 
 @dataclass(frozen=True)
@@ -247,10 +265,12 @@ def compare(
 ) -> Comparison:
     """Compare the variants over the seeds; records of removed variants and seeds are left out."""
     known = [r for r in records if r.variant in study.variants and r.seed in study.seeds]
-    top1 = {name: {r.seed: r.top1 for r in known if r.variant == name} for name in study.variants}
+    of = {name: [r for r in known if r.variant == name] for name in study.variants}
+    top1 = {name: {r.seed: r.top1 for r in own} for name, own in of.items()}
+    measures = {name: _measures(own) for name, own in of.items()}
     standings = []
     for name, variant in study.variants.items():
-        own = [record for record in known if record.variant == name]
+        own = of[name]
         last_epoch = _means([record.statistics for record in own])
         other = variant.against if variant.against != study.plain else None
         plain = None if name == study.plain else paired_difference(top1[name], top1[study.plain])
@@ -266,7 +286,13 @@ def compare(
                 mixed_share=last_epoch.get("mixed_share"),
                 tokens_mixed=last_epoch.get("tokens_mixed"),
                 by_epoch=_by_epoch(own),
-                measures=_measures(own),
+                curve=_summaries(_by_seed({r.seed: r.top1_by_epoch for r in own})),
+                measures=_summaries(measures[name]),
+                measures_to={
+                    reference: _differences(measures[name], measures[reference])
+                    for reference in dict.fromkeys((study.plain, other))
+                    if reference not in (None, name)
+                },
             )
         )
     return Comparison(study, known, standings, labels)
@@ -307,7 +333,23 @@ def _by_epoch(records: Sequence[StudyRecord]) -> dict[str, dict[str, float]]:
     return {epoch: means for epoch, means in found.items() if means}
 
 
-def _measures(records: Sequence[StudyRecord]) -> dict[str, Summary]:
-    names = dict.fromkeys(name for record in records for name in record.measures)
-    found = {n: {r.seed: r.measures[n] for r in records if n in r.measures} for n in names}
-    return {n: s for n, values in found.items() if (s := summarise(values)) is not None}
+def _measures(records: Sequence[StudyRecord]) -> dict[str, dict[int, float]]:
+    """Each measure of the final weights, the test loss among them, by seed."""
+    return _by_seed({r.seed: {**r.measures, "loss": r.loss} for r in records if r.measures})
+
+
+def _by_seed(found: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """The values of each name by seed, from those of each seed by name."""
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    return {n: {seed: v[n] for seed, v in found.items() if n in v} for n in names}
+
+
+def _summaries(values: Mapping[str, Mapping[int, float]]) -> dict[str, Summary]:
+    return {name: s for name, each in values.items() if (s := summarise(each)) is not None}
+
+
+def _differences(
+    values: Mapping[str, Mapping[int, float]], reference: Mapping[str, Mapping[int, float]]
+) -> dict[str, Difference]:
+    found = {n: paired_difference(each, reference.get(n, {})) for n, each in values.items()}
+    return {name: d for name, d in found.items() if d is not None}

@@ -4,9 +4,10 @@ from statistics import fmean
 
 from experiments.documents.markdown import aligned_table
 from experiments.study.measures import BLUR, NOISE, PATCH, SALIENCY_IMAGES
-from experiments.study.statistics import Comparison, Standing, layers_of
+from experiments.study.statistics import Comparison, Difference, Standing, layers_of
 
 MEASURES = {
+    "loss": ("loss", 3),
     "calibration_error": ("calibration error", 3),
     "top1_noise": ("top-1, noise", 2),
     "top1_blur": ("blur", 2),
@@ -34,11 +35,14 @@ def measures(comparison: Comparison, picture: str) -> list[str]:
         rows = [[s.variant.name, *(_measure(s, name) for name in MEASURES)] for s in tested]
         head = ["variant", *(title for title, _ in MEASURES.values())]
         parts += [
-            "Of the final weights: expected calibration error in 15 bins; top-1 on the evaluated "
-            f"images under Gaussian noise (standard deviation {NOISE:g} of pixels from 0 to 1), "
-            f"under a blur ({BLUR:g} pixel), and with a quarter of the patches ({PATCH}×{PATCH} "
-            "pixels) in grey; top-1 and cross-entropy on the training images, not augmented.\n",
+            "Of the final weights: cross-entropy; expected calibration error in 15 bins; top-1 on "
+            f"the evaluated images under Gaussian noise (standard deviation {NOISE:g} of pixels "
+            f"from 0 to 1), under a blur ({BLUR:g} pixel), and with a quarter of the patches "
+            f"({PATCH}×{PATCH} pixels) in grey; top-1 and cross-entropy on the training images, "
+            "not augmented.\n",
             aligned_table(head, rows, range(1, len(head))),
+            *_differences(tested),
+            *_curves(tested),
         ]
     mixing = [s for s in comparison.standings if s.by_epoch]
     if mixing:
@@ -95,6 +99,37 @@ def agreement(comparison: Comparison) -> list[str]:
         "picture; and how far each label is off, mean of the absolute values.\n",
         aligned_table(head, rows, range(1, len(head))),
     ]
+
+
+def _differences(standings: list[Standing]) -> list[str]:
+    rows = [
+        [f"{s.variant.name} − {reference}", *(_difference(found, name) for name in MEASURES)]
+        for s in standings
+        for reference, found in s.measures_to.items()
+        if found
+    ]
+    head = ["variant − variant", *(title for title, _ in MEASURES.values())]
+    return [
+        "Their differences, paired over the seeds, with 95% intervals.\n",
+        aligned_table(head, rows, range(1, len(head))),
+    ]
+
+
+def _curves(standings: list[Standing]) -> list[str]:
+    epochs = list(dict.fromkeys(epoch for s in standings for epoch in s.curve))
+    rows = [
+        [s.variant.name, *(s.curve[e].text(2) if e in s.curve else "–" for e in epochs)]
+        for s in standings
+    ]
+    return [
+        "Top-1 over the training, after so many epochs, on validation images, which are not those "
+        "of the tables above.\n",
+        aligned_table(["variant", *epochs], rows, range(1, len(epochs) + 1)),
+    ]
+
+
+def _difference(found: dict[str, Difference], name: str) -> str:
+    return found[name].text(MEASURES[name][1]) if name in found else "–"
 
 
 def _saliency(standing: Standing, layer: int) -> str:

@@ -166,7 +166,9 @@ def judged(folder, control, **figures):
     records = [
         record_of(study, variant, seed, top1).model_copy(
             update={
-                "measures": dict.fromkeys(tables.MEASURES, seed + 90.0) | sinks,
+                "measures": dict.fromkeys({*tables.MEASURES} - {"loss"}, top1) | sinks,
+                "loss": top1 / 100,
+                "top1_by_epoch": {"1": seed + 50.0, "2": top1},
                 "statistics_by_epoch": {
                     epoch: {f"htm/layer1/{n}": 0.25 for n in tables.DOSE} for epoch in ("2", "all")
                 },
@@ -191,7 +193,12 @@ def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
     insensitive = verdict(judged(tmp_path, ["mask", "HTM"], **figures))
     assert "**the study is insensitive**" in insensitive
     text = markdown(comparison)
-    assert "| HTM     |    92.000 ± 1.000 |" in text, "of the measures"
+    assert "| HTM     | 0.920 ± 0.010 |    92.033 ± 1.002 |" in text, "of the measures"
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    row = "| HTM − plain | +0.010 [+0.009, +0.012] | +1.033 [+0.890, +1.177] | +1.03 [+0.89, +1.18]"
+    assert any(line.startswith(row) for line in rows), "of their differences"
+    assert any(line.startswith("| mask − HTM | 0.000 [−0.002, +0.002]") for line in rows)
+    assert "| HTM     | 52.00 ± 1.00 | 92.03 ± 1.00 |" in text, "of the curve"
     assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
     assert "| HTM     | 10%, 10%, 10% | 30%, 30%, 30% | 50%, 50%, 50% |" in text, "of the sinks"
     some = {**figures, "mask": [91.1]}
