@@ -11,50 +11,65 @@ from experiments.documents.figures import BLACK, BLUE, REST, VERMILION
 from experiments.study.statistics import Comparison, Standing, layers_of
 
 _INCHES_PER_VARIANT = 0.42
+_INCHES_PER_SETTING = 0.2  # of a search, which has many
 
 
 def draw(comparison: Comparison, stem: Path) -> list[Path]:
-    """Write `STEM.png` and `STEM.svg`, and return their paths."""
-    standings = comparison.standings
-    title = comparison.study.title
-    claims = comparison.study.claims
+    """Write `STEM.png` and `STEM.svg`, and return their paths; a search has no differences."""
+    standings, study = comparison.standings, comparison.study
+    title = study.title
     if not comparison.complete:
         title += f" ({len(comparison.records)} of {comparison.wanted} trainings)"
     with figures.house_style():
-        figure = figures.make_figure(1.7 + _INCHES_PER_VARIANT * len(standings))
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
-        for height, standing in enumerate(standings):
-            _draw_top1(left, height, standing)
-            _draw_differences(
-                right, height, standing, comparison.has_others, every_seed=claims is not None
-            )
-        several = any(s.top1 is not None and s.top1.count > 1 for s in standings)
-        left.set_xlabel(
-            "top-1 (%):\neach seed (small, grey), mean ± standard deviation (large, black)"
-            if several
-            else "top-1 (%), one seed"
-        )
-        left.set_yticks(range(len(standings)), [_label(standing) for standing in standings])
-        left.set_ylim(len(standings) - 0.4, -0.6)
-        intervals = any(s.to_plain and s.to_plain.half_width is not None for s in standings)
-        words = "difference in top-1 (points),\n95% interval, paired over seeds"
-        if claims is not None:
-            words += f"; small: each seed;\nband: equal within ±{claims.margin:g}"
-            right.axvspan(-claims.margin, claims.margin, color=figures.GRID, zorder=0)
-        right.set_xlabel(words if intervals else "difference in top-1 (points), one seed")
-        right.axvline(0, color=BLACK, linewidth=1)
-        handles = [_handle(BLUE, "o", f"to {comparison.study.plain}")]
-        others = sorted({s.other for s in standings if s.other is not None})
-        if others:
-            handles.append(_handle(VERMILION, "s", f"to {', '.join(others)}"))
-        right.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-        for axes in (left, right):
+        if study.arms:
+            figure = figures.make_figure(1.7 + _INCHES_PER_SETTING * len(standings))
+            panels = [figure.subplots()]
+        else:
+            figure = figures.make_figure(1.7 + _INCHES_PER_VARIANT * len(standings))
+            panels = list(figure.subplots(1, 2, sharey=True, width_ratios=(1.1, 1)))
+            _draw_all_differences(panels[1], comparison)
+        _draw_all_top1(panels[0], standings)
+        for axes in panels:
             axes.grid(axis="x", color=figures.GRID, linewidth=0.6)
             axes.set_axisbelow(True)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         figures.title(figure, title)
-        return figures.write(figure, stem, f"{title}: top-1 per seed, and differences")
+        words = "top-1 per seed" if study.arms else "top-1 per seed, and differences"
+        return figures.write(figure, stem, f"{title}: {words}")
+
+
+def _draw_all_top1(axes: Axes, standings: list[Standing]) -> None:
+    for height, standing in enumerate(standings):
+        _draw_top1(axes, height, standing)
+    several = any(s.top1 is not None and s.top1.count > 1 for s in standings)
+    axes.set_xlabel(
+        "top-1 (%):\neach seed (small, grey), mean ± standard deviation (large, black)"
+        if several
+        else "top-1 (%), one seed"
+    )
+    axes.set_yticks(range(len(standings)), [_label(standing) for standing in standings])
+    axes.set_ylim(len(standings) - 0.4, -0.6)
+
+
+def _draw_all_differences(axes: Axes, comparison: Comparison) -> None:
+    standings, claims = comparison.standings, comparison.study.claims
+    for height, standing in enumerate(standings):
+        _draw_differences(
+            axes, height, standing, comparison.has_others, every_seed=claims is not None
+        )
+    intervals = any(s.to_plain and s.to_plain.half_width is not None for s in standings)
+    words = "difference in top-1 (points),\n95% interval, paired over seeds"
+    if claims is not None:
+        words += f"; small: each seed;\nband: equal within ±{claims.margin:g}"
+        axes.axvspan(-claims.margin, claims.margin, color=figures.GRID, zorder=0)
+    axes.set_xlabel(words if intervals else "difference in top-1 (points), one seed")
+    axes.axvline(0, color=BLACK, linewidth=1)
+    handles = [_handle(BLUE, "o", f"to {comparison.study.plain}")]
+    others = sorted({s.other for s in standings if s.other is not None})
+    if others:
+        handles.append(_handle(VERMILION, "s", f"to {', '.join(others)}"))
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def _label(standing: Standing) -> str:

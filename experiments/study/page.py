@@ -29,16 +29,20 @@ from experiments.study.tables import agreement, measures
 _ARMS = ("HTM", "VTM", "HTM + VTM")
 PAGE, PICTURE, SALIENCY_PICTURE = "README.md", "study", "saliency"
 
-_METHOD = (
+_TOP1 = (
     "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
-    "images: mean ± standard deviation over the seeds (n - 1 in the denominator). All variants "
-    "with the same seed start from the same weights of the host and see the same batches, so "
-    "differences are taken per seed: their mean, in points, with the two-sided 95% interval of the "
-    "paired t-test over the n seeds that both have. An interval that includes 0 shows no "
-    "difference. Intervals are not corrected for multiple comparisons: of twenty comparisons "
-    "without any effect, one is expected to exclude 0. Samples mixed and tokens mixed are means "
-    "over the training steps of the last epoch; tokens mixed counts the replaced tokens per easy "
-    "sample."
+    "images: mean ± standard deviation over the seeds (n - 1 in the denominator). "
+)
+_DIFFERENCES = (
+    "All variants with the same seed start from the same weights of the host and see the same "
+    "batches, so differences are taken per seed: their mean, in points, with the two-sided 95% "
+    "interval of the paired t-test over the n seeds that both have. An interval that includes 0 "
+    "shows neither a difference nor that there is none. No interval is corrected for multiple "
+    "comparisons: of twenty comparisons without any effect, one is expected to exclude 0. "
+)
+_MIXED = (
+    "Samples mixed and tokens mixed are means over the training steps of the last epoch; tokens "
+    "mixed counts the replaced tokens per easy sample."
 )
 
 
@@ -110,11 +114,11 @@ def markdown(comparison: Comparison) -> str:
         f"{study.about}\n",
         f"{state(comparison)}\n",
         table(comparison),
-        f"{_METHOD}\n",
+        f"{_TOP1}{'' if study.arms else _DIFFERENCES}{_MIXED}\n",
         verdict(comparison),
         *measures(comparison, SALIENCY_PICTURE),
         *agreement(comparison),
-        f"![Top-1 per seed, and differences with their intervals]({PICTURE}.svg)\n",
+        f"![Top-1 per seed{'' if study.arms else ', and differences'}]({PICTURE}.svg)\n",
         "## The variants\n",
         "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",
         "## Every training\n",
@@ -139,14 +143,18 @@ def state(comparison: Comparison) -> str:
 
 def table(comparison: Comparison) -> str:
     """One line per variant."""
-    head = ["variant", "n", "top-1", "difference to plain"]
+    head = ["variant", "n", "top-1"]
+    if not comparison.study.arms:  # few seeds choose in a search: its intervals would be noise
+        head += [f"difference to {comparison.study.plain}"]
     if comparison.has_others:
         head += ["against", "difference to that"]
     head += ["loss", "samples mixed", "tokens mixed"]
     rows = []
     for s in comparison.standings:
         row = [s.variant.name, str(s.top1.count if s.top1 else 0)]
-        row += [s.top1.text(2) if s.top1 else "–", _difference(s.to_plain)]
+        row += [s.top1.text(2) if s.top1 else "–"]
+        if not comparison.study.arms:
+            row += [_difference(s.to_plain)]
         if comparison.has_others:
             row += [s.other or "", _difference(s.to_other)]
         row += [
@@ -189,7 +197,7 @@ def _judged(comparison: Comparison, claims: Claims) -> str:
     control, pairs = found.control, [*found.primary, *found.beside]
     what = f"{control.variant} against {control.other}, the positive control: {_shown(control)}"
     if found.sensitive:
-        lines = [f"{what}. It is better, so the study is sensitive."]
+        lines = [f"{what}. It is better, so the study is sensitive to an effect of that size."]
     else:
         lines = [
             f"{what}. It is not called better, so **the study is insensitive**: nothing below "
@@ -203,10 +211,12 @@ def _judged(comparison: Comparison, claims: Claims) -> str:
         "points is shown",
     }
     for number, pair in enumerate(pairs):
-        corrected = ", corrected by Holm's method" if number < len(found.primary) else ""
         who = f"{pair.variant} against {pair.other}"
-        who = f"**{who}**" if corrected else f"{who}, beside them"
-        lines.append(f"{who}: {_shown(pair)}{corrected}: {words[pair.verdict]}.")
+        if number < len(found.primary):
+            who, how = f"**{who}**", "corrected by Holm's method"
+        else:
+            who, how = f"{who}, beside them", "uncorrected, which decides nothing"
+        lines.append(f"{who}: {_shown(pair)}, {how}: {words[pair.verdict]}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 

@@ -110,7 +110,8 @@ def _differences(standings: list[Standing]) -> list[str]:
     ]
     head = ["variant − variant", *(title for title, _ in MEASURES.values())]
     return [
-        "Their differences, paired over the seeds, with 95% intervals.\n",
+        "Their differences, paired over the seeds, with 95% intervals, not corrected for their "
+        "number: they describe the models and decide nothing.\n",
         aligned_table(head, rows, range(1, len(head))),
     ]
 

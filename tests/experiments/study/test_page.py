@@ -188,7 +188,8 @@ def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
     # differences 1, 1.1, 1: t = 31 of 2 degrees of freedom, by tables p = 0.00104
     assert "**HTM against plain**: +1.03 [+0.89, +1.18], p = 0.001, corrected" in words
     assert (
-        "mask against HTM, beside them: 0.00 [−0.25, +0.25], p = 1.000: equal within 0.3" in words
+        "mask against HTM, beside them: 0.00 [−0.25, +0.25], p = 1.000, uncorrected, which decides "
+        "nothing: equal within 0.3" in words
     )
     insensitive = verdict(judged(tmp_path, ["mask", "HTM"], **figures))
     assert "**the study is insensitive**" in insensitive
