@@ -180,6 +180,16 @@ def test_4000_images_take_the_settings_of_1000(monkeypatch):
         assert dataclasses.replace(ours.data, per_class=theirs.data.per_class) == theirs.data
 
 
+def test_the_ablations_reuse_trainings_of_the_study(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = ("small_data", "small_data_ablations")
+    found, more = (read_study(f"configs/studies/{name}.yaml") for name in names)
+    known = {found.identity(variant, 1): name for name, variant in found.variants.items()}
+    same = {name: known.get(more.identity(v, 1)) for name, v in more.variants.items()}
+    reused = {"HTM": "HTM", "VTM": "VTM", "CutMix": "CutMix", "plain, no drop path": "plain"}
+    assert {name: other for name, other in same.items() if other} == reused
+
+
 def test_the_digits_are_the_quickstarts(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = read_study("configs/studies/digits.yaml")
