@@ -5,7 +5,15 @@ import pytest
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
 from experiments.study import page, tables
-from experiments.study.page import makers, markdown, summary, table, verdict, write_report
+from experiments.study.page import (
+    comparison_of,
+    makers,
+    markdown,
+    summary,
+    table,
+    verdict,
+    write_report,
+)
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import compare
@@ -94,10 +102,9 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
-    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        text = document.read_text(encoding="utf-8")
-        assert "generated: study " in text
-        assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "generated: study " in text
+    assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
 
 
 def test_the_summary_has_every_study_of_htm_vtm_and_both(tmp_path, monkeypatch):
@@ -141,6 +148,38 @@ def test_readings_quote_the_records(monkeypatch):
     found = standings("ablations")
     doses = [100 * found[name].mixed_share for name in ("HTM, layer 0", "HTM")]
     assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words
+
+
+def test_the_documents_quote_the_study_of_small_data():
+    study = read_study(ROOT / "configs" / "studies" / "small_data.yaml")
+    found = {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
+    readme, loop, results = (
+        " ".join((ROOT / path).read_text().split())
+        for path in ("README.md", "docs/training_loop.md", "docs/results.md")
+    )
+    both, on_top = found["HTM + VTM"].to_plain, found["CutMix + HTM + VTM"].to_other
+    gains = [f"{found[name].to_plain.mean:.2f}" for name in ("CutMix", "Mixup")]
+    for text in (readme, loop):
+        assert both.text(2).removeprefix("+") in text and f"{gains[0]} points" in text
+        assert f"lost {on_top.text(2).removeprefix('−')}" in text.replace(" points", "")
+    assert f"CutMix gained {gains[0]} points, Mixup {gains[1]}" in loop
+    assert f"scored {both.mean:.2f} points above" in results
+    assert f"is worse, by {-on_top.mean:.2f} points" in results
+    htm, pair = found["HTM"].measures_to["plain"], found["CutMix + HTM + VTM"].measures_to["CutMix"]
+    assert (
+        f"lowered the test loss by {-htm['loss'].mean:.3f} and the calibration error by "
+        f"{-htm['calibration_error'].mean:.3f}" in results
+    )
+    assert (
+        f"raised the test loss by {pair['loss'].mean:.3f} and the calibration error by "
+        f"{pair['calibration_error'].mean:.3f}" in results
+    )
+    for name in ("HTM", "VTM", "HTM + VTM"):
+        differences = found[name].measures_to["plain"]
+        corrupted = ("top1_noise", "top1_blur", "top1_occlusion")
+        assert not any(differences[corruption].excludes_zero for corruption in corrupted)
+    hidden = [found[n].measures_to["plain"]["top1_occlusion"].mean for n in ("CutMix", "Mixup")]
+    assert "CutMix gains {:.0f} points and Mixup {:.0f}".format(*hidden) in results
 
 
 def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
