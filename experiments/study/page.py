@@ -77,19 +77,22 @@ def comparison_of(study: Study, results: Path) -> Comparison:
 
 
 def makers(results: Path) -> Makers:
-    """What makes the blocks `study NAME` of the documents: state, table, and the verdict.
+    """What makes the blocks of the documents.
 
-    `study summary` is a table of all studies that compare HTM, VTM and both with the plain model.
+    `study NAME` is state, table and verdict; `study summary` a table of all studies that compare
+    HTM, VTM and both with the plain model; `claims NAME` one of the control and the primary claims.
     """
+
+    def compared(name: str) -> Comparison:
+        return comparison_of(read_study(ROOT / "configs" / "studies" / f"{name}.yaml"), results)
 
     def block(name: str) -> str:
         if name == "summary":
             return summary(results)
-        study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
-        comparison = comparison_of(study, results)
+        comparison = compared(name)
         return "\n".join([state(comparison) + "\n", table(comparison), verdict(comparison)])
 
-    return {"study": block}
+    return {"study": block, "claims": lambda name: claims_table(compared(name))}
 
 
 def summary(results: Path) -> str:
@@ -181,6 +184,18 @@ def verdict(comparison: Comparison) -> str:
         pairs = [(s, s.to_other) for s in comparison.standings]
         texts.append(_verdict("to the variant of the column “against”", pairs))
     return "\n".join(f"- {text}" for text in texts) + "\n"
+
+
+def claims_table(comparison: Comparison) -> str:
+    """One line for the positive control and each primary claim; none until all trainings end."""
+    found, seeds = comparison.outcome, len(comparison.study.seeds)
+    contrasts = [found.control, *found.primary] if found else []
+    rows = [
+        [f"{one.variant} against {one.other}", _difference(one.difference), one.verdict]
+        for one in contrasts
+    ]
+    head = (f"{comparison.study.title}, {seeds} seeds", "points of top-1 (95% interval)", "verdict")
+    return aligned_table(head, rows, [1])
 
 
 def _verdict(whom: str, pairs: Sequence[tuple[Standing, Difference | None]]) -> str:

@@ -2,10 +2,11 @@
 
 import pytest
 
-from experiments.documents.markdown import fill_blocks
+from experiments.documents.markdown import block_kinds, fill_blocks
 from experiments.errors import ConfigError
 from experiments.study import page, tables
 from experiments.study.page import (
+    claims_table,
     comparison_of,
     makers,
     markdown,
@@ -102,9 +103,10 @@ def test_the_pages_of_the_repository_are_those_of_its_records(monkeypatch):
         for record in records:
             identity = found.identity(found.variants[record.variant], record.seed)
             assert record.identity == identity, f"{name}: {record.variant}/{record.seed}"
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert "generated: study " in text
-    assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
+    for document, kind in ((ROOT / "README.md", "claims"), (ROOT / "docs/results.md", "study")):
+        text = document.read_text(encoding="utf-8")
+        assert kind in block_kinds(text)
+        assert fill_blocks(text, makers(ROOT / "results")) == text, "--report makes it anew"
 
 
 def test_the_summary_has_every_study_of_htm_vtm_and_both(tmp_path, monkeypatch):
@@ -153,16 +155,15 @@ def test_readings_quote_the_records(monkeypatch):
 def test_the_documents_quote_the_study_of_small_data():
     study = read_study(ROOT / "configs" / "studies" / "small_data.yaml")
     found = {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
-    readme, loop, results = (
-        " ".join((ROOT / path).read_text().split())
-        for path in ("README.md", "docs/training_loop.md", "docs/results.md")
+    loop, results = (
+        " ".join((ROOT / "docs" / name).read_text().split())
+        for name in ("training_loop.md", "results.md")
     )
     both, on_top = found["HTM + VTM"].to_plain, found["CutMix + HTM + VTM"].to_other
     gains = [f"{found[name].to_plain.mean:.2f}" for name in ("CutMix", "Mixup")]
-    for text in (readme, loop):
-        assert both.text(2).removeprefix("+") in text and f"{gains[0]} points" in text
-        assert f"lost {on_top.text(2).removeprefix('−')}" in text.replace(" points", "")
-    assert f"CutMix gained {gains[0]} points, Mixup {gains[1]}" in loop
+    assert f"CutMix gained {gains[0]} points, Mixup {gains[1]}, HTM and VTM" in loop
+    assert both.text(2).removeprefix("+") in loop
+    assert f"lost {on_top.text(2).removeprefix('−').replace(' ', ' points ', 1)}" in loop
     assert f"scored {both.mean:.2f} points above" in results
     assert f"is worse, by {-on_top.mean:.2f} points" in results
     htm, pair = found["HTM"].measures_to["plain"], found["CutMix + HTM + VTM"].measures_to["CutMix"]
@@ -241,6 +242,10 @@ def test_claims_are_judged_once_all_trainings_are_done(tmp_path):
     assert "| HTM     | 52.00 ± 1.00 | 92.03 ± 1.00 |" in text, "of the curve"
     assert "| HTM     |           25% |    0.2 |         25% |" in text, "of the dose"
     assert "| HTM     | 10%, 10%, 10% | 30%, 30%, 30% | 50%, 50%, 50% |" in text, "of the sinks"
+    short = claims_table(comparison).splitlines()
+    assert short[0].startswith("| Tiny, 3 seeds") and len(short) == 4
+    cells = [cell.strip() for cell in short[2].strip("|").split("|")]
+    assert cells == ["HTM against plain", "+1.03 [+0.89, +1.18]", "better"]
     some = {**figures, "mask": [91.1]}
     unfinished = judged(tmp_path, ["HTM", "plain"], **some)
     assert verdict(unfinished) == "- The claims are judged when all trainings are done.\n"
