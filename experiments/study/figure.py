@@ -68,7 +68,7 @@ def _draw_all_differences(axes: Axes, comparison: Comparison) -> None:
     handles = [_handle(BLUE, "o", f"to {comparison.study.plain}")]
     others = sorted({s.other for s in standings if s.other is not None})
     if others:
-        words = ", ".join(others) if len(others) < 3 else "the variant that it changes"
+        words = ", ".join(others) if len(others) < 3 else "its own reference"
         handles.append(_handle(VERMILION, "s", f"to {words}"))
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 

@@ -222,7 +222,7 @@ def _judged(comparison: Comparison, claims: Claims) -> str:
         "equal": f"equal within {claims.margin:g} points",
         "better": "better",
         "worse": "worse",
-        "undecided": f"undecided: neither a difference nor equality within {claims.margin:g} "
+        "undecided": f"undecided, as neither a difference nor equality within {claims.margin:g} "
         "points is shown",
     }
     for number, pair in enumerate(pairs):
