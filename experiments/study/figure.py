@@ -12,6 +12,12 @@ from experiments.study.statistics import Comparison, Standing, layers_of
 
 _INCHES_PER_VARIANT = 0.42
 _INCHES_PER_SETTING = 0.2  # of a search, which has many
+_SHARES = {
+    "share": ("of the label", VERMILION, "s"),
+    "share_by_tokens": ("of the tokens", BLUE, "D"),
+    "share_seen": ("as a judge sees it", BLACK, "o"),
+    "share_seen_random": ("as it sees as many tokens at random places", REST, "o"),
+}
 
 
 def draw(comparison: Comparison, stem: Path) -> list[Path]:
@@ -155,6 +161,34 @@ def draw_saliency(comparison: Comparison, stem: Path) -> list[Path]:
             axes.grid(axis="y", color=figures.GRID, linewidth=0.6)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figures.title(figure, title)
+        return figures.write(figure, stem, title)
+
+
+def draw_labels(comparison: Comparison, stem: Path) -> list[Path]:
+    """The partner's share of the mixed samples: by the labels, and as a judge sees it."""
+    title = f"{comparison.study.title}: labels and pictures"
+    standings = [standing for standing in comparison.standings if standing.agreement]
+    values = sorted({rho for standing in standings for rho in standing.agreement})
+    with figures.house_style():
+        figure = figures.make_figure(1.9 + _INCHES_PER_VARIANT * len(standings))
+        panels = figure.subplots(1, len(values), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, rho in zip(panels, values, strict=True):
+            for name, (_, colour, marker) in _SHARES.items():
+                for height, standing in enumerate(standings):
+                    share = standing.agreement.get(rho, {}).get(name)
+                    if share is not None:
+                        std = None if share.std is None else 100 * share.std
+                        style = {"fmt": marker, "color": colour, "markersize": 5}
+                        _error_bar(axes, 100 * share.mean, height, std, **style)
+            axes.set_title(f"ρ = {rho:g}")
+            axes.set_xlabel("partner's share (%)")
+            axes.set_yticks(range(len(standings)), [s.variant.name for s in standings])
+            axes.set_ylim(len(standings) - 0.4, -0.6)
+            axes.set_xlim(left=0)
+            axes.grid(axis="x", color=figures.GRID, linewidth=0.6)
+        handles = [_handle(colour, marker, label) for label, colour, marker in _SHARES.values()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         figures.title(figure, title)
         return figures.write(figure, stem, title)
 

@@ -45,8 +45,10 @@ class Agreement(NamedTuple):
     """That of the taken tokens among all."""
     share_seen: float | None
     """What the judge sees of the partner's class, of both classes."""
+    share_seen_random: float | None
+    """Likewise if as many tokens at random places are taken: what their number alone does."""
     gap: float | None
-    """|share - share seen|."""
+    """|share - share seen|. Labels that ignore the partner would be off by share seen itself."""
     gap_by_tokens: float | None
     """|share by tokens - share seen|."""
 
@@ -58,6 +60,12 @@ def mixed_pixels(images: Tensor, decision: MixingDecision) -> Tensor:
     mask = decision.mask.unflatten(1, (1, side, side))
     mask = mask.repeat_interleave(size // side, 2).repeat_interleave(size // side, 3)
     return torch.where(mask, images[decision.partner], images)
+
+
+def at_random_places(decision: MixingDecision, generator: torch.Generator) -> MixingDecision:
+    """The same partners and as many of their tokens, at places drawn at random."""
+    order = torch.rand(decision.mask.shape, generator=generator).argsort(1)
+    return MixingDecision(decision.partner, decision.mask.gather(1, order))
 
 
 @torch.no_grad()
@@ -73,28 +81,36 @@ def agreement(
         num_classes: C.
         rho: saliency difference threshold.
     """
-    parts = []
+    parts, generator = [], torch.Generator().manual_seed(0)
     for images, labels in batches:
         saliency = layer_saliencies(model, images)[0]
         targets = F.one_hot(labels, num_classes).float()
         easy = torch.ones(len(labels), dtype=torch.bool)
         decision = decide_mixing(saliency, targets, easy, rho)
-        seen = judge(mixed_pixels(images, decision)).softmax(1)
-        own = seen.gather(1, labels.unsqueeze(1))[:, 0]
-        other = seen.gather(1, labels[decision.partner].unsqueeze(1))[:, 0]
         values = (
             decision.mask.sum(1).float(),
             label_share(saliency, decision),
             decision.mask.float().mean(1),
-            other / (own + other),
+            _share_seen(judge, images, labels, decision),
+            _share_seen(judge, images, labels, at_random_places(decision, generator)),
         )
         pairs = decision.mask.any(1) & (labels != labels[decision.partner])
         parts.append(torch.stack(values)[:, pairs])
-    tokens, share, by_tokens, seen = torch.cat(parts, 1).double()
+    tokens, share, by_tokens, seen, seen_random = torch.cat(parts, 1).double()
     gaps = ((share - seen).abs(), (by_tokens - seen).abs())
-    found = (tokens, share, by_tokens, seen, *gaps)
+    found = (tokens, share, by_tokens, seen, seen_random, *gaps)
     means = (round(v.mean().item(), 5) if len(v) else None for v in found)
     return Agreement(len(tokens), *means)
+
+
+def _share_seen(
+    judge: nn.Module, images: Tensor, labels: Tensor, decision: MixingDecision
+) -> Tensor:
+    """What the judge sees (B,) of the partner's class, of both classes, in the mixed picture."""
+    seen = judge(mixed_pixels(images, decision)).softmax(1)
+    own = seen.gather(1, labels.unsqueeze(1))[:, 0]
+    other = seen.gather(1, labels[decision.partner].unsqueeze(1))[:, 0]
+    return other / (own + other)
 
 
 def judge_labels(study: Study, runs: Path, results: Path, judge: Path, command: str) -> int:

@@ -27,7 +27,7 @@ from experiments.study.statistics import (
 from experiments.study.tables import agreement, measures
 
 _ARMS = ("HTM", "VTM", "HTM + VTM")
-PAGE, PICTURE, SALIENCY_PICTURE = "README.md", "study", "saliency"
+PAGE, PICTURE, SALIENCY_PICTURE, LABELS_PICTURE = "README.md", "study", "saliency", "labels"
 
 _TOP1 = (
     "Top-1 is measured after the last epoch, never the best epoch, in per cent of the evaluated "
@@ -52,7 +52,7 @@ def write_report(study: Study, results: Path) -> list[Path]:
     Raises:
         DataError: there are no records, they are damaged, or the page cannot be written.
     """
-    from experiments.study.figure import draw, draw_saliency
+    from experiments.study.figure import draw, draw_labels, draw_saliency
 
     path, comparison = study_records(results, study.name).path, comparison_of(study, results)
     if not comparison.records:
@@ -64,6 +64,8 @@ def write_report(study: Study, results: Path) -> list[Path]:
         paths = draw(comparison, path.parent / PICTURE)
         if layers_of(comparison):
             paths += draw_saliency(comparison, path.parent / SALIENCY_PICTURE)
+        if any(standing.agreement for standing in comparison.standings):
+            paths += draw_labels(comparison, path.parent / LABELS_PICTURE)
         write_atomically(page, markdown(comparison).encode())
     except OSError as error:
         raise DataError(f"{page}: cannot write the page: {error.strerror}") from None
@@ -120,7 +122,7 @@ def markdown(comparison: Comparison) -> str:
         f"{_TOP1}{'' if study.arms else _DIFFERENCES}{_MIXED}\n",
         verdict(comparison),
         *measures(comparison, SALIENCY_PICTURE),
-        *agreement(comparison),
+        *agreement(comparison, LABELS_PICTURE),
         f"![Top-1 per seed{'' if study.arms else ', and differences'}]({PICTURE}.svg)\n",
         "## The variants\n",
         "\n".join(f"- {_described(study, s)}" for s in comparison.standings) + "\n",

@@ -225,6 +225,7 @@ class Standing:
     curve: dict[str, Summary]
     measures: dict[str, Summary]
     measures_to: dict[str, dict[str, Difference]]
+    agreement: dict[float, dict[str, Summary]]
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,6 @@ class Comparison:
     study: Study
     records: list[StudyRecord]
     standings: list[Standing]
-    labels: Sequence[LabelRecord] = ()
-    """What a judge saw of the labels, if one was asked."""
 
     @property
     def wanted(self) -> int:
@@ -293,9 +292,10 @@ def compare(
                     for reference in dict.fromkeys((study.plain, other))
                     if reference not in (None, name)
                 },
+                agreement=_agreement([r for r in labels if r.variant == name]),
             )
         )
-    return Comparison(study, known, standings, labels)
+    return Comparison(study, known, standings)
 
 
 def best_of_arms(comparison: Comparison) -> dict[str, Standing | None]:
@@ -336,6 +336,19 @@ def _by_epoch(records: Sequence[StudyRecord]) -> dict[str, dict[str, float]]:
 def _measures(records: Sequence[StudyRecord]) -> dict[str, dict[int, float]]:
     """Each measure of the final weights, the test loss among them, by seed."""
     return _by_seed({r.seed: {**r.measures, "loss": r.loss} for r in records if r.measures})
+
+
+def _agreement(records: Sequence[LabelRecord]) -> dict[float, dict[str, Summary]]:
+    """What a judge saw of one variant's labels, over the seeds, by rho."""
+    values = {
+        rho: {r.seed: r.agreement for r in records if r.rho == rho}
+        for rho in sorted({r.rho for r in records})
+    }
+    known = {
+        rho: {seed: {n: v for n, v in each.items() if v is not None} for seed, each in own.items()}
+        for rho, own in values.items()
+    }
+    return {rho: _summaries(_by_seed(own)) for rho, own in known.items()}
 
 
 def _by_seed(found: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:

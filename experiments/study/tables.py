@@ -1,10 +1,8 @@
 """Tables of what a study measured besides accuracy: final weights, HTM's dose, saliency, labels."""
 
-from statistics import fmean
-
 from experiments.documents.markdown import aligned_table
 from experiments.study.measures import BLUR, NOISE, PATCH, SALIENCY_IMAGES
-from experiments.study.statistics import Comparison, Difference, Standing, layers_of
+from experiments.study.statistics import Comparison, Difference, Standing, Summary, layers_of
 
 MEASURES = {
     "loss": ("loss", 3),
@@ -21,6 +19,15 @@ DOSE = {
     "label_share": ("label share", "{:.0%}"),
     "largest_saliency_share": ("largest saliency", "{:.0%}"),
     "same_place_share": ("at one place", "{:.0%}"),
+}
+AGREEMENT = {
+    "tokens": ("tokens", "{:.1f}"),
+    "share": ("label", "{:.0%}"),
+    "share_by_tokens": ("by tokens", "{:.0%}"),
+    "share_seen": ("seen", "{:.0%}"),
+    "share_seen_random": ("seen, random places", "{:.0%}"),
+    "gap": ("label off by", "{:.0%}"),
+    "gap_by_tokens": ("by tokens off by", "{:.0%}"),
 }
 
 
@@ -75,29 +82,28 @@ def measures(comparison: Comparison, picture: str) -> list[str]:
     return parts
 
 
-def agreement(comparison: Comparison) -> list[str]:
-    """How well the labels agree with what a judge sees; nothing where none was asked."""
-    names = ("tokens", "share", "share_by_tokens", "share_seen", "gap", "gap_by_tokens")
-    rows = []
-    for standing in comparison.standings:
-        own = [r for r in comparison.labels if r.variant == standing.variant.name]
-        for rho in sorted({r.rho for r in own}):
-            found = [r.agreement for r in own if r.rho == rho]
-            means = []
-            for name in names:
-                values = [value for each in found if (value := each[name]) is not None]
-                form = "{:.1f}" if name == "tokens" else "{:.3f}"
-                means.append(form.format(fmean(values)) if values else "–")
-            rows.append([standing.variant.name, f"{rho:g}", *means])
+def agreement(comparison: Comparison, picture: str) -> list[str]:
+    """How well the labels agree with what a judge sees; nothing where none was asked.
+
+    `picture` is the name of that of the shares.
+    """
+    rows = [
+        [s.variant.name, f"{rho:g}", *(_agreement(found, name) for name in AGREEMENT)]
+        for s in comparison.standings
+        for rho, found in s.agreement.items()
+    ]
     if not rows:
         return []
-    head = ["variant", "rho", "tokens", "label", "by tokens", "seen", "off by", "by tokens off by"]
+    head = ["variant", "rho", *(title for title, _ in AGREEMENT.values())]
     return [
         "Labels against the picture: all samples of test batches mixed by the saliency at layer "
         "0, pairs of different classes. The partner's share of the label, by saliency and by the "
         "number of tokens; what a model trained on all images sees of the partner in the mixed "
-        "picture; and how far each label is off, mean of the absolute values.\n",
+        "picture, and what it sees if as many tokens are taken at random places; and how far each "
+        "label is off what it sees, mean of the absolute values. A label that ignored the partner "
+        "would be off by what is seen.\n",
         aligned_table(head, rows, range(1, len(head))),
+        f"![The partner's share, by the label and as seen]({picture}.svg)\n",
     ]
 
 
@@ -131,6 +137,10 @@ def _curves(standings: list[Standing]) -> list[str]:
 
 def _difference(found: dict[str, Difference], name: str) -> str:
     return found[name].text(MEASURES[name][1]) if name in found else "–"
+
+
+def _agreement(found: dict[str, Summary], name: str) -> str:
+    return AGREEMENT[name][1].format(found[name].mean) if name in found else "–"
 
 
 def _saliency(standing: Standing, layer: int) -> str:

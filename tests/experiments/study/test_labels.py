@@ -7,9 +7,7 @@ from torch import nn
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study import labels
-from experiments.study.labels import agreement, mixed_pixels
-from experiments.study.page import comparison_of, markdown
-from experiments.study.plan import read_study
+from experiments.study.labels import agreement, at_random_places, mixed_pixels
 from experiments.study.records import label_records
 from tests.experiments.study.test_variants import vit
 from tests.helpers.runs_helper import write_config
@@ -41,8 +39,20 @@ def test_a_judge_that_counts_pixels_agrees_with_the_number_of_tokens():
     assert found.pairs >= 8 and 0 < found.tokens < 16
     assert found.gap_by_tokens == pytest.approx(0, abs=1e-6)
     assert found.share_seen == pytest.approx(found.share_by_tokens, abs=1e-6)
+    assert found.share_seen_random == pytest.approx(found.share_by_tokens, abs=1e-6)
     assert found.share_by_tokens == pytest.approx(found.tokens / 16)
     assert found.gap > 0, "labels by saliency say something else"
+
+
+def test_random_places_keep_the_partner_and_the_number_of_tokens():
+    mask = torch.rand(64, 16, generator=torch.Generator().manual_seed(1)) < 0.3
+    decision = MixingDecision(torch.arange(64).roll(1), mask)
+    moved = at_random_places(decision, torch.Generator().manual_seed(0))
+    assert torch.equal(moved.partner, decision.partner)
+    assert torch.equal(moved.mask.sum(1), mask.sum(1))
+    assert not torch.equal(moved.mask, mask)
+    taken = moved.mask.double().mean(0)  # of each place; the mean is 0.3, its deviation 0.06
+    assert taken.amin() > 0.1 and taken.amax() < 0.5, "no place is preferred"
 
 
 def test_each_finished_training_is_judged_once(tmp_path, monkeypatch, capsys):
@@ -67,8 +77,10 @@ def test_each_finished_training_is_judged_once(tmp_path, monkeypatch, capsys):
     assert found[1].agreement == {**dict.fromkeys(found[0].agreement), "pairs": 0}, (
         "none so salient"
     )
-    page = markdown(comparison_of(read_study(path), tmp_path))
+    study.main([*words[:2], "--results", str(tmp_path), "--report"])
+    page = (tmp_path / "studies" / "tiny" / "README.md").read_text()
     assert f"| HTM     |      0 |    {found[2].agreement['tokens']:.1f} |" in page
     assert "| HTM     | 0.5625 |      – |" in page
+    assert "(labels.svg)" in page and (tmp_path / "studies" / "tiny" / "labels.svg").stat().st_size
     with pytest.raises(ConfigError, match="test_split: missing"):
         study.main(["--study", str(write_study(tmp_path, "other")), *words[2:], *judge])
