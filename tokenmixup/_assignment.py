@@ -162,9 +162,8 @@ def _lowest(bits: int) -> int:
 
 def _refuse(row: int, column: int, value: float) -> NoReturn:
     raise ValueError(
-        f"gain[{row}, {column}] is {value}: the saliency that it was computed from is not finite "
-        "(diverged training), or the sample's targets are no distribution (not finite, negative, "
-        "or not of sum 1)"
+        f"gain[{row}, {column}] is {value}: the sample's targets are no distribution (not finite, "
+        "negative, or not of sum 1), or the saliency that it was computed from is not finite"
     )
 
 

@@ -128,22 +128,34 @@ def query_key_saliency(
     if key.shape[-3] == 1:  # of one head, which has the queries of all
         query = query.flatten(-3, -2).unsqueeze(-3)
         bias = None if bias is None else bias.flatten(-3, -2).unsqueeze(-3)
+    with without_autocast(query.device.type):
+        # a compiler would only have a larger graph by parts, and one for each number of samples
+        compiling = torch.compiler.is_compiling()
+        received = (_received if compiling else _received_by_parts)(query, key, scale, bias)
+        return received[..., num_prefix_tokens:]
+
+
+def _received_by_parts(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """As :func:`_received`, of as many samples or heads at a time as are fast to compute."""
     samples, *windows, heads, tokens = key.shape[:-1]
     maps = _rows_at_once(key, math.prod(windows) * query.shape[-2] * tokens)
     of_heads = heads if maps >= heads else 1
     of_samples = max(1, maps // heads)
     parts = []
-    with without_autocast(query.device.type):
-        for first in range(0, max(1, samples), of_samples):
-            part = slice(first, first + of_samples)
-            columns = []
-            for head in range(0, heads, of_heads):
-                at = (..., slice(head, head + of_heads), slice(None), slice(None))
-                added = None if bias is None else (bias[part] if len(bias) > 1 else bias)[at]
-                scores = _scores(query[part][at], key[part][at], scale, added)
-                columns.append(scores.softmax(-1).mean((-3, -2)))
-            parts.append(columns[0] if len(columns) == 1 else torch.stack(columns).mean(0))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[..., num_prefix_tokens:]
+    for first in range(0, max(1, samples), of_samples):
+        part = slice(first, first + of_samples)
+        columns = []
+        for head in range(0, heads, of_heads):
+            at = (..., slice(head, head + of_heads), slice(None), slice(None))
+            added = None if bias is None else (bias[part] if len(bias) > 1 else bias)[at]
+            columns.append(_received(query[part][at], key[part][at], scale, added))
+        parts.append(columns[0] if len(columns) == 1 else torch.stack(columns).mean(0))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _received(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """What each key receives, mean over heads and queries: (..., H, Q, d) -> (..., N)."""
+    return _scores(query, key, scale, bias).softmax(-1).mean((-3, -2))
 
 
 def resized_saliency(saliency: Tensor, keys: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
@@ -263,11 +275,13 @@ def saliency_gain(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
 def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     """``sum_t max(columns[c, t] - rows[r, t] - rho, 0)``: (R, T) and (C, T) -> (R, C).
 
+    Terms that are nan count as 0.
+
     The sum runs over the differences themselves, in chunks of rows. The faster
     ``(|x| + x) / 2`` by `torch.cdist` rounds, so that a gain of 0 would not stay 0.
     """
     if torch.compiler.is_compiling():  # the compiler fuses it, without temporaries
-        return (columns - rows.unsqueeze(1) - rho).clamp_min(0).sum(-1)
+        return (columns - rows.unsqueeze(1) - rho).clamp_min(0).nansum(-1)
     at_once = _rows_at_once(rows, columns.numel())
     # in the same memory for each part: an allocator may ask the system for it each time
     room = columns.new_empty((min(at_once, len(rows)), *columns.shape))
@@ -275,7 +289,7 @@ def _gain(rows: Tensor, columns: Tensor, rho: float) -> Tensor:
     for first in range(0, len(rows), at_once):
         part = rows[first : first + at_once].unsqueeze(1)
         differences = torch.sub(columns, part, out=room[: len(part)]).sub_(rho).clamp_min_(0)
-        torch.sum(differences, -1, out=gains[first : first + at_once])
+        torch.nansum(differences, -1, out=gains[first : first + at_once])
     return gains
 
 
@@ -332,6 +346,9 @@ def decide_mixing(
     The square problem with zero rows for the samples that are not easy has the same optimum for
     the easy ones as the rectangular problem, and its shape does not depend on the data.
 
+    Where saliency is nan no token is exchanged. The loss of such a step is nan, as without
+    TokenMixup: a gradient scaler skips the step, and whoever watches the loss sees it.
+
     Args:
         saliency: (B, T).
         targets: soft targets, (B, C).
@@ -342,7 +359,7 @@ def decide_mixing(
 
     Raises:
         ValueError: shapes do not fit, rho is negative, or (by :func:`assign_partners`) saliency is
-            not finite, or a row of targets is negative or does not sum to 1.
+            infinite, or a row of targets is negative or does not sum to 1.
     """
     _check_saliency(saliency, easy, rho)
     saliency = saliency.to(_wide(saliency))
@@ -438,7 +455,7 @@ def horizontal_mixup(
         :class:`HorizontalMixup`. Gradient flows through ``tokens`` only.
 
     Raises:
-        ValueError: shapes do not fit, rho is negative, saliency is not finite, or a row of targets
+        ValueError: shapes do not fit, rho is negative, saliency is infinite, or a row of targets
             is negative or does not sum to 1.
     """
     _check_tokens(tokens, saliency, num_prefix_tokens)
@@ -491,10 +508,8 @@ def _rows_at_once(like: Tensor, elements: int) -> int:
     """Rows to compute at once, where each needs a temporary of so many elements.
 
     Larger temporaries are memory that the system hands out anew each time, which takes longer than
-    the computation. A compiler would only have a larger graph: it gets all rows at once.
+    the computation.
     """
-    if torch.compiler.is_compiling():
-        return 1 << 40
     most = _CPU_CHUNK if like.device.type == "cpu" else _DEVICE_CHUNK
     return max(1, most // max(1, elements))
 

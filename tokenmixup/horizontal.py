@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmixup._precision import without_autocast_cache
 from tokenmixup._session import in_backward
 from tokenmixup._statistics import Statistics
 from tokenmixup._targets import soft_targets
@@ -252,7 +253,7 @@ class HorizontalTokenMixupLayer(nn.Module):
         targets, earlier_loss = y if isinstance(y, tuple) else (y, None)
         tokens = self._canonical(x)
         targets = soft_targets(targets, tokens.shape[0], self.num_classes)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast_cache(tokens.device.type):
             attention = cast(Any, self.layer).get_attention_map(x, y, *args, **kwargs)
         saliency = self._saliency(attention, tokens)
 

@@ -25,6 +25,10 @@ def step(model, images, targets):
     return out, loss
 
 
+def with_gradient(model):
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def assert_finite(model, out):
     assert out.logits.isfinite().all() and out.scorenet_loss.isfinite()
     assert all(value.isfinite() for value in out.stats.values())
@@ -52,12 +56,17 @@ def test_autocast(case, dtype):
 
     model = build(case, rules=Noting())
     images, targets = batch(case)
-    full, _ = step(model, images, targets)
+    full, loss = step(model, images, targets)
+    loss.backward()
+    trained = with_gradient(model)
+    model.zero_grad()
     with torch.autocast("cpu", dtype):
         out, loss = step(model, images, targets)
     loss.backward()
 
     assert_finite(model, out)
+    # autocast keeps casts of weights: those of saliency have no gradient to hand on
+    assert with_gradient(model) == trained
     assert out.logits.dtype in (dtype, torch.float32)
     assert measured[True].dtype == torch.float32
     assert out.targets.dtype == out.scorenet_loss.dtype == torch.float32
@@ -70,6 +79,31 @@ def test_autocast(case, dtype):
         rtol=0.1,
         atol=0,
     )
+
+
+def test_a_scaler_skips_a_step_that_overflows():
+    """As it does without TokenMixup: samples that have no number are mixed with none."""
+    case = BY_NAME["vit"]
+    model = build(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    images, targets = batch(case)
+    too_large = images.clone()
+    too_large[::2] *= 3e5
+    scales = []
+    for given in (images, too_large, images):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.autocast("cpu", torch.float16):
+            out = model(given, targets)
+            loss = out.loss()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        moved = not all(map(torch.equal, before, model.parameters()))
+        assert loss.isfinite() == moved == (given is images)
+    assert scales == [1024, 512, 512]
 
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "query", "key", "in_proj")

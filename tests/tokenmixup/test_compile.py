@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.helpers.host_cases import BY_NAME, batch, every_host, some_hosts
 from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
@@ -112,6 +113,18 @@ def check_evaluation(case, backend):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@some_hosts("vit", "cct")
+def test_batches_of_any_size_run_one_more_graph(case):
+    """The second size makes a graph of any size, as it does for the host alone."""
+    compiled_graphs = CompileCounterWithBackend("eager")
+    model = build(case)
+    compiled = torch.compile(model, fullgraph=True, backend=compiled_graphs)
+    for size in (6, 5, 3, 4):
+        images, targets = (part[:size] for part in batch(case))
+        assert_close(step(model, compiled, images, targets), step(model, model, images, targets))
+    assert compiled_graphs.frame_count == 2
 
 
 @some_hosts("vit", "cct")

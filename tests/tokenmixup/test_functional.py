@@ -224,6 +224,29 @@ def test_horizontal_mixup_invariants(case):
         assert same_bits(value, old), "an argument was written to"
 
 
+@given(cases(), st.data())
+def test_samples_of_nan_saliency_are_as_if_they_were_not_there(case, data):
+    batch = len(case.easy)
+    lost = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+    tokens, targets, saliency, easy, *rest = case.arguments()
+    out = functional.horizontal_mixup(
+        tokens, targets, saliency.masked_fill(lost.unsqueeze(1), torch.nan), easy, *rest
+    )
+    kept = (~lost).nonzero()[:, 0]
+    alone = functional.horizontal_mixup(
+        tokens[kept], targets[kept], saliency[kept], easy[kept], *rest
+    )
+    gains = functional.saliency_gain(saliency[kept], easy[kept], case.rho).double()
+    assert not out.mask[lost].any()
+    assert same_bits(out.tokens[lost], tokens[lost]) and same_bits(out.targets[lost], targets[lost])
+    # of equal assignments another may come first where there are other samples
+    totals = [
+        (found.mask * (found_saliency[found.partner] - found_saliency - case.rho)).double().sum()
+        for found, found_saliency in ((alone, saliency[kept]), (out, saliency.nan_to_num()))
+    ]
+    assert float(totals[0]) == pytest.approx(float(totals[1]), rel=1e-4, abs=1e-6), gains
+
+
 def test_permuting_the_batch_permutes_the_result():
     case = random_case()
     order = torch.randperm(len(case.easy))

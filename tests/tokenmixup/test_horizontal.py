@@ -343,7 +343,7 @@ def test_under_autocast(scorenet_type):
     assert targets.dtype == torch.float32 and loss.isfinite().all()
     assert not torch.equal(targets, y)
     (out.sum() + loss.sum()).backward()
-    assert all(p.grad is not None for p in own_parameters(wrapper))
+    assert all(p.grad is not None for p in (*own_parameters(wrapper), *block.parameters()))
 
 
 # Statistics

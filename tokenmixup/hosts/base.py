@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenmixup._precision import without_autocast
+from tokenmixup._precision import without_autocast, without_autocast_cache
 from tokenmixup.functional import query_key_saliency
 
 Args = tuple[Any, ...]
@@ -262,15 +262,16 @@ def layer_saliency(
         kwargs: keyword arguments of the layer's call.
     """
     query, key, scale = query_key
-    of_keys = query_key_saliency(
-        query,
-        key,
-        scale,
-        layout.num_prefix_tokens,
-        class_token=layout.class_token,
-        bias=adapter.score_bias(layer, args, kwargs, layout.class_token),
-    )
-    return adapter.token_saliency(layer, of_keys, args, kwargs)
+    with without_autocast_cache(query.device.type):
+        of_keys = query_key_saliency(
+            query,
+            key,
+            scale,
+            layout.num_prefix_tokens,
+            class_token=layout.class_token,
+            bias=adapter.score_bias(layer, args, kwargs, layout.class_token),
+        )
+        return adapter.token_saliency(layer, of_keys, args, kwargs)
 
 
 @torch.no_grad()
@@ -286,7 +287,8 @@ def input_saliency(
 
     Arguments are those of :func:`layer_saliency`.
     """
-    query_key = adapter.query_key(layer, tokens, args, kwargs, layout.class_token)
+    with without_autocast_cache(tokens.device.type):
+        query_key = adapter.query_key(layer, tokens, args, kwargs, layout.class_token)
     return layer_saliency(adapter, layout, layer, query_key, args, kwargs)
 
 

@@ -334,10 +334,11 @@ def test_all_processes_skip_a_step_together(tmp_path, policy, finite):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision):
+@pytest.mark.parametrize("mixing", [{}, {"horizontal": HTM}], ids=["plain", "HTM"])
+def test_a_step_that_is_skipped_changes_nothing(tmp_path, precision, mixing):
     schedule = {"name": "constant", "epochs": 1, "warmup_epochs": 0}
     sections = {"on_nonfinite": "skip", "skip_limit": 2, "schedule": schedule}
-    sections |= {"precision": precision, "logging": {"interval": 4}}
+    sections |= {"precision": precision, "logging": {"interval": 4}, **mixing}
     with_bad, rows = fit(tmp_path / "bad", Batches(5, bad_steps=(1, 3)), **sections)
     assert [row["skipped_steps"] for row in rows] == [2, 2]
     without, expected = fit(tmp_path / "good", Batches(3), **sections)
