@@ -164,7 +164,8 @@ class _LayerHook(_Hook):
             raise ValueError(
                 f"layer {self.index} was called with {tokens.shape[1]} tokens instead of "
                 f"{num_tokens}: a host that drops, merges or adds tokens has no "
-                "lasting token grid: tokens would be exchanged between different places"
+                "lasting token grid: tokens would be exchanged between different places. If its "
+                "input size was changed after TokenMixup was attached: detach(), then attach again"
             )
 
     def _mix(

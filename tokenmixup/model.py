@@ -341,7 +341,15 @@ class TokenMixupModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of every module; where the ScoreNets are others, the error says so in words."""
+        """As of every module; where names or ScoreNets are others, the error says so in words."""
+        if strict and not any(name.startswith("backbone.") for name in state_dict):
+            raise RuntimeError(
+                "names of a TokenMixupModel's weights begin with `backbone.` or `scorenets.`, but "
+                f"those that were given begin as {next(iter(state_dict), None)!r}: load weights of "
+                "the host itself by model.backbone.load_state_dict(...), and take off what a "
+                "wrapper put before the names (`module.` of DistributedDataParallel, `_orig_mod.` "
+                "of torch.compile)"
+            )
         own = [f"scorenets.{name}" for name in self.scorenets.state_dict()]
         there = [name for name in state_dict if name.startswith("scorenets.")]
         if strict and set(there) != set(own):

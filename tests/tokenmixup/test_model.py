@@ -61,6 +61,18 @@ def test_weights_of_other_settings_are_told(other, named):
     model.load_state_dict(another.state_dict(), strict=False)
 
 
+@pytest.mark.parametrize("horizontal", [HTM, None], ids=["HTM", "no HTM"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", None])
+def test_weights_of_other_names_are_told(horizontal, prefix):
+    model = attach(vit(), horizontal=horizontal)
+    weights = model.backbone.state_dict()
+    if prefix is not None:
+        weights = {prefix + name: value for name, value in model.state_dict().items()}
+    first = next(iter(weights))
+    with pytest.raises(RuntimeError, match=rf"begin as '{first}': .*model\.backbone\.load_state"):
+        model.load_state_dict(weights)
+
+
 def test_what_training_returns():
     model = attach(vit(), horizontal=HTM, vertical=VTM).train()
     images, targets = batch()
