@@ -3,6 +3,7 @@
 Dimensions: B batch, C classes.
 """
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -41,17 +42,15 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
-    """timm's augmentation for training: PIL image -> tensor (3, H, W).
+    """timm's augmentation of single images for training: PIL image -> uint8 (3, H, W).
 
-    It holds pixels in uint8, for `normalise`; with random erasing, which writes normalised values,
-    it is normalised already.
+    What follows of the batch are `normalise`, `BatchMixer` and `BatchEraser`.
 
     Raises:
         DataError: a policy of `data.auto_augment` that timm does not know.
     """
     from timm.data import create_transform
 
-    mean, std = normalisation(config)
     # timm's types leave out the None that switches the jitter off
     jitter: Any = config.color_jitter or None
     try:
@@ -65,12 +64,8 @@ def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tens
             color_jitter=jitter,
             auto_augment=config.auto_augment,
             interpolation=config.train_interpolation,
-            mean=mean,
-            std=std,
-            normalize=config.re_prob > 0,  # timm erases nothing without
-            re_prob=config.re_prob,
-            re_mode=config.re_mode,
-            re_count=config.re_count,
+            mean=normalisation(config)[0],  # with which policies fill what they uncover
+            normalize=False,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise DataError(
@@ -160,3 +155,36 @@ class BatchMixer:
         np.random.seed(derive_seed(self._seed, "mixup", epoch, step, part) & 0xFFFFFFFF)
         mixed, targets = self._mixup(images, labels)
         return mixed, targets
+
+
+class BatchEraser:
+    """timm's random erasing of a mixed batch; random by (seed, step, part) alone.
+
+    It comes after Mixup and CutMix, as in timm's own loaders: erased places then hold noise as
+    strong as the pixels, and no noise is part of what is mixed.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
+        from timm.data.random_erasing import RandomErasing
+
+        self._seed = seed
+        self._erasing = None
+        if config.re_prob > 0:
+            self._erasing = RandomErasing(
+                config.re_prob,
+                mode=config.re_mode,
+                max_count=config.re_count,
+                device=str(device),
+            )
+
+    def __call__(self, images: Tensor, step: int, part: int) -> Tensor:
+        """Erase places of normalised images (B, 3, H, W), in their memory.
+
+        timm draws the places from Python's generator, and the noise from torch's, which has to be
+        seeded for the part.
+        """
+        if self._erasing is None:
+            return images
+        random.seed(derive_seed(self._seed, "erasing", step, part))
+        erased: Tensor = self._erasing(images)
+        return erased

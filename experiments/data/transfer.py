@@ -14,7 +14,7 @@ from experiments.config.schema import RunConfig
 from experiments.data.augment import mean_and_std, normalise
 
 Loaded = tuple[Tensor, Tensor, list[str]]
-"""Images (B, 3, H, W) in uint8 or normalised, labels (B,), and what was wrong with any image."""
+"""Images (B, 3, H, W), in uint8 until they are normalised, labels (B,), and what was wrong."""
 
 _Item = TypeVar("_Item")
 
@@ -61,8 +61,7 @@ class Transfer:
         self._own.wait_stream(self._consumer())
         with self._streams.stream(self._own):
             images = images.to(self._device, non_blocking=True, memory_format=self._layout)
-            if images.dtype == torch.uint8:
-                images = normalise(images, self._mean, self._std)
+            images = normalise(images, self._mean, self._std)
             labels = labels.to(self._device, non_blocking=True)
             return (images, labels, problems), self._own.record_event()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config.schema import RunConfig
-from experiments.data.augment import BatchMixer
+from experiments.data.augment import BatchEraser, BatchMixer
 from experiments.data.loading import Division
 from experiments.errors import ConfigError, TrainingStopped
 from experiments.seeding import derive_seed, seed_step
@@ -107,6 +107,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.config.precision == "fp16"
         )
+        self._eraser = BatchEraser(self.config.data, self.config.seed, self.device)
         mode = self.config.compile
         if mode == "auto":
             mode = "on" if self.device.type == "cuda" else "off"
@@ -131,7 +132,7 @@ class Learner:
     def micro_batches(
         self, images: Tensor, labels: Tensor, progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's parts of a batch after Mixup and CutMix: images, targets (B, C).
+        """This process's parts of a batch after Mixup, CutMix and erasing: images, targets (B, C).
 
         Everything random in a part depends on (seed, step, part) alone. The processes average
         their gradients in the backward pass of the last part.
@@ -148,9 +149,10 @@ class Learner:
             seed_step(derive_seed(self.config.seed, "step", progress.step, part), self.device)
             last = index + 1 == count
             with nullcontext() if last or self.world.size == 1 else self.training_pass.no_sync():
-                yield self.mixer(
+                mixed, targets = self.mixer(
                     some_images, some_labels, progress.epochs_done, progress.step, part
                 )
+                yield self._eraser(mixed, progress.step, part), targets
 
     def forward(self, images: Tensor, targets: Tensor) -> StepResult:
         """The forward pass of one part, what it measures staying on the device.

@@ -23,7 +23,6 @@ from tests.helpers.runs_helper import small_config
 CPU = torch.device("cpu")
 AUGMENTED = {
     "auto_augment": "rand-m9-mstd0.5-inc1",
-    "re_prob": 0.25,
     "train_interpolation": "random",
     "hflip": 0.5,
 }

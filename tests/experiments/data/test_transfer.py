@@ -58,10 +58,9 @@ def batches(tmp_path, workers=0, **sections):
 
 
 @forks
-@pytest.mark.parametrize("erasing", [0.0, 0.25])
-def test_batches_begun_ahead_are_the_same(tmp_path, monkeypatch, erasing):
+def test_batches_begun_ahead_are_the_same(tmp_path, monkeypatch):
     """With and without processes of the loader, from its beginning and from within an epoch."""
-    sections = {"data": {"batch_size": 50, "re_prob": erasing}, "channels_last": True}
+    sections = {"data": {"batch_size": 50}, "channels_last": True}
     plain = batches(tmp_path, **sections)
     expected = [list(plain.epoch(0)), list(plain.epoch(1, first_step=2))]
     assert expected[0][0][0].is_contiguous(memory_format=torch.channels_last)
