@@ -26,6 +26,7 @@ from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
 
 _PARTS = (nn.Module, nn.Parameter)
+_SETTINGS = ("horizontal", "vertical", "rules")
 
 
 class TokenMixupOutput(NamedTuple):
@@ -50,8 +51,9 @@ class TokenMixupOutput(NamedTuple):
         """The loss to train with, 0-d: that of the logits on the mixed targets, and ScoreNet's.
 
         Args:
-            criterion: called with ``logits`` and ``targets``, returns a 0-d loss; by default the
-                mean cross-entropy with soft targets.
+            criterion: called with ``logits`` and soft targets (B, C), returns a 0-d loss; by
+                default the mean cross-entropy. Class indices, as they come back where TokenMixup
+                is switched off, reach it as one-hot targets.
 
         Raises:
             ValueError: the step had no targets, or the criterion's loss is not 0-d.
@@ -61,7 +63,8 @@ class TokenMixupOutput(NamedTuple):
                 "this step had no targets to compute a loss with: call model(images, targets)"
             )
         if criterion is not None:
-            loss = criterion(self.logits, self.targets)
+            batch, classes = self.logits.shape
+            loss = criterion(self.logits, soft_targets(self.targets, batch, classes))
         elif self.targets.dim() == 1:  # class indices, where TokenMixup is switched off
             loss = F.cross_entropy(self.logits.to(self.scorenet_loss.dtype), self.targets)
         else:
@@ -195,6 +198,12 @@ class TokenMixupModel(nn.Module):
         Lightning restores modes after a validation by setting ``training``, without ``train()``.
         """
         modules = self.__dict__.get("_modules", {})
+        if name in _SETTINGS and name in self.__dict__:
+            raise AttributeError(
+                f"{name!r} is what TokenMixup was attached with, and does not change: detach(), "
+                "attach with the new settings, and take the ScoreNets along: "
+                "new.scorenets.load_state_dict(old.scorenets.state_dict())"
+            )
         if (
             isinstance(value, _PARTS)
             and name not in modules
@@ -342,7 +351,7 @@ class TokenMixupModel(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As of every module; where names or ScoreNets are others, the error says so in words."""
-        if strict and not any(name.startswith("backbone.") for name in state_dict):
+        if not any(name.startswith(("backbone.", "scorenets.")) for name in state_dict):
             raise RuntimeError(
                 "names of a TokenMixupModel's weights begin with `backbone.` or `scorenets.`, but "
                 f"those that were given begin as {next(iter(state_dict), None)!r}: load weights of "

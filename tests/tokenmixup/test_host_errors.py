@@ -11,7 +11,13 @@ from torch import nn
 
 from tests.helpers.host_cases import BY_NAME, batch
 from tokenmixup import HorizontalConfig, VerticalConfig, attach, hosts
-from tokenmixup.hosts import UnsupportedHostError, base, find_adapter, register_adapter
+from tokenmixup.hosts import (
+    HostAdapter,
+    UnsupportedHostError,
+    base,
+    find_adapter,
+    register_adapter,
+)
 from tokenmixup.hosts.timm_vit import TimmViT
 
 HTM = HorizontalConfig(layers=(1,), rho=0.005, scorenet=None)
@@ -254,17 +260,46 @@ def test_num_classes_comes_from_the_classifier_that_is_there():
     for name, replace in (
         ("vit", lambda host: setattr(host, "head", nn.Linear(32, 9))),
         ("torchvision", lambda host: host.heads.__setitem__(0, nn.Linear(32, 9))),
+        ("torchvision", lambda host: setattr(host, "heads", nn.Linear(32, 9))),
         ("hf_vit", lambda host: setattr(host, "classifier", nn.Linear(32, 9))),
+        ("vit", lambda host: setattr(host, "head", nn.Sequential(nn.Dropout(), nn.Linear(32, 9)))),
     ):
         host = BY_NAME[name].build()
         replace(host)
         assert attach(host, horizontal=horizontal).num_classes == 9
-    for name, part in (("vit", "head"), ("hf_vit", "classifier"), ("beit", "head")):
+    parts = (("vit", "head"), ("hf_vit", "classifier"), ("beit", "head"), ("torchvision", "heads"))
+    for name, part in parts:
         host = BY_NAME[name].build()
         setattr(host, part, nn.Identity())
         with pytest.raises(ValueError, match="pass num_classes to attach"):
             attach(host, horizontal=horizontal)
         assert attach(host, horizontal=horizontal, num_classes=4).num_classes == 4
+
+
+def test_what_an_adapter_lacks_is_told():
+    """Each default of the interface says which method a host of another form needs."""
+
+    class Mine(TimmViT):
+        tokens, with_memory = HostAdapter.tokens, HostAdapter.with_memory
+        own_tokens, logits = HostAdapter.own_tokens, HostAdapter.logits
+
+    adapter, tokens = Mine(), torch.zeros(1, 5, 3)
+    remembered = base.Remembered(tokens, (torch.zeros(1, 5),))
+    layer, keywords = nn.Linear(3, 3), {"hidden_states": tokens}
+    for call, message in (
+        (lambda: adapter.tokens((), keywords), "a layer is called with key.*`tokens` and `with_t"),
+        (
+            lambda: adapter.with_memory(layer, remembered, (), keywords),
+            "an attention is called with keywords alone: the adapter Mine needs a `with_memory`",
+        ),
+        (
+            lambda: adapter.own_tokens(layer, remembered, (tokens, None), (), {}),
+            "an attention returns a tuple: .* needs a `own_tokens`",
+        ),
+        (lambda: adapter.logits({"logits": tokens}), "the host returns a dict: .* `logits`"),
+    ):
+        with pytest.raises(UnsupportedHostError, match=message):
+            call()
 
 
 class MyViT(timm.models.vision_transformer.VisionTransformer):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.loss import SoftTargetCrossEntropy
 
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
 from tokenmixup.hosts import HostAdapter, register_adapter
+from tokenmixup.rules import Rules
 
 importlib.import_module("experiments.models")  # registers CCT
 
@@ -71,6 +73,29 @@ def test_weights_of_other_names_are_told(horizontal, prefix):
     first = next(iter(weights))
     with pytest.raises(RuntimeError, match=rf"begin as '{first}': .*model\.backbone\.load_state"):
         model.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match="begin as"):  # it would load nothing
+        model.load_state_dict(weights, strict=False)
+
+
+def test_settings_do_not_change_after_attach():
+    """The hooks have them: another value would be printed and saved, and nothing else."""
+    model = attach(vit(), horizontal=HTM, vertical=VTM)
+    for name, value in (("horizontal", None), ("vertical", VTM), ("rules", Rules())):
+        with pytest.raises(AttributeError, match=rf"'{name}' .*detach\(\), attach with the new"):
+            setattr(model, name, value)
+    again = attach(model.detach(), horizontal=HorizontalConfig(layers=(1,), tau=0.1, rho=0.2))
+    again.scorenets.load_state_dict(model.scorenets.state_dict())
+
+
+@pytest.mark.parametrize("size", [5, 6])
+def test_a_criterion_gets_soft_targets_also_while_nothing_is_mixed(size):
+    """Also of as many samples as classes, where indices would broadcast to a meaningless loss."""
+    model = attach(vit(), horizontal=HTM).train()
+    model.enabled = False
+    labels = torch.arange(size) % 5
+    out = model(batch(size)[0], labels)
+    assert out.targets is labels
+    assert out.loss(SoftTargetCrossEntropy()).item() == pytest.approx(out.loss().item())
 
 
 def test_what_training_returns():

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,8 @@ class HostAdapter(ABC):
 
     def tokens(self, args: Args, kwargs: Kwargs) -> Tensor:
         """The tokens among the arguments of a layer's call."""
+        if not args:
+            self._cannot("a layer is called with keywords alone", "tokens` and `with_tokens")
         return args[0]
 
     def with_tokens(self, tokens: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -216,6 +218,8 @@ class HostAdapter(ABC):
         By default the remembered tokens, normalised, follow the layer's own tokens, and
         :meth:`own_tokens` drops their rows of the output.
         """
+        if not args:
+            self._cannot("an attention is called with keywords alone", "with_memory")
         memory = self.normalise(layer, remembered.tokens)
         return (torch.cat((args[0], memory), dim=1), *args[1:]), kwargs
 
@@ -231,15 +235,24 @@ class HostAdapter(ABC):
             args: positional arguments of the attention's call, as :meth:`with_memory` left them.
             kwargs: keyword arguments of the attention's call, likewise.
         """
+        if not isinstance(output, Tensor):
+            self._cannot(f"an attention returns a {type(output).__name__}", "own_tokens")
         return output[:, : -remembered.tokens.shape[1]]
 
     def logits(self, output: Any) -> Tensor:
         """Class logits (B, C) in what the host returns."""
+        if not isinstance(output, Tensor):
+            self._cannot(f"the host returns a {type(output).__name__}", "logits")
         return output
 
     def no_weight_decay(self, host: nn.Module) -> set[str]:
         """Names of the host's parameters that an optimiser should not decay."""
         return set()
+
+    def _cannot(self, found: str, methods: str) -> NoReturn:
+        raise UnsupportedHostError(
+            f"{found}: the adapter {type(self).__name__} needs a `{methods}`"
+        )
 
 
 @torch.no_grad()
@@ -384,11 +397,13 @@ def with_argument(
 
 
 def linear_outputs(classifier: nn.Module) -> int | None:
-    """C of a host's classifier if that is a linear layer, else None.
+    """C of a host's classifier if that is a linear layer, or ends with one, else None.
 
     Whatever stands in the place of a linear layer (adapters, copies that peft trains and saves,
     quantised layers) has its attributes.
     """
+    if isinstance(classifier, nn.Sequential) and len(classifier):
+        return linear_outputs(classifier[-1])
     return getattr(classifier, "out_features", None)
 
 

@@ -39,7 +39,7 @@ class TorchvisionViT(MultiheadHost):
             num_prefix_tokens=1,
             class_token=True,
             num_patch_tokens=vit.seq_length - 1,
-            num_classes=linear_outputs(vit.heads[-1]),
+            num_classes=linear_outputs(vit.heads),
         )
 
     def attention(self, layer: nn.Module) -> nn.Module:
