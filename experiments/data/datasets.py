@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 import socket
 import tarfile
@@ -21,10 +22,17 @@ from experiments.errors import ConfigError, DataError, MissingData
 from experiments.seeding import derive_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
+_PART = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's
-_BY_HAND = ("torch/imagenet", "torch/image_folder", "torch/folder")  # never fetched
+_NAMES = [name for group in _SYNONYMS for name in group]
+_FOLDERS = ("torch/image_folder", "torch/folder")  # read by torchvision as by timm
+_BY_HAND = ("torch/imagenet", *_FOLDERS)  # never fetched
+# timm takes every split of these that is not called train or training for the test images
+_TRAIN_AND_TEST = tuple(
+    f"torch/{name}"
+    for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+)
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -45,6 +53,16 @@ FACTS = {
     "torch/mnist": Facts(10, (0.1307,) * 3, (0.3081,) * 3),
     "torch/fashion_mnist": Facts(10, (0.2860,) * 3, (0.3530,) * 3),
 }
+
+
+def known_facts(config: DataConfig) -> Facts | None:
+    """What is known about the configured data set, whose name may be in any case."""
+    return FACTS.get(_name(config))
+
+
+def _name(config: DataConfig) -> str:
+    """The data set's name, as timm reads those of torchvision."""
+    return re.sub("^torch/[^/]*/", "torch/", config.dataset.lower())
 
 
 class Images(Protocol):
@@ -237,6 +255,9 @@ def open_images(config: DataConfig, split: str) -> Images:
     """
     part = _PART.fullmatch(split)
     if part is None:
+        if "[" in split:
+            allowed = "parts by the numbers of images, such as train[:10000] and train[500:600]"
+            raise _wrong_split(config, split, "not understood", allowed)
         return _open_split(config, split)
     whole = _open_split(config, part["split"])
     start, stop = int(part["start"] or 0), int(part["stop"] or len(whole))
@@ -256,15 +277,16 @@ def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:
         DataError: as `open_images`.
     """
     prefix = _prefix(config)
-    if prefix != "torch" or not config.download or config.dataset.lower() in _BY_HAND:
+    if prefix != "torch" or not config.download or _name(config) in _BY_HAND:
         return prefix == "hfds"
     there = dataclasses.replace(config, download=False)
-    try:
-        for split in splits:
+    missing = False
+    for split in splits:
+        try:
             open_images(there, split)
-    except MissingData:
-        return True
-    return False
+        except MissingData:
+            missing = True
+    return missing
 
 
 def refuse_other_classes(
@@ -309,15 +331,22 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def _in_folders(config: DataConfig) -> bool:
+    """Whether each split is a folder, or a tar file, of one folder of images per class."""
+    return not _prefix(config) or _name(config) in _FOLDERS
+
+
 def _prefix(config: DataConfig) -> str:
     """What tells timm's kinds of data sets apart, "" for folders and tar files."""
     return config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
 
 
 def _open_split(config: DataConfig, split: str) -> Images:
-    if config.dataset == "digits":
+    name, prefix = _name(config), _prefix(config)
+    if name == "digits":
         return DigitImages(split)
-    prefix = _prefix(config)
+    if name in _TRAIN_AND_TEST and split not in (*_NAMES, "test"):
+        raise _wrong_split(config, split, "unknown", ", ".join((*_NAMES, "test")))
     if prefix in STREAMED:
         raise DataError(
             f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
@@ -325,7 +354,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
             "file)"
         )
     root = Path(config.root)
-    if not prefix and root.is_dir():
+    if _in_folders(config) and root.is_dir():
         root = _place_of_split(config, split)
     download = config.download and prefix == "torch"
     if not root.exists() and prefix not in ("hfds", "torch"):
@@ -343,7 +372,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
 
     # in the folder of a split, timm would take a class named "train" for another split
     create = partial(
-        create_dataset, config.dataset, root=str(root), split=split, search_split=bool(prefix)
+        create_dataset, config.dataset, root=str(root), split=split, search_split=False
     )
     try:
         with _network_timeout():
@@ -371,18 +400,24 @@ def _place_of_split(config: DataConfig, split: str) -> Path:
     A folder without any split is itself the place of each.
 
     Raises:
-        DataError: there are other splits, but not this one.
+        DataError: there are other splits, but not this one, or the splits lie deeper.
     """
     root = Path(config.root)
     names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
     for path in (root / f"{name}{ending}" for name in names for ending in (".tar", "")):
         if path.exists():
             return path
-    known = [name for group in _SYNONYMS for name in group]
-    others = [path.name for path in sorted(root.iterdir()) if path.stem in known]
+    others = [path.name for path in sorted(root.iterdir()) if path.stem.lower() in _NAMES]
     if others:
         found = ", ".join(others)
         raise DataError(_missing(config, split, f"there is {found}, but not this split"))
+    for folder, classes, _ in os.walk(root, followlinks=True):  # as timm, which would mix them
+        path = Path(folder)
+        if path != root and path.name.lower() in _NAMES and classes:
+            raise DataError(
+                f"data.root: got {config.root}, in which {path.relative_to(root)} is the folder of "
+                f"a split; allowed: {path.parent}, the folder that holds the folders of the splits"
+            )
     return root
 
 
@@ -405,7 +440,7 @@ def known_num_classes(config: RunConfig) -> int | None:
     Raises:
         ConfigError: the config contradicts the data set.
     """
-    wanted, facts = config.model.num_classes, FACTS.get(config.data.dataset)
+    wanted, facts = config.model.num_classes, known_facts(config.data)
     if facts is not None and wanted not in (None, facts.num_classes):
         raise _wrong_classes(config, facts.num_classes)
     return facts.num_classes if facts is not None else None
@@ -448,16 +483,21 @@ def _wrong_classes(config: RunConfig, found: int) -> ConfigError:
     )
 
 
+def _wrong_split(config: DataConfig, split: str, reason: str, allowed: str) -> DataError:
+    name = config.dataset or "folder of images"
+    return DataError(f"data set {name}: split {split!r} is {reason}; allowed: {allowed}")
+
+
 def _missing(config: DataConfig, split: str, reason: str) -> str:
     where = Path(config.root).resolve()
     reason = " ".join(reason.split()).rstrip(".")
     advice = "set data.root to the folder that holds it"
-    if config.dataset.lower().startswith("torch/"):
-        advice += ", or let data.download fetch it on a machine with a network"
-    elif config.dataset.lower().startswith("hfds/"):
-        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
-    elif "/" not in config.dataset:
+    if _in_folders(config):
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
+    elif _prefix(config) == "torch":
+        advice += ", or let data.download fetch it on a machine with a network"
+    elif _prefix(config) == "hfds":
+        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
 
