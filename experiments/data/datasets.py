@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +80,13 @@ class Images(Protocol):
         """Name one image in a message: its file where it has one."""
 
 
+class SplitImages(Images, Protocol):
+    """The same of a split, or of a part of one."""
+
+    def key(self, index: int) -> Hashable:
+        """What an image is among those of all splits: the same image has the same key."""
+
+
 class DigitImages:
     """scikit-learn's 1,797 handwritten digits (8×8, grey) as 32×32 RGB images.
 
@@ -115,7 +122,11 @@ class DigitImages:
 
     def describe(self, index: int) -> str:
         """The image's number within scikit-learn's data set."""
-        return f"digit {self._indices[index]}"
+        return f"digit {self.key(index)}"
+
+    def key(self, index: int) -> int:
+        """The same number."""
+        return int(self._indices[index])
 
 
 def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
@@ -135,10 +146,11 @@ def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
 
 
 class TimmImages:
-    """A data set of timm's factory whose images have indices."""
+    """A data set of timm's factory whose images have indices; `place` tells splits apart."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, place: str) -> None:
         self._dataset = dataset
+        self._place = place
         self._reader = getattr(dataset, "reader", None)  # timm's; torchvision has none
 
     def __len__(self) -> int:
@@ -158,6 +170,10 @@ class TimmImages:
         # a Hugging Face data set may hold the images themselves, without a file's name
         file = self._reader.filename(index, absolute=True) if self._reader else None
         return f"image {index}" if file is None else str(file)
+
+    def key(self, index: int) -> tuple[str, int]:
+        """The split's place and the number there."""
+        return self._place, index
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -200,7 +216,7 @@ def read_image(images: Images, index: int, num_classes: int) -> tuple[Image.Imag
 class SomeImages:
     """Some images of a data set, by their indices there."""
 
-    def __init__(self, whole: Images, indices: Sequence[int]) -> None:
+    def __init__(self, whole: SplitImages, indices: Sequence[int]) -> None:
         self._whole = whole
         self.indices = indices
         self.class_names = whole.class_names
@@ -217,8 +233,12 @@ class SomeImages:
         """The image's name within the whole data set."""
         return self._whole.describe(self.indices[index])
 
+    def key(self, index: int) -> Hashable:
+        """The image's key within the whole data set."""
+        return self._whole.key(self.indices[index])
 
-def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) -> SomeImages:
+
+def draw_per_class(images: SplitImages, per_class: int, num_classes: int, seed: int) -> SomeImages:
     """`per_class` images of each class, in the data set's own order.
 
     They are the first of each class in an order of all images that depends on the seed alone: a
@@ -244,7 +264,7 @@ def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) 
     )
 
 
-def open_images(config: DataConfig, split: str) -> Images:
+def open_images(config: DataConfig, split: str) -> SplitImages:
     """Open one split of the configured data set, or a part of it.
 
     `train[:10000]` is the first 10,000 images of `train` in the data set's own order,
@@ -326,6 +346,26 @@ def refuse_other_classes(
         )
 
 
+def refuse_shared_images(
+    config: DataConfig, splits: Sequence[str], opened: Sequence[SplitImages]
+) -> None:
+    """Refuse splits that share images.
+
+    Raises:
+        DataError: it says which two, and how many images.
+    """
+    named = zip(splits, opened, strict=True)
+    for (one, images), (other, others) in itertools.combinations(named, 2):
+        keys = {others.key(index) for index in range(len(others))}
+        shared = sum(images.key(index) in keys for index in range(len(images)))
+        if shared:
+            raise DataError(
+                f"data set {config.dataset or f'in {config.root}'}: the splits {one!r} and "
+                f"{other!r} share {shared} images; allowed: splits without common images, such as "
+                "train[:9000] and train[9000:], since images of the training validate nothing"
+            )
+
+
 def _some(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
@@ -341,7 +381,7 @@ def _prefix(config: DataConfig) -> str:
     return config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
 
 
-def _open_split(config: DataConfig, split: str) -> Images:
+def _open_split(config: DataConfig, split: str) -> SplitImages:
     name, prefix = _name(config), _prefix(config)
     if name == "digits":
         return DigitImages(split)
@@ -391,7 +431,11 @@ def _open_split(config: DataConfig, split: str) -> Images:
         raise MissingData(_missing(config, split, reason)) from None
     if len(dataset) == 0:
         raise MissingData(_missing(config, split, "it holds no images"))
-    return TimmImages(dataset)
+    if _in_folders(config):
+        return TimmImages(dataset, str(root))
+    if name in _TRAIN_AND_TEST:
+        return TimmImages(dataset, "train" if split in _SYNONYMS[0] else "test")
+    return TimmImages(dataset, split)
 
 
 def _place_of_split(config: DataConfig, split: str) -> Path:
@@ -431,7 +475,7 @@ def _tar_images(path: Path) -> TimmImages:
         reader = ReaderImageInTar(str(path), cache_tarinfo=False)
     except (OSError, AssertionError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot read the tar file of images: {error}") from None
-    return TimmImages(ImageDataset(str(path), reader=reader))
+    return TimmImages(ImageDataset(str(path), reader=reader), str(path))
 
 
 def known_num_classes(config: RunConfig) -> int | None:

@@ -20,6 +20,7 @@ from experiments.data.datasets import (
     known_num_classes,
     open_images,
     refuse_other_classes,
+    refuse_shared_images,
     stated_num_classes,
 )
 from experiments.errors import ConfigError, DataError
@@ -243,6 +244,59 @@ def test_splits_must_have_the_same_classes_in_the_same_order(first, second, told
         return
     with pytest.raises(DataError, match=f"differ: {told}; allowed: the same classes"):
         refuse_other_classes(DataConfig(), ("train", "val"), opened)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("train", "train", 1442),
+        ("train", "train[1000:]", 442),
+        ("train[:1001]", "train[1000:]", 1),
+        ("train[:1000]", "train[1000:]", 0),
+        ("train", "tune_validation", 285),
+        ("tune_validation[:9]", "train", 9),
+        ("tune_train", "tune_validation", 0),
+        ("train", "validation", 0),
+    ],
+)
+def test_splits_that_share_images_are_refused(first, second, shared):
+    config = DataConfig(dataset="digits")
+    opened = [open_images(config, split) for split in (first, second)]
+    if not shared:
+        refuse_shared_images(config, (first, second), opened)
+        return
+    with pytest.raises(DataError, match=f"digits: the splits .* share {shared} images; allowed"):
+        refuse_shared_images(config, (first, second), opened)
+
+
+def test_images_are_shared_under_other_names_too(tmp_path, folder_of_images):
+    write_fashion_mnist(tmp_path)
+    fashion = DataConfig(dataset="torch/fashion_mnist", root=str(tmp_path), download=False)
+    table = DataConfig(dataset=f"hfds/{folder_of_images}", root=str(tmp_path / "cache"))
+    inner = DataConfig(dataset="", root=str(folder_of_images / "train"))
+    for config, first, second, shared in (
+        (fashion, "train", "training[3:]", 1),
+        (fashion, "test", "validation", 2),
+        (fashion, "train", "test", 0),
+        (table, "train[:4]", "train[2:]", 2),
+        (table, "train", "validation", 0),
+        (inner, "train", "validation", 6),  # a folder without splits is the place of each
+        (inner, "train[:4]", "validation[4:]", 0),
+    ):
+        opened = [open_images(config, split) for split in (first, second)]
+        if not shared:
+            refuse_shared_images(config, (first, second), opened)
+            continue
+        with pytest.raises(DataError, match=f"share {shared} images"):
+            refuse_shared_images(config, (first, second), opened)
+
+
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_no_training_validates_on_its_own_images(check, tmp_path, capsys):
+    words = ["--config", str(write_config(tmp_path)), "--output", str(tmp_path / "run"), *check]
+    assert cli.run(train.main, [*words, "--data.val_split", "train[1400:]"]) == 2
+    assert "'train' and 'train[1400:]' share 42 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["folders", "tar per split", "torch/image_folder"])
