@@ -120,7 +120,8 @@ class DataConfig:
     per_class: Count | None = None
     """Images of each class, drawn by the seed from train_split; null takes all of the split."""
     val_split: Text = "validation"
-    """Validation split, of the same classes; parts are written as for train_split."""
+    """Validation split, of the same classes and of other images; parts are written as for
+    train_split."""
     download: bool = True
     """Download a missing data set where torchvision can."""
     batch_size: Count = 128

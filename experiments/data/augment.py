@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.config.schema import DataConfig, MixupConfig, RunConfig, is_on
-from experiments.data.datasets import FACTS, IMAGENET_MEAN, IMAGENET_STD
+from experiments.data.datasets import IMAGENET_MEAN, IMAGENET_STD, known_facts
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed
 from tokenmixup import functional
@@ -20,7 +20,7 @@ from tokenmixup import functional
 
 def normalisation(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel: the config's, or else the data set's."""
-    facts = FACTS.get(config.dataset)
+    facts = known_facts(config)
     mean = config.mean or (facts.mean if facts else IMAGENET_MEAN)
     std = config.std or (facts.std if facts else IMAGENET_STD)
     return mean, std

@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
+import os
 import re
 import socket
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,17 @@ from experiments.errors import ConfigError, DataError, MissingData
 from experiments.seeding import derive_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PART = re.compile(r"(?P<split>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
+_PART = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's
-_BY_HAND = ("torch/imagenet", "torch/image_folder", "torch/folder")  # never fetched
+_NAMES = [name for group in _SYNONYMS for name in group]
+_FOLDERS = ("torch/image_folder", "torch/folder")  # read by torchvision as by timm
+_BY_HAND = ("torch/imagenet", *_FOLDERS)  # never fetched
+# timm takes every split of these that is not called train or training for the test images
+_TRAIN_AND_TEST = tuple(
+    f"torch/{name}"
+    for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+)
 STREAMED = ("tfds", "hfids")  # read from front to back: their images have no index
 
 
@@ -47,6 +55,16 @@ FACTS = {
 }
 
 
+def known_facts(config: DataConfig) -> Facts | None:
+    """What is known about the configured data set, whose name may be in any case."""
+    return FACTS.get(_name(config))
+
+
+def _name(config: DataConfig) -> str:
+    """The data set's name, as timm reads those of torchvision."""
+    return re.sub("^torch/[^/]*/", "torch/", config.dataset.lower())
+
+
 class Images(Protocol):
     """A data set of this project: an image and its class under each index."""
 
@@ -60,6 +78,13 @@ class Images(Protocol):
 
     def describe(self, index: int) -> str:
         """Name one image in a message: its file where it has one."""
+
+
+class SplitImages(Images, Protocol):
+    """The same of a split, or of a part of one."""
+
+    def key(self, index: int) -> Hashable:
+        """What an image is among those of all splits: the same image has the same key."""
 
 
 class DigitImages:
@@ -97,7 +122,11 @@ class DigitImages:
 
     def describe(self, index: int) -> str:
         """The image's number within scikit-learn's data set."""
-        return f"digit {self._indices[index]}"
+        return f"digit {self.key(index)}"
+
+    def key(self, index: int) -> int:
+        """The same number."""
+        return int(self._indices[index])
 
 
 def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
@@ -117,10 +146,11 @@ def digits_split(labels: np.ndarray, split: str) -> np.ndarray:
 
 
 class TimmImages:
-    """A data set of timm's factory whose images have indices."""
+    """A data set of timm's factory whose images have indices; `place` tells splits apart."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, place: str) -> None:
         self._dataset = dataset
+        self._place = place
         self._reader = getattr(dataset, "reader", None)  # timm's; torchvision has none
 
     def __len__(self) -> int:
@@ -140,6 +170,10 @@ class TimmImages:
         # a Hugging Face data set may hold the images themselves, without a file's name
         file = self._reader.filename(index, absolute=True) if self._reader else None
         return f"image {index}" if file is None else str(file)
+
+    def key(self, index: int) -> tuple[str, int]:
+        """The split's place and the number there."""
+        return self._place, index
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -182,7 +216,7 @@ def read_image(images: Images, index: int, num_classes: int) -> tuple[Image.Imag
 class SomeImages:
     """Some images of a data set, by their indices there."""
 
-    def __init__(self, whole: Images, indices: Sequence[int]) -> None:
+    def __init__(self, whole: SplitImages, indices: Sequence[int]) -> None:
         self._whole = whole
         self.indices = indices
         self.class_names = whole.class_names
@@ -199,8 +233,12 @@ class SomeImages:
         """The image's name within the whole data set."""
         return self._whole.describe(self.indices[index])
 
+    def key(self, index: int) -> Hashable:
+        """The image's key within the whole data set."""
+        return self._whole.key(self.indices[index])
 
-def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) -> SomeImages:
+
+def draw_per_class(images: SplitImages, per_class: int, num_classes: int, seed: int) -> SomeImages:
     """`per_class` images of each class, in the data set's own order.
 
     They are the first of each class in an order of all images that depends on the seed alone: a
@@ -226,7 +264,7 @@ def draw_per_class(images: Images, per_class: int, num_classes: int, seed: int) 
     )
 
 
-def open_images(config: DataConfig, split: str) -> Images:
+def open_images(config: DataConfig, split: str) -> SplitImages:
     """Open one split of the configured data set, or a part of it.
 
     `train[:10000]` is the first 10,000 images of `train` in the data set's own order,
@@ -237,6 +275,9 @@ def open_images(config: DataConfig, split: str) -> Images:
     """
     part = _PART.fullmatch(split)
     if part is None:
+        if "[" in split:
+            allowed = "parts by the numbers of images, such as train[:10000] and train[500:600]"
+            raise _wrong_split(config, split, "not understood", allowed)
         return _open_split(config, split)
     whole = _open_split(config, part["split"])
     start, stop = int(part["start"] or 0), int(part["stop"] or len(whole))
@@ -256,15 +297,16 @@ def to_be_fetched(config: DataConfig, splits: Sequence[str]) -> bool:
         DataError: as `open_images`.
     """
     prefix = _prefix(config)
-    if prefix != "torch" or not config.download or config.dataset.lower() in _BY_HAND:
+    if prefix != "torch" or not config.download or _name(config) in _BY_HAND:
         return prefix == "hfds"
     there = dataclasses.replace(config, download=False)
-    try:
-        for split in splits:
+    missing = False
+    for split in splits:
+        try:
             open_images(there, split)
-    except MissingData:
-        return True
-    return False
+        except MissingData:
+            missing = True
+    return missing
 
 
 def refuse_other_classes(
@@ -304,9 +346,34 @@ def refuse_other_classes(
         )
 
 
+def refuse_shared_images(
+    config: DataConfig, splits: Sequence[str], opened: Sequence[SplitImages]
+) -> None:
+    """Refuse splits that share images.
+
+    Raises:
+        DataError: it says which two, and how many images.
+    """
+    named = zip(splits, opened, strict=True)
+    for (one, images), (other, others) in itertools.combinations(named, 2):
+        keys = {others.key(index) for index in range(len(others))}
+        shared = sum(images.key(index) in keys for index in range(len(images)))
+        if shared:
+            raise DataError(
+                f"data set {config.dataset or f'in {config.root}'}: the splits {one!r} and "
+                f"{other!r} share {shared} images; allowed: splits without common images, such as "
+                "train[:9000] and train[9000:], since images of the training validate nothing"
+            )
+
+
 def _some(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _in_folders(config: DataConfig) -> bool:
+    """Whether each split is a folder, or a tar file, of one folder of images per class."""
+    return not _prefix(config) or _name(config) in _FOLDERS
 
 
 def _prefix(config: DataConfig) -> str:
@@ -314,10 +381,12 @@ def _prefix(config: DataConfig) -> str:
     return config.dataset.partition("/")[0].lower() if "/" in config.dataset else ""
 
 
-def _open_split(config: DataConfig, split: str) -> Images:
-    if config.dataset == "digits":
+def _open_split(config: DataConfig, split: str) -> SplitImages:
+    name, prefix = _name(config), _prefix(config)
+    if name == "digits":
         return DigitImages(split)
-    prefix = _prefix(config)
+    if name in _TRAIN_AND_TEST and split not in (*_NAMES, "test"):
+        raise _wrong_split(config, split, "unknown", ", ".join((*_NAMES, "test")))
     if prefix in STREAMED:
         raise DataError(
             f"data.dataset: got {config.dataset!r}, which is read as a stream; allowed: data sets "
@@ -325,7 +394,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
             "file)"
         )
     root = Path(config.root)
-    if not prefix and root.is_dir():
+    if _in_folders(config) and root.is_dir():
         root = _place_of_split(config, split)
     download = config.download and prefix == "torch"
     if not root.exists() and prefix not in ("hfds", "torch"):
@@ -343,7 +412,7 @@ def _open_split(config: DataConfig, split: str) -> Images:
 
     # in the folder of a split, timm would take a class named "train" for another split
     create = partial(
-        create_dataset, config.dataset, root=str(root), split=split, search_split=bool(prefix)
+        create_dataset, config.dataset, root=str(root), split=split, search_split=False
     )
     try:
         with _network_timeout():
@@ -362,7 +431,11 @@ def _open_split(config: DataConfig, split: str) -> Images:
         raise MissingData(_missing(config, split, reason)) from None
     if len(dataset) == 0:
         raise MissingData(_missing(config, split, "it holds no images"))
-    return TimmImages(dataset)
+    if _in_folders(config):
+        return TimmImages(dataset, str(root))
+    if name in _TRAIN_AND_TEST:
+        return TimmImages(dataset, "train" if split in _SYNONYMS[0] else "test")
+    return TimmImages(dataset, split)
 
 
 def _place_of_split(config: DataConfig, split: str) -> Path:
@@ -371,18 +444,24 @@ def _place_of_split(config: DataConfig, split: str) -> Path:
     A folder without any split is itself the place of each.
 
     Raises:
-        DataError: there are other splits, but not this one.
+        DataError: there are other splits, but not this one, or the splits lie deeper.
     """
     root = Path(config.root)
     names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
     for path in (root / f"{name}{ending}" for name in names for ending in (".tar", "")):
         if path.exists():
             return path
-    known = [name for group in _SYNONYMS for name in group]
-    others = [path.name for path in sorted(root.iterdir()) if path.stem in known]
+    others = [path.name for path in sorted(root.iterdir()) if path.stem.lower() in _NAMES]
     if others:
         found = ", ".join(others)
         raise DataError(_missing(config, split, f"there is {found}, but not this split"))
+    for folder, classes, _ in os.walk(root, followlinks=True):  # as timm, which would mix them
+        path = Path(folder)
+        if path != root and path.name.lower() in _NAMES and classes:
+            raise DataError(
+                f"data.root: got {config.root}, in which {path.relative_to(root)} is the folder of "
+                f"a split; allowed: {path.parent}, the folder that holds the folders of the splits"
+            )
     return root
 
 
@@ -396,7 +475,7 @@ def _tar_images(path: Path) -> TimmImages:
         reader = ReaderImageInTar(str(path), cache_tarinfo=False)
     except (OSError, AssertionError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot read the tar file of images: {error}") from None
-    return TimmImages(ImageDataset(str(path), reader=reader))
+    return TimmImages(ImageDataset(str(path), reader=reader), str(path))
 
 
 def known_num_classes(config: RunConfig) -> int | None:
@@ -405,7 +484,7 @@ def known_num_classes(config: RunConfig) -> int | None:
     Raises:
         ConfigError: the config contradicts the data set.
     """
-    wanted, facts = config.model.num_classes, FACTS.get(config.data.dataset)
+    wanted, facts = config.model.num_classes, known_facts(config.data)
     if facts is not None and wanted not in (None, facts.num_classes):
         raise _wrong_classes(config, facts.num_classes)
     return facts.num_classes if facts is not None else None
@@ -448,16 +527,21 @@ def _wrong_classes(config: RunConfig, found: int) -> ConfigError:
     )
 
 
+def _wrong_split(config: DataConfig, split: str, reason: str, allowed: str) -> DataError:
+    name = config.dataset or "folder of images"
+    return DataError(f"data set {name}: split {split!r} is {reason}; allowed: {allowed}")
+
+
 def _missing(config: DataConfig, split: str, reason: str) -> str:
     where = Path(config.root).resolve()
     reason = " ".join(reason.split()).rstrip(".")
     advice = "set data.root to the folder that holds it"
-    if config.dataset.lower().startswith("torch/"):
-        advice += ", or let data.download fetch it on a machine with a network"
-    elif config.dataset.lower().startswith("hfds/"):
-        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
-    elif "/" not in config.dataset:
+    if _in_folders(config):
         advice += ", with one folder of images per class in the folder of each split, or SPLIT.tar"
+    elif _prefix(config) == "torch":
+        advice += ", or let data.download fetch it on a machine with a network"
+    elif _prefix(config) == "hfds":
+        advice = "name a data set of the Hugging Face Hub, or a folder of one: hfds/PATH"
     name = config.dataset or "folder of images"
     return f"data set {name}, split {split}: expected in {where}: {reason}; {advice}"
 

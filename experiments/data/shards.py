@@ -62,7 +62,12 @@ class ShardImages:
 
     def describe(self, index: int) -> str:
         """The image's shard and offset."""
-        return f"{self._shards[self._shard[index]]} (the image at byte {self._offset[index]})"
+        shard, offset = self.key(index)
+        return f"{shard} (the image at byte {offset})"
+
+    def key(self, index: int) -> tuple[Path, int]:
+        """The same, as a pair."""
+        return self._shards[self._shard[index]], self._offset[index]
 
 
 def _shard_names(root: Path, split: str) -> list[str]:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config.schema import RunConfig
 from experiments.data.datasets import (
-    Images,
+    SplitImages,
     known_num_classes,
     open_images,
     refuse_other_classes,
+    refuse_shared_images,
     stated_num_classes,
 )
 from experiments.data.loading import Batch, EvalBatches
@@ -138,7 +139,7 @@ def assemble(
 
 def model_and_images(
     config: RunConfig, world: World, splits: Sequence[str], make: Callable[[int], _Model]
-) -> tuple[_Model, int, list[Images]]:
+) -> tuple[_Model, int, list[SplitImages]]:
     """Make a model for the number of classes, and open splits of the data set.
 
     Where the config alone tells the number of classes, the model comes first: its mistakes need no
@@ -153,6 +154,7 @@ def model_and_images(
     with world.main_first():  # downloads
         images = [open_images(config.data, split) for split in splits]
     refuse_other_classes(config.data, splits, images)
+    refuse_shared_images(config.data, splits, images)
     if num_classes is None or model is None:
         num_classes = stated_num_classes(config, images[0])
         model = make(num_classes)

@@ -11,7 +11,7 @@ from tests.helpers.runs_helper import HTM, write_config
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
-    "data": {"train_split": "tune_validation", "val_split": "tune_validation"},
+    "data": {"train_split": "tune_validation", "val_split": "tune_train[:285]"},
     "schedule": {"epochs": 2},
 }
 

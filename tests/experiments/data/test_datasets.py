@@ -17,8 +17,10 @@ from experiments.data.datasets import (
     DigitImages,
     digits_split,
     draw_per_class,
+    known_num_classes,
     open_images,
     refuse_other_classes,
+    refuse_shared_images,
     stated_num_classes,
 )
 from experiments.errors import ConfigError, DataError
@@ -29,6 +31,17 @@ from tests.helpers.runs_helper import small_config, write_config
 def write_idx(path, values):
     header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
     path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def write_fashion_mnist(root):
+    """Four images to train on and two to test with; gives the pixels of the four."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28))
+    for part, count in (("train", 4), ("t10k", 2)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", pixels[:count])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count))
+    return pixels
 
 
 def test_digits_splits_are_stratified_and_disjoint():
@@ -84,6 +97,23 @@ def test_a_split_is_never_taken_from_another(tmp_path, folder_of_images):
     assert len(images) == 6 and images.class_names == ("cat", "train")
 
 
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+@pytest.mark.parametrize("between", ["ILSVRC2012", "Data/CLS-LOC"])
+def test_a_root_above_the_splits_is_refused(tmp_path, folder_of_images, dataset, between):
+    """Each split would be all images of both."""
+    place = tmp_path / "root" / between
+    place.parent.mkdir(parents=True)
+    folder_of_images.rename(place)
+    config = DataConfig(dataset=dataset, root=str(tmp_path / "root"))
+    for split in ("train", "validation"):
+        with pytest.raises(DataError, match=rf"data\.root: got .*/root, .*; allowed: {place},"):
+            open_images(config, split)
+    (place / "train").rename(place / "Train")
+    (place / "validation").rename(place / "VAL")
+    with pytest.raises(DataError, match=r"there is Train, VAL, but not this split"):
+        open_images(DataConfig(dataset=dataset, root=str(place)), "train")
+
+
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_a_local_hugging_face_data_set(tmp_path, folder_of_images, form):
     """Images in files, and images inside the table, which have no file's name."""
@@ -118,12 +148,7 @@ def test_a_local_hugging_face_data_set(tmp_path, folder_of_images, form):
 
 
 def test_fashion_mnist_through_timm_is_rgb(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28))
-    for part, count in (("train", 4), ("t10k", 2)):
-        write_idx(raw / f"{part}-images-idx3-ubyte", pixels[:count])
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count))
+    pixels = write_fashion_mnist(tmp_path)
     config = DataConfig(dataset="torch/fashion_mnist", root=str(tmp_path), download=False)
     images = open_images(config, "validation")
     assert len(images) == 2
@@ -131,6 +156,48 @@ def test_fashion_mnist_through_timm_is_rgb(tmp_path):
     image, label = images[1]
     assert label == 1
     assert np.array_equal(np.asarray(image), np.repeat(pixels[1][..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dataset", ["torch/fashion_mnist", "Torch/a/Fashion_MNIST"])
+def test_test_images_come_under_their_names_alone(tmp_path, dataset):
+    """timm takes any split that is not called train or training for the test images."""
+    write_fashion_mnist(tmp_path)
+    config = DataConfig(dataset=dataset, root=str(tmp_path), download=False)
+    for split, count in (("training", 4), ("test", 2), ("val", 2), ("training[1:]", 3)):
+        assert len(open_images(config, split)) == count
+    for split in ("Train", "trian", "train ", "unlabeled", "trian[:1]"):
+        with pytest.raises(DataError, match=r"' is unknown; allowed: train, training, val, .*test"):
+            open_images(config, split)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "", "torch/cifar10", "torch/qmnist", "hfds/a"])
+def test_a_part_that_is_not_understood(tmp_path, dataset):
+    config = DataConfig(dataset=dataset, root=str(tmp_path), download=False)
+    for part in (
+        "[:90%]",
+        "[:-1]",
+        "[0:4:2]",
+        "[ :2]",
+        "[:1_0]",
+        "[1]",
+        "[:5][1:2]",
+        "[:2",
+        "[:2] ",
+    ):
+        with pytest.raises(DataError, match=r"not understood; allowed: parts .* train\[500:600\]"):
+            open_images(config, f"train{part}")
+
+
+def test_a_data_set_is_known_by_its_name_in_any_case():
+    """timm opens them all."""
+    for name in ("digits", "torch/fashion_mnist", "torch/cifar100"):
+        known = DataConfig(dataset=name)
+        for other in (name.upper(), name.title(), name.replace("torch/", "torch/a/")):
+            config = DataConfig(dataset=other)
+            assert normalisation(config) == normalisation(known) != normalisation(DataConfig(""))
+            classes = 100 if name == "torch/cifar100" else 10
+            assert known_num_classes(RunConfig(data=config)) == classes
+    assert len(open_images(DataConfig(dataset="Digits"), "train")) == 1442
 
 
 def test_a_part_of_a_split_is_those_images_in_their_order(tmp_path):
@@ -177,6 +244,59 @@ def test_splits_must_have_the_same_classes_in_the_same_order(first, second, told
         return
     with pytest.raises(DataError, match=f"differ: {told}; allowed: the same classes"):
         refuse_other_classes(DataConfig(), ("train", "val"), opened)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("train", "train", 1442),
+        ("train", "train[1000:]", 442),
+        ("train[:1001]", "train[1000:]", 1),
+        ("train[:1000]", "train[1000:]", 0),
+        ("train", "tune_validation", 285),
+        ("tune_validation[:9]", "train", 9),
+        ("tune_train", "tune_validation", 0),
+        ("train", "validation", 0),
+    ],
+)
+def test_splits_that_share_images_are_refused(first, second, shared):
+    config = DataConfig(dataset="digits")
+    opened = [open_images(config, split) for split in (first, second)]
+    if not shared:
+        refuse_shared_images(config, (first, second), opened)
+        return
+    with pytest.raises(DataError, match=f"digits: the splits .* share {shared} images; allowed"):
+        refuse_shared_images(config, (first, second), opened)
+
+
+def test_images_are_shared_under_other_names_too(tmp_path, folder_of_images):
+    write_fashion_mnist(tmp_path)
+    fashion = DataConfig(dataset="torch/fashion_mnist", root=str(tmp_path), download=False)
+    table = DataConfig(dataset=f"hfds/{folder_of_images}", root=str(tmp_path / "cache"))
+    inner = DataConfig(dataset="", root=str(folder_of_images / "train"))
+    for config, first, second, shared in (
+        (fashion, "train", "training[3:]", 1),
+        (fashion, "test", "validation", 2),
+        (fashion, "train", "test", 0),
+        (table, "train[:4]", "train[2:]", 2),
+        (table, "train", "validation", 0),
+        (inner, "train", "validation", 6),  # a folder without splits is the place of each
+        (inner, "train[:4]", "validation[4:]", 0),
+    ):
+        opened = [open_images(config, split) for split in (first, second)]
+        if not shared:
+            refuse_shared_images(config, (first, second), opened)
+            continue
+        with pytest.raises(DataError, match=f"share {shared} images"):
+            refuse_shared_images(config, (first, second), opened)
+
+
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_no_training_validates_on_its_own_images(check, tmp_path, capsys):
+    words = ["--config", str(write_config(tmp_path)), "--output", str(tmp_path / "run"), *check]
+    assert cli.run(train.main, [*words, "--data.val_split", "train[1400:]"]) == 2
+    assert "'train' and 'train[1400:]' share 42 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["folders", "tar per split", "torch/image_folder"])

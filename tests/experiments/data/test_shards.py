@@ -89,7 +89,9 @@ def test_shards_are_trained_on_and_evaluated_by_the_entry_points(tmp_path, capsy
         "schedule: {epochs: 1}\nlogging: {tensorboard: false}\n"
         f"output: {tmp_path / 'run'}\ndevice: cpu\n"
     )
-    train.main(["--config", str(config)])
+    with pytest.raises(DataError, match="'train' and 'validation' share 5 images"):
+        train.main(["--config", str(config)])
+    train.main(["--config", str(config), "--data.train_split", "train[5:]"])
     weights = str(tmp_path / "run" / "final.safetensors")
     capsys.readouterr()
     evaluate.main(["--config", str(config), "--checkpoint", weights, "--json"])

@@ -21,7 +21,7 @@ from tests.helpers.runs_helper import HTM, write_config
 from tests.helpers.standins import write_yaml
 
 ROOT = Path(__file__).parent.parent.parent.parent
-FEW = {"train_split": "tune_validation", "val_split": "tune_validation", "batch_size": 64}
+FEW = {"train_split": "tune_validation", "val_split": "tune_train[:285]", "batch_size": 64}
 
 
 @pytest.fixture

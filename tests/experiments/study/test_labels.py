@@ -11,7 +11,7 @@ from experiments.study.labels import agreement, at_random_places, mixed_pixels
 from experiments.study.records import label_records
 from tests.experiments.study.test_variants import vit
 from tests.helpers.runs_helper import write_config
-from tests.helpers.study_helper import write_study
+from tests.helpers.study_helper import TINY, write_study
 from tokenmixup.functional import MixingDecision
 
 
@@ -56,8 +56,7 @@ def test_random_places_keep_the_partner_and_the_number_of_tokens():
 
 
 def test_each_finished_training_is_judged_once(tmp_path, monkeypatch, capsys):
-    base = {"data": {"train_split": "tune_validation", "val_split": "tune_validation"}}
-    config = str(write_config(tmp_path, "base", **base, schedule={"epochs": 1}))
+    config = str(write_config(tmp_path, "base", data=TINY["data"], schedule={"epochs": 1}))
     path = write_study(tmp_path, config=config, test_split="validation")
     monkeypatch.setattr(labels, "IMAGES", 256)
     monkeypatch.setattr(labels, "RHO_TIMES_TOKENS", (0.0, 9.0))

@@ -72,6 +72,8 @@ def test_a_data_set_that_is_not_there_yet(there, tmp_path, checked):
         (("--compile", "graphs"), "compile: got 'graphs'"),
         (("--eval_precision", "tf32"), "eval_precision: got 'tf32'"),
         (("--horizontal.layers", "[7]"), "horizontal.layers names layer 7"),
+        (("--data.train_split", "trian"), "data set torch/cifar10: split 'trian' is unknown"),
+        (("--data.val_split", "train[:90%]"), "split 'train[:90%]' is not understood"),
         (("--data.download", "false"), "data set torch/cifar10, split train: expected in"),
         (("--data.dataset", "torch/nonsense"), "data.dataset: got 'torch/nonsense'"),
         (("--data.dataset", "torch/imagenet"), "data set torch/imagenet, split train: expected in"),
