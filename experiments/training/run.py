@@ -275,7 +275,15 @@ class Run:
         values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         self._write("validation", values)
         progress.top1 = result.top1
-        if result.top1 > progress.best_top1:
+        if not math.isfinite(result.loss):
+            problem = (
+                f"validation of epoch {progress.epochs_done + 1}: the loss is not finite (weights "
+                f"or eval_precision, now {self.config.eval_precision}), so that top-1 tells nothing"
+            )
+            if self.config.on_nonfinite == "stop":
+                raise TrainingStopped(problem)
+            self._warn(problem)
+        elif result.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = result.top1, progress.epochs_done + 1
             if self.world.is_main:
                 content = {"model": model.state_dict(), "progress": asdict(progress)}

@@ -46,6 +46,17 @@ def test_json_gives_the_runs_own_figures(trained, capsys):
     assert result["top1"] == load_checkpoint(best)["progress"]["best_top1"]
 
 
+def test_weights_whose_logits_are_not_finite_have_no_accuracy(trained, capsys, tmp_path):
+    config, folder = trained
+    state = load_file(folder / "final.safetensors")
+    state["backbone.head.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for words in ((), ("--json",)):
+        error = evaluated(capsys, config, tmp_path / "nan.pt", *words, code=2)
+        assert f"{tmp_path / 'nan.pt'}: its loss on the 355 images of 'validation' is nan" in error
+        assert error.count("\n") == 1
+
+
 def test_a_plain_hosts_file_says_what_it_left_out(trained, capsys, tmp_path):
     config, folder = trained
     state = load_file(folder / "final.safetensors")
