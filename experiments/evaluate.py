@@ -4,8 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from experiments import cli
+from experiments.config.schema import RunConfig
+from experiments.errors import ConfigError
 
 OPTIONS = {
     "checkpoint": cli.Option("a file of weights of any kind", required=True),
@@ -41,12 +45,13 @@ def main(argv: Sequence[str]) -> None:
     if not world.is_main:
         return
     loaded = assessment.loaded
+    notes = [*loaded.notes, *_other_images(config, Path(checkpoint))]
     if "json" in command.options:
         facts = {
             "config": command.config_file,
             "checkpoint": checkpoint,
             "kind": loaded.kind,
-            "notes": loaded.notes,
+            "notes": notes,
             "device": world.device.type,
             "precision": config.eval_precision,
             "top1": result.top1,
@@ -58,13 +63,36 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(facts))
         return
     print(f"{checkpoint} ({loaded.kind})")
-    for note in loaded.notes:
+    for note in notes:
         print(note)
     print(
         f"top-1 {result.top1:.2f}%  top-5 {result.top5:.2f}%  loss {result.loss:.4f}  "
         f"{result.images} images in {seconds:.1f} s, in {config.eval_precision} on "
         f"{world.device.type}"
     )
+
+
+def _other_images(config: RunConfig, checkpoint: Path) -> list[str]:
+    """A note on what makes the images others than under the config that a file carries, if any."""
+    from experiments.data.augment import normalisation
+    from experiments.zoo.convert import config_of
+
+    def settings(of: RunConfig) -> dict[str, Any]:
+        found = dict(zip(("data.mean", "data.std"), normalisation(of.data), strict=True))
+        crop = {"data.crop_pct": of.data.crop_pct, "data.interpolation": of.data.interpolation}
+        return {**found, **crop, "model.image_size": of.model.image_size}
+
+    try:
+        own = config_of(checkpoint)
+    except ConfigError:
+        return []  # an earlier version's, whose weights are used all the same
+    if own is None:
+        return []
+    here = settings(config)
+    changed = [f"{k}: {v} there, {here[k]} here" for k, v in settings(own).items() if v != here[k]]
+    if not changed:
+        return []
+    return [f"the config in the file prepares images otherwise: {'; '.join(changed)}"]
 
 
 if __name__ == "__main__":

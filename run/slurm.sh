@@ -31,6 +31,9 @@ RDZV_ID=$SLURM_JOB_ID
 RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500
 export NNODES NPROC RDZV_ID RDZV_ENDPOINT
 
+# From Slurm 22.05 on, srun no longer takes over sbatch's --cpus-per-task.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+
 begin=$(mktemp)
 trap 'rm -f "$begin"' EXIT
 code=0

@@ -43,17 +43,19 @@ class Division:
     """How many of them it computes."""
 
 
-def divide_batch(config: DataConfig, rank: int, size: int) -> Division:
-    """This process's share of every batch.
+def divide_batch(config: DataConfig, rank: int, size: int, even: bool = False) -> Division:
+    """This process's share of every batch; `even` for Mixup and CutMix, which mix in pairs.
 
     Raises:
         ConfigError: the batch cannot be shared out equally.
     """
     if config.micro_batch is None:
-        if config.batch_size % size:
+        unit = 2 * size if even else size
+        if config.batch_size % unit:
+            pairs = " that mix in pairs (Mixup, CutMix)" if even else ""
             raise ConfigError(
-                f"data.batch_size: got {config.batch_size}; allowed with {size} processes: a "
-                f"multiple of {size}"
+                f"data.batch_size: got {config.batch_size}; allowed with {size} processes{pairs}: "
+                f"a multiple of {unit}"
             )
         return Division(config.batch_size // size, rank, 1)
     parts = config.batch_size // config.micro_batch
@@ -197,7 +199,7 @@ class TrainBatches(_Batches):
             )
         transform = train_transform(data, config.model.image_size)
         dataset = SeededImages(images, transform, seed, num_classes, data.max_bad_images > 0)
-        self.division = divide_batch(data, rank, size)
+        self.division = divide_batch(data, rank, size, config.mixup.active)
         self._keys = EpochBatches(len(images), data.batch_size, seed, self.division)
         super().__init__(config, dataset, self._keys, device)
         self.images = images

@@ -27,7 +27,8 @@ def check_training(config: RunConfig, allow_changed: list[str]) -> None:
     choose_device(config.device)
     refuse_graphs_without_gpu(config)
     refuse_tf32_without_gpu(config)
-    divide_batch(config.data, 0, int(os.environ.get("WORLD_SIZE", "1")))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    divide_batch(config.data, 0, size, config.mixup.active)
     folder = RunFolder(Path(config.output))
     folder.refuse_unwritable_place()
     if not to_be_fetched(config.data, (config.data.train_split, config.data.val_split)):

@@ -5,6 +5,7 @@ Also where models go, and in which precision they compute.
 Dimensions: B batch, C classes.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from experiments.data.datasets import (
 )
 from experiments.data.loading import Batch, EvalBatches
 from experiments.data.transfer import memory_format
-from experiments.errors import ConfigError
+from experiments.errors import CheckpointError, ConfigError
 from experiments.models.build import build_model
 from experiments.training.distributed import World, choose_device
 from tokenmixup import TokenMixupModel
@@ -170,6 +171,7 @@ class Assessment:
 
     def __init__(self, config: RunConfig, checkpoint: str, world: World) -> None:
         self.config = config
+        self.checkpoint = checkpoint
         self.world = world
         (self.model, self.loaded), num_classes, (self.images,) = model_and_images(
             config,
@@ -181,9 +183,21 @@ class Assessment:
         self.batches = EvalBatches(config, self.images, num_classes, *share)
 
     def evaluate(self, batches: Iterable[Batch] | None = None) -> Evaluation:
-        """Evaluate once on `self.batches`, which a caller may wrap in a progress bar."""
+        """Evaluate once on `self.batches`, which a caller may wrap in a progress bar.
+
+        Raises:
+            CheckpointError: the loss is not finite.
+        """
         watched = self.batches if batches is None else batches
         try:
-            return evaluate(self.model, watched, self.world, self.config)
+            result = evaluate(self.model, watched, self.world, self.config)
         finally:
             self.batches.close()
+        if not math.isfinite(result.loss):
+            raise CheckpointError(
+                f"{self.checkpoint}: its loss on the {result.images} images of "
+                f"{self.config.data.val_split!r} is {result.loss}, expected a finite one: weights "
+                "or logits are not finite, so that their top-1 tells nothing; use other weights, "
+                f"or another eval_precision (now {self.config.eval_precision})"
+            )
+        return result

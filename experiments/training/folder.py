@@ -31,7 +31,7 @@ from experiments.errors import CheckpointError, ConfigError, UserError
 from experiments.files import remove_half_written, write_atomically
 from experiments.strict_yaml import yaml_text
 from experiments.training.distributed import World
-from experiments.training.metrics import Progress, RunningStatistics
+from experiments.training.metrics import METRICS_FILE, Progress, RunningStatistics, read_metrics
 from experiments.training.step import Learner
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -41,6 +41,11 @@ HEARTBEAT_FILE = "heartbeat.json"
 README_FILE = "README.md"
 _BEST = "best.pt"
 _LOCK = ".lock"
+_ABOUT = (
+    "A training of {} on {}, {}, {} epochs, begun or resumed {}.\n\n`{}`, called in {}, goes on "
+    f"from the newest checkpoint; `{FINAL_WEIGHTS}` is there when all is done.\n"
+)
+_OURS = re.compile(re.escape(_ABOUT).replace(r"\{\}", ".+"))
 _NUMBERED = re.compile(r"step-(\d{8,})\.pt")
 _SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -120,6 +125,8 @@ class RunFolder:
     def begin(self, config: RunConfig, command: str | None = None) -> None:
         """Write the config, and remove the final weights of fewer epochs: they say "done".
 
+        The README is written too, unless a person has written another.
+
         Args:
             config: of the run.
             command: what resumes the run; by default `experiments.train` with its config.
@@ -131,18 +138,48 @@ class RunFolder:
             self.final_weights.unlink(missing_ok=True)
             text = yaml_text(as_plain(config))
             write_atomically(self.path / CONFIG_FILE, text.encode())
-            write_atomically(self.path / README_FILE, self._about(config, command).encode())
+            readme = self.path / README_FILE
+            if not readme.exists() or _OURS.fullmatch(readme.read_text(errors="replace")):
+                write_atomically(readme, self._about(config, command).encode())
+
+    def refuse_lost_checkpoints(self, every: int) -> None:
+        """Refuse to begin where a run has been whose checkpoints are gone.
+
+        A run that was killed before its first checkpoint may begin again. The second one is written
+        only when the first is on the disk, so rows of a later epoch tell that there was one.
+
+        Args:
+            every: epochs from one checkpoint to the next.
+
+        Raises:
+            ConfigError: there are final weights, or metrics of more than two such times.
+        """
+        rows = read_metrics(self.path)
+        epoch = rows[-1]["epoch"] if rows else 0
+        if self.final_weights.exists():
+            there = FINAL_WEIGHTS
+        elif epoch > 2 * every:
+            there = f"{METRICS_FILE} up to epoch {epoch}"
+        else:
+            return
+        raise ConfigError(
+            f"output: the run folder {self.path} holds {there}, but no checkpoint to resume from "
+            f"in {self.checkpoints}: put one back or, to begin anew, remove the run folder or "
+            "choose another --output"
+        )
 
     def _about(self, config: RunConfig, command: str | None) -> str:
         """Two lines for those who find the folder: what it is, and which command goes on."""
         with_what = [name for name in ("horizontal", "vertical") if getattr(config, name)]
         train = ["python", "-m", "experiments.train", "--config", str(self.path / CONFIG_FILE)]
-        return (
-            f"A training of {config.model.name} on {config.data.dataset}, "
-            f"{' and '.join(with_what) + ' TokenMixup' if with_what else 'plain'}, "
-            f"{config.schedule.total_epochs} epochs, begun or resumed {provenance.now()}.\n\n"
-            f"`{command or shlex.join(train)}`, called in {Path.cwd()}, goes on from the newest "
-            f"checkpoint; `{FINAL_WEIGHTS}` is there when all is done.\n"
+        return _ABOUT.format(
+            config.model.name,
+            config.data.dataset,
+            f"{' and '.join(with_what)} TokenMixup" if with_what else "plain",
+            config.schedule.total_epochs,
+            provenance.now(),
+            command or shlex.join(train),
+            Path.cwd(),
         )
 
     def saved(self) -> list[Path]:

@@ -195,7 +195,9 @@ class Run:
         if saved is not None:
             parts = (self.learner, self.batches, self.statistics)
             self.progress = restore(saved, *parts, allow_changed, self._warn)
+            self._refuse_fewer_epochs()
             return int(saved[1]["rows"])
+        self.folder.refuse_lost_checkpoints(self.config.checkpoint.every)
         if allow_changed:
             raise ConfigError(
                 f"command line: --allow-changed: {self.folder.path} holds no run to resume"
@@ -203,6 +205,16 @@ class Run:
         if self.config.model.weights is not None:
             self._start_from(self.config.model.weights)
         return 0
+
+    def _refuse_fewer_epochs(self) -> None:
+        """Refuse an end that the run has passed: its weights would be of another schedule."""
+        done = math.ceil(self.progress.step / self.batches.steps_per_epoch)
+        if done > self.total_epochs:
+            raise ConfigError(
+                f"schedule.epochs: the config's {self.total_epochs} epochs end before the run of "
+                f"{self.folder.path}, which has come to epoch {done}; allowed: {done} or more, or "
+                "another --output"
+            )
 
     def _train_epoch(self) -> None:
         """Train the rest of an epoch, step by step: batch, step, log, stop, save."""
@@ -275,7 +287,15 @@ class Run:
         values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         self._write("validation", values)
         progress.top1 = result.top1
-        if result.top1 > progress.best_top1:
+        if not math.isfinite(result.loss):
+            problem = (
+                f"validation of epoch {progress.epochs_done + 1}: the loss is not finite (weights "
+                f"or eval_precision, now {self.config.eval_precision}), so that top-1 tells nothing"
+            )
+            if self.config.on_nonfinite == "stop":
+                raise TrainingStopped(problem)
+            self._warn(problem)
+        elif result.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = result.top1, progress.epochs_done + 1
             if self.world.is_main:
                 content = {"model": model.state_dict(), "progress": asdict(progress)}

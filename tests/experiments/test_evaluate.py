@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import cli, evaluate
-from experiments.checkpoint import load_checkpoint
+from experiments.checkpoint import load_checkpoint, save_checkpoint
 from experiments.training.metrics import read_metrics
 from tests.helpers.runs_helper import HTM, VTM, fit, write_config
 
@@ -44,6 +44,34 @@ def test_json_gives_the_runs_own_figures(trained, capsys):
     result = json.loads(evaluated(capsys, config, best, "--json"))
     assert result["kind"] == "checkpoint of a run"
     assert result["top1"] == load_checkpoint(best)["progress"]["best_top1"]
+
+
+def test_weights_whose_logits_are_not_finite_have_no_accuracy(trained, capsys, tmp_path):
+    config, folder = trained
+    state = load_file(folder / "final.safetensors")
+    state["backbone.head.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for words in ((), ("--json",)):
+        error = evaluated(capsys, config, tmp_path / "nan.pt", *words, code=2)
+        assert f"{tmp_path / 'nan.pt'}: its loss on the 355 images of 'validation' is nan" in error
+        assert error.count("\n") == 1
+
+
+def test_images_prepared_otherwise_than_for_the_run_are_told(trained, capsys, tmp_path):
+    config, folder = trained
+    best = folder / "checkpoints" / "best.pt"
+    assert "prepares images" not in evaluated(capsys, config, best)
+    words = ("--data.std", "[0.1, 0.1, 0.1]", "--data.crop_pct", "0.5")
+    note = (
+        "the config in the file prepares images otherwise: data.std: (0.3237, 0.3237, 0.3237) "
+        "there, (0.1, 0.1, 0.1) here; data.crop_pct: 1.0 there, 0.5 here"
+    )
+    assert f"\n{note}\n" in evaluated(capsys, config, best, *words)
+    assert json.loads(evaluated(capsys, config, best, *words, "--json"))["notes"] == [note]
+    old = load_checkpoint(best)
+    old["config"]["no longer"] = 1  # its weights are used all the same
+    save_checkpoint(tmp_path / "old.pt", old)
+    assert "prepares images" not in evaluated(capsys, config, tmp_path / "old.pt", *words)
 
 
 def test_a_plain_hosts_file_says_what_it_left_out(trained, capsys, tmp_path):

@@ -78,6 +78,14 @@ def test_the_command_line_names_the_run_folder(submit, tmp_path):
     assert (folder / "final.safetensors").exists() and not (tmp_path / "run").exists()
 
 
+def test_a_task_gets_the_cores_that_the_job_has(submit, tmp_path):
+    srun = tmp_path / "commands" / "srun"
+    srun.write_text('#!/bin/sh\necho "cores: ${SRUN_CPUS_PER_TASK-as Slurm says}"\n')
+    for cores, told in (("12", "12"), ("", "as Slurm says")):
+        done, _ = submit(SLURM_CPUS_PER_TASK=cores)
+        assert (done.returncode, done.stdout) == (0, f"cores: {told}\n"), done.stderr
+
+
 def test_it_needs_sbatch(submit):
     done, requeued = submit(SLURM_JOB_ID="")
     assert done.returncode != 0

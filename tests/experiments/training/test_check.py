@@ -118,3 +118,8 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path, checked, monkeypatch)
     code, said = checked(train, *words)
     assert code == 2 and "allowed with 3 processes: a multiple of 3" in said
     assert checked(train, *words, "--data.batch_size", "129")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a share of 15
+    words = (*words, "--data.batch_size", "30")
+    assert checked(train, *words)[0] == 0
+    code, said = checked(train, *words, "--mixup.mixup_alpha", "0.8")
+    assert code == 2 and "data.batch_size: got 30;" in said and "a multiple of 4" in said

@@ -44,15 +44,16 @@ def test_shares_of_all_processes_make_up_the_batch(size, micro_batch):
 
 
 @pytest.mark.parametrize(
-    "settings, size, message",
+    "settings, size, even, message",
     [
-        ({"batch_size": 16}, 3, "batch_size: got 16; .* 3 processes: a multiple of 3"),
-        ({"batch_size": 16, "micro_batch": 8}, 4, "8, which divides a batch of 16 into 2 parts"),
+        ({"batch_size": 16}, 3, False, "batch_size: got 16; .* 3 processes: a multiple of 3"),
+        ({"batch_size": 100}, 4, True, r"100; .* 4 processes .*CutMix\): a multiple of 8"),
+        ({"batch_size": 16, "micro_batch": 8}, 4, True, "8, which divides .* of 16 into 2 parts"),
     ],
 )
-def test_batches_that_cannot_be_shared_out(settings, size, message):
+def test_batches_that_cannot_be_shared_out(settings, size, even, message):
     with pytest.raises(ConfigError, match=message):
-        divide_batch(DataConfig(**settings), 0, size)
+        divide_batch(DataConfig(**settings), 0, size, even)
 
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] "

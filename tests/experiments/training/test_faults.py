@@ -117,6 +117,30 @@ def test_a_compilation_that_fails(tmp_path, break_it):
             run.fit()
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_an_evaluation_that_is_not_finite(tmp_path, capsys, policy):
+    sections = {"data": STEPS, "schedule": {"epochs": 2}, "on_nonfinite": policy}
+    run = Run(small_config(tmp_path, "run", **sections), ONE_PROCESS)
+
+    def spoil(model, _, logits):
+        first = not model.training and run.progress.epochs_done == 0
+        return logits * torch.nan if first else logits
+
+    run.learner.model.register_forward_hook(spoil)
+    told = r"validation of epoch 1: the loss is not finite .*eval_precision, now fp32"
+    if policy == "stop":
+        with pytest.raises(TrainingStopped, match=rf"^{told}.*; the last checkpoint is .*11\.pt"):
+            run.fit()
+        assert not (run.folder.checkpoints / "best.pt").exists()
+        fit(tmp_path, "run", **sections)  # evaluates again
+    else:
+        run.fit()
+        assert re.search(f"warning: {told}", capsys.readouterr().err)
+        assert run.progress.best_epoch == 2
+    whole = fit(tmp_path, "whole", data=STEPS, schedule={"epochs": 2})
+    assert final_bytes(run.folder.path) == final_bytes(whole)
+
+
 def test_cuda_graphs_without_cuda_are_refused(tmp_path):
     message = r"^compile: got 'graphs', but the device is cpu, .*; allowed here: off, on, auto$"
     with pytest.raises(ConfigError, match=message):

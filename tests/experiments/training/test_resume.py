@@ -5,6 +5,7 @@ import itertools
 import json
 import pkgutil
 import random
+import shutil
 
 import pytest
 import timm
@@ -178,6 +179,57 @@ def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(cut):
     with pytest.raises(CheckpointError, match=r"all checkpoints of .* are damaged: to begin anew"):
         fit(cut)
     assert RunFolder(cut / "output" / "run").saved() == saved
+
+
+def lost_checkpoints(folder):
+    """Delete the checkpoints, as a person who needs the room; gives all files that stay."""
+    shutil.rmtree(folder / "checkpoints")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_without_checkpoints_is_never_begun_anew(tmp_path):
+    folder = fit(tmp_path, schedule={"epochs": 1})
+    left = lost_checkpoints(folder)
+    for change in ({}, {"seed": 7}):
+        with pytest.raises(
+            ConfigError,
+            match=r"holds final\.safetensors, but no checkpoint .*remove the run folder or choose",
+        ):
+            fit(tmp_path, schedule={"epochs": 1}, **change)
+    kept = {path for path in left if path.name != ".lock"}
+    assert kept and all(path.read_bytes() == left[path] for path in kept)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_unfinished_run_without_checkpoints_begins_anew_only_if_it_can_have_had_none(
+    tmp_path, every
+):
+    sections = {"schedule": {"epochs": 3}, "checkpoint": {"every": every}}
+    with pytest.raises(SavedAndStopped):
+        fit(tmp_path, AtLook(34), **sections)  # in the third epoch, behind its first row
+    folder = tmp_path / "output" / "run"
+    assert read_metrics(folder)[-1]["epoch"] == 3
+    left = lost_checkpoints(folder)
+    if every == 1:  # there were two
+        with pytest.raises(ConfigError, match=r"holds metrics\.jsonl up to epoch 3, but no check"):
+            fit(tmp_path, **sections)
+        assert (folder / "metrics.jsonl").read_bytes() == left[folder / "metrics.jsonl"]
+    else:
+        fit(tmp_path, **sections)
+        steps = [row["step"] for row in read_metrics(folder) if row["split"] == "validation"]
+        assert steps == [11, 22, 33]
+
+
+def test_an_end_that_the_run_has_passed_is_refused(cut):
+    folder = cut / "output" / "run"
+    config = (folder / "config.yaml").read_bytes()
+    fewer = {"allow_changed": ["schedule.epochs"], "schedule": {"epochs": 1}}
+    with pytest.raises(
+        ConfigError, match=r"^schedule\.epochs: the config's 1 epochs .* to epoch 2; allowed: 2 or"
+    ):
+        fit(cut, **fewer)
+    assert (folder / "config.yaml").read_bytes() == config
+    assert not (folder / "final.safetensors").exists()
 
 
 def test_a_changed_config_is_refused_unless_its_keys_are_named(cut, capsys):

@@ -58,6 +58,20 @@ def test_the_run_folder_says_which_command_goes_on(tmp_path, capsys, monkeypatch
     assert "all 1 epochs are done already" in capsys.readouterr().out
 
 
+def test_a_readme_that_a_person_wrote_stays(tmp_path):
+    readme = tmp_path / "output" / "run" / "README.md"
+    fit(tmp_path, "run", schedule={"epochs": 1})
+    ours, more = readme.read_text(), {"schedule": {"epochs": 2}}
+    fit(tmp_path, "run", allow_changed=["schedule.epochs"], **more)
+    assert ", 1 epochs," in ours and ", 2 epochs," in readme.read_text(), "ours is renewed"
+    for notes in (ours + "\nThe learning rate was too high.\n", "My notes: caf\u00e9\n"):
+        readme.write_text(notes, encoding="latin-1")
+        written = readme.read_bytes()
+        (readme.parent / "final.safetensors").unlink()
+        fit(tmp_path, "run", **more)
+        assert readme.read_bytes() == written
+
+
 def test_what_became_of_the_weights_that_a_training_starts_from_is_told(tmp_path, capsys):
     states = {
         key: build_model(small_config(tmp_path, horizontal=horizontal), 10).state_dict()
