@@ -106,6 +106,28 @@ class TokenMixupTrainer(Trainer):
             _admit(model)
         return model
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Weigh a batch by its share of the optimiser step, whatever ``compute_loss`` does.
+
+        Args:
+            model: the attached model, as the Trainer wrapped it.
+            inputs: ``pixel_values`` and ``labels``.
+            num_items_in_batch: labels in all batches of the optimiser step, in all processes
+                unless ``average_tokens_across_devices`` is off.
+        """
+        if num_items_in_batch is not None:
+            averaged = self.args.average_tokens_across_devices  # as gradients are
+            processes = self.accelerator.num_processes if averaged else 1
+            # The Trainer divides by this, unless told that compute_loss used num_items_in_batch.
+            steps: Any = num_items_in_batch / (inputs["labels"].numel() * processes)
+            self.current_gradient_accumulation_steps = steps
+        return super().training_step(cast(Any, model), inputs)
+
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, 0-d, in training and in evaluation: the cross-entropy.
 
@@ -125,34 +147,26 @@ class TokenMixupTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss on mixed targets in training, on those of the batch in evaluation.
-
-        The Trainer adds the losses of all batches of an optimiser step, and averages over the
-        processes: in training this is the mean over the batch, times the batch's share of the step,
-        times the number of processes.
+        """The mean loss of a batch, on mixed targets in training, on its own in evaluation.
 
         Args:
             model: the attached model, as the Trainer wrapped it.
             inputs: ``pixel_values`` and ``labels``.
             return_outputs: return ``{"logits": ...}``, too.
-            num_items_in_batch: labels in all batches of the optimiser step, in all processes
-                unless ``average_tokens_across_devices`` is off; None in evaluation.
+            num_items_in_batch: not used, and None: :meth:`training_step` weighs the batch.
         """
         images, labels = _images_and_labels(inputs)
         if labels is None:
             raise ValueError("a loss needs 'labels' in the batch, which has only 'pixel_values'")
         targets = self._smoothed(labels)
-        training = model.training
-        out = model(images, targets) if training else _plain_output(model(images), targets)
-        loss = out.loss(self.criterion)
-        if training:
-            if num_items_in_batch is not None:
-                loss = loss * (labels.numel() / num_items_in_batch)
-                if self.args.average_tokens_across_devices:
-                    loss = loss * self.accelerator.num_processes  # gradients are averaged
+        if model.training:
+            out = model(images, targets)
             self._batches += bool(out.stats)
             for name, value in out.stats.items():
                 self._stats[name] = self._stats.get(name, 0) + value
+        else:
+            out = _plain_output(model(images), targets)
+        loss = out.loss(self.criterion)
         return (loss, {"logits": out.logits}) if return_outputs else loss
 
     def _smoothed(self, labels: Tensor) -> Tensor:
