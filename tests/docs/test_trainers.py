@@ -107,7 +107,12 @@ def test_accelerate(run: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_in_two_processes(tmp_path: Path) -> None:
     """Both end with the weights of the checkpoint."""
-    ended = "\nprint('weights', [p.double().sum().item() for p in model.parameters()], flush=True)"
+    # in one write: lines of two processes would run into each other
+    ended = """
+import os
+weights = [p.double().sum().item() for p in model.parameters()]
+os.write(1, f"weights {weights}\\n".encode())
+"""
     (tmp_path / "train.py").write_text(LOADERS + code_below("accelerate") + ended)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
