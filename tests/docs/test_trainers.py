@@ -14,6 +14,8 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from timm.loss import PolyCrossEntropy
+from transformers import TrainingArguments
 
 from tests.helpers.documents import ROOT
 
@@ -77,6 +79,11 @@ def test_the_trainer_of_transformers(run: Callable[..., Any]) -> None:
     with torch.no_grad():
         expected = after["model"].eval()(images)
         assert torch.equal(after["plain"].eval()(images).logits, expected)
+    arguments = TrainingArguments("own", dataloader_pin_memory=False, report_to=[])
+    trainer = after["Poly1Trainer"](after["model"], arguments)
+    found = trainer.evaluate(after["eval_dataset"])["eval_loss"]
+    loss = PolyCrossEntropy(epsilon=1.0)(expected, torch.arange(16)).item()
+    assert found == pytest.approx(loss, rel=1e-5)
 
 
 def test_accelerate(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -100,7 +107,12 @@ def test_accelerate(run: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_in_two_processes(tmp_path: Path) -> None:
     """Both end with the weights of the checkpoint."""
-    ended = "\nprint('weights', [p.double().sum().item() for p in model.parameters()], flush=True)"
+    # in one write: lines of two processes would run into each other
+    ended = """
+import os
+weights = [p.double().sum().item() for p in model.parameters()]
+os.write(1, f"weights {weights}\\n".encode())
+"""
     (tmp_path / "train.py").write_text(LOADERS + code_below("accelerate") + ended)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

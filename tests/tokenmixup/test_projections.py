@@ -199,6 +199,11 @@ def test_peft_around_a_host_and_what_it_tells():
         pattern.startswith("^" + prefix.replace(".", r"\."))
         for pattern, _ in model.group_matcher()["blocks"]
     )
+    images = batch(BY_NAME["vit"])[0].double()
+    expected = model.eval()(images)
+    merged = model.detach().merge_and_unload()
+    assert merged.state_dict().keys() == host_of(BY_NAME["vit"]).state_dict().keys()
+    torch.testing.assert_close(merged.eval()(images), expected)
     with pytest.raises(ValueError, match="attached to this model already"):
         attach(adapt(put_on(host_of(BY_NAME["vit"])), save=()))
 

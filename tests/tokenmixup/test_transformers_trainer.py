@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.multiprocessing
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
+    ViTForImageClassification,
 )
 
 from tests.helpers.trainer_worker import (
@@ -27,8 +30,38 @@ from tests.helpers.trainer_worker import (
     run,
     weights,
 )
-from tokenmixup import TokenMixupModel, VerticalConfig
+from tokenmixup import TokenMixupModel, VerticalConfig, attach
 from tokenmixup.integrations.transformers import TokenMixupTrainer
+
+
+class Doubled(TokenMixupTrainer):
+    """Twice the cross-entropy."""
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return 2 * super().criterion(logits, targets)
+
+
+class DoubledInOrder(Doubled, InOrder):
+    pass
+
+
+class Raised(TokenMixupTrainer):
+    """An override of compute_loss."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss + 1, outputs) if return_outputs else loss + 1
+
+
+class ByItself(InOrder):
+    """An override of compute_loss that does all itself."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return model(inputs["pixel_values"], inputs["labels"]).loss()
 
 
 def images(count: int = 16) -> Tensor:
@@ -62,13 +95,19 @@ def logits_of(model: TokenMixupModel) -> Tensor:
         return model.backbone.eval()(images()).logits
 
 
-def by_hand(model: TokenMixupModel, *batches: slice, smoothing: float = 0.0) -> None:
+def doubled(logits: Tensor, targets: Tensor) -> Tensor:
+    return -2 * (targets * logits.log_softmax(1)).sum() / len(logits)
+
+
+def by_hand(
+    model: TokenMixupModel, *batches: slice, smoothing: float = 0.0, criterion: Any = None
+) -> None:
     """One step of plain SGD on parts of the data, by their share of the images."""
     x, y = images(), mixup_target(labels(), CLASSES, smoothing=smoothing)
     count = sum(len(x[part]) for part in batches)
     model.train()
     for part in batches:
-        loss = model(x[part], y[part]).loss()
+        loss = model(x[part], y[part]).loss(criterion)
         (loss * len(x[part]) / count).backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,10 +176,11 @@ def test_a_resumed_training_is_an_uninterrupted_one(tmp_path: Path, bf16: bool) 
 def test_every_image_of_a_step_weighs_the_same(tmp_path: Path) -> None:
     """10 images in batches of 4, 4 and 2, in one step."""
     options = {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    by_trainer, expected = build(), build()
-    trained(tmp_path, by_trainer, 10, InOrder, **options)
-    by_hand(expected, slice(0, 4), slice(4, 8), slice(8, 10))
-    assert_same_weights(by_trainer, expected, **SMALL)
+    parts = slice(0, 4), slice(4, 8), slice(8, 10)
+    for kind, criterion in ((InOrder, None), (ByItself, None), (DoubledInOrder, doubled)):
+        trained(tmp_path, by_trainer := build(), 10, kind, **options)
+        by_hand(expected := build(), *parts, criterion=criterion)
+        assert_same_weights(by_trainer, expected, **SMALL)
     for model in (by_trainer := build(), expected := build()):
         model.enabled = False
     trained(tmp_path, by_trainer, 10, InOrder, **options)
@@ -171,6 +211,26 @@ def test_the_loss_is_the_trainers_own_where_nothing_is_mixed(
     assert ours.evaluate(data())["eval_loss"] == pytest.approx(
         own.evaluate(data())["eval_loss"], rel=1e-5
     )
+
+
+def test_evaluation_and_training_have_the_same_loss_of_your_own(tmp_path: Path) -> None:
+    model = build()
+    model.enabled = False
+    loss = torch.nn.functional.cross_entropy(logits_of(model), labels()).item()
+    options = {"max_steps": 1, "logging_steps": 1, "include_for_metrics": ["inputs", "loss"]}
+    for kind, expected in ((TokenMixupTrainer, loss), (Doubled, 2 * loss), (Raised, loss + 1)):
+
+        def metrics(found: Any, expected: float = expected) -> dict[str, float]:
+            assert found.losses.mean() == pytest.approx(expected, rel=1e-5)
+            assert len(found.inputs) == len(found.predictions) == 16
+            return {}
+
+        given = arguments(tmp_path, **options, learning_rate=0.0)
+        trainer = kind(model.train(), given, train_dataset=data(), compute_metrics=metrics)
+        trainer.train()
+        evaluated = trainer.evaluate(data())["eval_loss"]
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+        assert evaluated == pytest.approx(expected, rel=1e-5)
 
 
 def test_soft_labels(tmp_path: Path) -> None:
@@ -258,10 +318,14 @@ def test_what_it_does_not_support_is_refused(tmp_path: Path) -> None:
     smooth = arguments(tmp_path, label_smoothing_factor=0.2)
     sigmoid = build()
     sigmoid.backbone.config.problem_type = "multi_label_classification"
+    parallel = arguments(tmp_path)
+    assert parallel.n_gpu <= 1  # found out by this first question
+    parallel._n_gpu = 4
     for model, options, error, match in (
         (host, {}, TypeError, "got ViTForImageClassification"),
-        (build(), {"compute_loss_func": print}, ValueError, "override compute_loss"),
+        (build(), {"compute_loss_func": print}, ValueError, "override criterion"),
         (sigmoid, {}, ValueError, "multi_label"),
+        (build(), {"args": parallel}, ValueError, "torchrun --nproc_per_node=4.*VISIBLE"),
         (hard, {"args": smooth}, ValueError, r"below 0\.0661"),
         (build(), {"args": arguments(tmp_path, label_names=["y"])}, ValueError, "'labels'"),
     ):
@@ -274,6 +338,47 @@ def test_what_it_does_not_support_is_refused(tmp_path: Path) -> None:
         trainer.compute_loss(trainer.model, {"interpolate": True, "pixel_values": images()})
     with pytest.raises(ValueError, match="a loss needs 'labels'"):
         trainer.compute_loss(trainer.model, {"pixel_values": images()})
+
+
+class WithDropout(ViTForImageClassification):
+    """A head of its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.classifier = torch.nn.Sequential(torch.nn.Dropout(0.1), self.classifier)
+
+
+def test_a_host_that_from_pretrained_would_not_make_is_refused(tmp_path: Path) -> None:
+    """When the Trainer is made, not when it reads its checkpoints after the training."""
+    for change, classes, match in (
+        (lambda host: setattr(host, "classifier", torch.nn.Linear(32, 7)), 7, r"\(7,\).*\(5,\)"),
+        (
+            lambda host: setattr(host, "classifier", torch.nn.Sequential(host.classifier)),
+            CLASSES,
+            r"classifier\.0\.bias is \(5,\) in it, but missing",
+        ),
+        (
+            lambda host: host.add_adapter(peft.LoraConfig(target_modules=["dense", "fc1"])),
+            CLASSES,
+            "base_layer.*accelerate",
+        ),
+    ):
+        host = build().detach()
+        change(host)
+        model = attach(host, horizontal=HTM, num_classes=classes)
+        with pytest.raises(ValueError, match=match):
+            TokenMixupTrainer(model, arguments(tmp_path))
+        with pytest.raises(ValueError, match=match):
+            TokenMixupTrainer(
+                args=arguments(tmp_path), model_init=partial(lambda model: model, model)
+            )
+    host = WithDropout(build().detach().config)
+    options = {"save_strategy": "steps", "save_steps": 1}
+    model = attach(host, vertical=VTM, num_classes=CLASSES)
+    trained(tmp_path, model, max_steps=1, **options)
+    whole = trained(tmp_path, model, max_steps=2, resume_from_checkpoint=True, **options)
+    read = WithDropout.from_pretrained(tmp_path / "checkpoint-2")
+    assert_same_weights(read, whole.model.backbone, **BIT_FOR_BIT)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

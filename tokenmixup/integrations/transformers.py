@@ -4,6 +4,7 @@ Dimensions: B batch, C classes.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from tokenmixup.functional import soft_cross_entropy
 from tokenmixup.integrations._shared import refuse_vain_tau, settings_of, smoothed
 from tokenmixup.model import TokenMixupModel, TokenMixupOutput
 
@@ -31,15 +33,16 @@ class TokenMixupTrainer(Trainer):
     mixes them; where nothing is mixed the loss is the Trainer's own. Every image of an optimiser
     step weighs the same, also where the last of accumulated batches is smaller. Evaluation runs
     the plain host; ``compute_metrics`` gets its logits. Logs hold the means of ``out.stats``, of
-    the main process, beside the loss.
+    the main process, beside the loss. For another loss override :meth:`criterion`.
 
     ``from_pretrained`` reads each checkpoint folder. The ScoreNets and the settings lie beside
     the host's files, in ``tokenmixup.safetensors``.
 
     Raises:
         TypeError: the model is not attached to a model of transformers.
-        ValueError: an argument that it does not support, a checkpoint of other settings, or a
-            ``tau`` below every difficulty that smoothed labels can have.
+        ValueError: an argument that it does not support, a host whose checkpoints
+            ``from_pretrained`` could not read, a checkpoint of other settings, or a ``tau`` below
+            every difficulty that smoothed labels can have.
     """
 
     def __init__(self, model: TokenMixupModel | None = None, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +67,7 @@ class TokenMixupTrainer(Trainer):
         for refused, instead in (
             (
                 self.compute_loss_func is not None,
-                "compute_loss_func knows nothing of mixed targets: override compute_loss",
+                "compute_loss_func knows nothing of mixed targets: override criterion",
             ),
             (
                 self.label_names != ["labels"],
@@ -78,6 +81,12 @@ class TokenMixupTrainer(Trainer):
             (
                 self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 "FSDP and DeepSpeed are not supported: start several processes with torchrun",
+            ),
+            (
+                self.args.n_gpu > 1,
+                f"one process with {self.args.n_gpu} GPUs would train by DataParallel, with which "
+                f"TokenMixup does not work: start torchrun --nproc_per_node={self.args.n_gpu}, or "
+                "set CUDA_VISIBLE_DEVICES=0 for one GPU",
             ),
         ):
             if refused:
@@ -97,6 +106,40 @@ class TokenMixupTrainer(Trainer):
             _admit(model)
         return model
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Weigh a batch by its share of the optimiser step, whatever ``compute_loss`` does.
+
+        Args:
+            model: the attached model, as the Trainer wrapped it.
+            inputs: ``pixel_values`` and ``labels``.
+            num_items_in_batch: labels in all batches of the optimiser step, in all processes
+                unless ``average_tokens_across_devices`` is off.
+        """
+        if num_items_in_batch is not None:
+            averaged = self.args.average_tokens_across_devices  # as gradients are
+            processes = self.accelerator.num_processes if averaged else 1
+            # The Trainer divides by this, unless told that compute_loss used num_items_in_batch.
+            steps: Any = num_items_in_batch / (inputs["labels"].numel() * processes)
+            self.current_gradient_accumulation_steps = steps
+        return super().training_step(cast(Any, model), inputs)
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch, 0-d, in training and in evaluation: the cross-entropy.
+
+        The loss of the ScoreNets is added to it, and every image of an optimiser step weighs the
+        same, also where this is overridden.
+
+        Args:
+            logits: (B, C).
+            targets: soft targets (B, C): smoothed, and in training mixed.
+        """
+        return soft_cross_entropy(logits, targets).mean()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -104,32 +147,26 @@ class TokenMixupTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss on mixed targets in training, on those of the batch in evaluation.
+        """The mean loss of a batch, on mixed targets in training, on its own in evaluation.
 
         Args:
             model: the attached model, as the Trainer wrapped it.
             inputs: ``pixel_values`` and ``labels``.
             return_outputs: return ``{"logits": ...}``, too.
-            num_items_in_batch: labels in all batches of the optimiser step, in all processes
-                unless ``average_tokens_across_devices`` is off.
+            num_items_in_batch: not used, and None: :meth:`training_step` weighs the batch.
         """
         images, labels = _images_and_labels(inputs)
         if labels is None:
             raise ValueError("a loss needs 'labels' in the batch, which has only 'pixel_values'")
         targets = self._smoothed(labels)
-        if not model.training:
-            out = _plain_output(model(images), targets)
-            loss = out.loss()
-        else:
+        if model.training:
             out = model(images, targets)
-            loss = out.loss()
-            if num_items_in_batch is not None:
-                loss = loss * (labels.numel() / num_items_in_batch)
-                if self.args.average_tokens_across_devices:
-                    loss = loss * self.accelerator.num_processes  # gradients are averaged
             self._batches += bool(out.stats)
             for name, value in out.stats.items():
                 self._stats[name] = self._stats.get(name, 0) + value
+        else:
+            out = _plain_output(model(images), targets)
+        loss = out.loss(self.criterion)
         return (loss, {"logits": out.logits}) if return_outputs else loss
 
     def _smoothed(self, labels: Tensor) -> Tensor:
@@ -143,12 +180,15 @@ class TokenMixupTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits (B, C) and labels of a batch; None for what there is not."""
-        images, labels = _images_and_labels(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(inputs)
+        images, labels = _images_and_labels(inputs)
         loss = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(images)
-            if labels is not None:
-                loss = _plain_output(logits, self._smoothed(labels)).loss()
+            if labels is None:
+                logits = model(images)
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                logits = outputs["logits"]
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -201,12 +241,33 @@ def _check(model: Any) -> None:
     found = type(model).__name__
     if isinstance(model, TokenMixupModel):
         if isinstance(model.backbone, PreTrainedModel):
-            return
+            return _check_weights(model.backbone)
         found = f"one attached to a {type(model.backbone).__name__}"
     raise TypeError(
         "TokenMixupTrainer needs a model of transformers with TokenMixup on it, "
         f"tokenmixup.attach(AutoModelForImageClassification.from_pretrained(...), ...); got {found}"
     )
+
+
+def _check_weights(host: PreTrainedModel) -> None:
+    """Raise ValueError unless `from_pretrained` makes a host with the same weights."""
+    kind = type(host)
+    with torch.device("meta"):
+        remade = kind(copy.deepcopy(host.config))
+    here, there = (
+        {name: tuple(value.shape) for name, value in one.state_dict().items()}
+        for one in (host, remade)
+    )
+    for name in sorted(here | there):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                "TokenMixupTrainer: from_pretrained could not read checkpoints of this host: "
+                f"{name} is {here.get(name, 'missing')} in it, but {there.get(name, 'missing')} "
+                f"in what {kind.__name__} makes of its config. For other classes call "
+                "from_pretrained(..., num_labels=..., ignore_mismatched_sizes=True); make another "
+                f"head in a class derived from {kind.__name__}; train adapters of peft with "
+                "accelerate"
+            )
 
 
 def _admit(model: Any) -> None:
