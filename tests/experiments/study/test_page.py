@@ -16,7 +16,7 @@ from experiments.study.page import (
     write_report,
 )
 from experiments.study.plan import read_study
-from experiments.study.records import study_records
+from experiments.study.records import label_records, study_records
 from experiments.study.statistics import compare
 from tests.helpers.study_helper import ROOT, record_of, runner_of, write_study
 
@@ -181,6 +181,47 @@ def test_the_documents_quote_the_study_of_small_data():
         assert not any(differences[corruption].excludes_zero for corruption in corrupted)
     hidden = [found[n].measures_to["plain"]["top1_occlusion"].mean for n in ("CutMix", "Mixup")]
     assert "CutMix gains {:.0f} points and Mixup {:.0f}".format(*hidden) in results
+
+
+def test_the_documents_quote_sinks_dose_and_labels():
+    study = read_study(ROOT / "configs" / "studies" / "small_data.yaml")
+    comparison = comparison_of(study, ROOT / "results")
+    found = {s.variant.name: s for s in comparison.standings}
+    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    spans = []
+    for name in ("largest_share", "border_share", "same_place_share"):
+        means = [100 * found["plain"].measures[f"layer{n}/{name}"].mean for n in range(4)]
+        spans.append((round(min(means)), round(max(means))))
+    assert "one token of 49 holds {} to {}% of the saliency".format(*spans[0]) in results
+    assert "at the border in {} to {}% of the images".format(*spans[1]) in results
+    assert "at one and the same place in {} to {}%".format(*spans[2]) in results
+    dose = found["HTM"].by_epoch["all"]
+    assert f"HTM mixed {dose['mixed_share']:.0%} of the samples" in results
+    taken = dose["tokens_mixed"]
+    assert (
+        f"It took {taken:.1f} tokens of an easy sample from the partner, {taken / 49:.0%}"
+        in results
+    )
+    assert f"with them {dose['label_share']:.0%} of the label" in results
+    means = {name: f"{100 * s.mean:.0f}" for name, s in found["plain"].agreement[0.0204].items()}
+    for sentence in (
+        "label gives the partner {share}%. The taken tokens are {share_by_tokens}%. The judge sees "
+        "{share_seen}%, and {share_seen_random}% where",
+        "Labels by saliency are off by {gap} points, labels by the number of tokens would be off "
+        "by {gap_by_tokens}, and labels that leave the partner out by {share_seen}.",
+        "of {share_by_tokens}% random tokens it sees {share_seen_random}%",
+    ):
+        assert sentence.format(**means) in results
+    judged = [
+        r.agreement
+        for r in label_records(ROOT / "results", study.name).read()
+        if (r.variant, r.rho) == ("plain", 0.0204)
+    ]
+    loop = " ".join((ROOT / "docs" / "training_loop.md").read_text().split())
+    shares = f"took {taken / 49:.0%} of the tokens and with them {dose['label_share']:.0%} of the"
+    assert shares in loop
+    assert len(judged) == 10
+    assert all(one["share_seen"] < one["share_seen_random"] for one in judged)
 
 
 def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
