@@ -130,7 +130,8 @@ def draw_saliency(comparison: Comparison, stem: Path) -> list[Path]:
     layers = layers_of(comparison)
     with figures.house_style():
         figure = figures.make_figure(3.2)
-        panels = figure.subplots(1, 4, sharey=True)
+        mixing = any(standing.by_epoch for standing in comparison.standings)
+        panels = figure.subplots(1, 3 + mixing, sharey=True)
         for axes, name, words in (
             (panels[0], "largest_share", "saliency of the most\nsalient token"),
             (panels[1], "same_place_share", "images in which it is at\nthe most frequent place"),
@@ -149,12 +150,13 @@ def draw_saliency(comparison: Comparison, stem: Path) -> list[Path]:
             axes.set_title(words)
             axes.set_xticks(layers)
             axes.set_xlabel("layer")
-        for number, standing in enumerate(comparison.standings):
-            epochs = [epoch for epoch in standing.by_epoch if epoch != "all"]
-            values = [100 * standing.by_epoch[e]["largest_saliency_share"] for e in epochs]
-            panels[3].plot([int(epoch) for epoch in epochs], values, **_line(number))
-        panels[3].set_title("saliency of the most salient\ntoken where HTM mixes")
-        panels[3].set_xlabel("epoch")
+        if mixing:
+            for number, standing in enumerate(comparison.standings):
+                epochs = [epoch for epoch in standing.by_epoch if epoch != "all"]
+                values = [100 * standing.by_epoch[e]["largest_saliency_share"] for e in epochs]
+                panels[3].plot([int(epoch) for epoch in epochs], values, **_line(number))
+            panels[3].set_title("saliency of the most salient\ntoken where HTM mixes")
+            panels[3].set_xlabel("epoch")
         panels[0].set_ylabel("per cent")
         panels[0].set_ylim(0, 100)
         for axes in panels:
