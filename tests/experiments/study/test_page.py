@@ -217,6 +217,19 @@ def test_the_documents_quote_sinks_dose_and_labels():
         for r in label_records(ROOT / "results", study.name).read()
         if (r.variant, r.rho) == ("plain", 0.0204)
     ]
+    vits = comparison_of(
+        read_study(ROOT / "configs" / "studies" / "small_data_vit.yaml"), ROOT / "results"
+    ).standings
+    words = ("{} to {}% with a class token", "{} to {}% with registers", "{} to {}% where saliency")
+    for standing, sentence in zip(vits, words, strict=True):
+        shares = [100 * standing.measures[f"layer{n}/largest_share"].mean for n in (1, 2, 3)]
+        assert sentence.format(round(min(shares)), round(max(shares))) in results
+    means = {name: f"{100 * s.mean:.0f}" for name, s in vits[0].agreement[0.0204].items()}
+    assert (
+        "label gives the partner {share}%, the tokens are {share_by_tokens}%, the judge sees "
+        "{share_seen}%, and {share_seen_random}% of random".format(**means)
+        in results
+    )
     loop = " ".join((ROOT / "docs" / "training_loop.md").read_text().split())
     shares = f"took {taken / 49:.0%} of the tokens and with them {dose['label_share']:.0%} of the"
     assert shares in loop
