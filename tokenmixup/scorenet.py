@@ -45,6 +45,10 @@ class ScoreNet(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.pool = nn.Linear(width, 1) if pooling == "attention" else None
         self.head = nn.Linear(width, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the first weights, also after `to_empty` of a model that was made without memory."""
         for linear in (self.pool, self.head):
             if linear is not None:
                 nn.init.trunc_normal_(linear.weight, std=0.02)

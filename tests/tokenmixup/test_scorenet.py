@@ -23,9 +23,14 @@ def test_logits_are_the_oracles(pooling):
     np.testing.assert_allclose(array(net(tokens)), reference.logits(array(tokens), 2), rtol=1e-9)
 
 
-def test_initialisation_and_name():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_initialisation_and_name(device):
     """As the paper's: a truncated normal distribution of 0.02, biases 0."""
-    net = ScoreNet(2000, 7, "attention", 0, False)
+    with torch.device(device):
+        net = ScoreNet(2000, 7, "attention", 0, False)
+    if device == "meta":  # as large models are made
+        net.to_empty(device="cpu")
+        net.reset_parameters()
     for linear in (net.pool, net.head):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert not linear.bias.any()
