@@ -1,5 +1,6 @@
 """A tiny training by `TokenMixupTrainer`; a module of its own to be spawned."""
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -107,4 +108,6 @@ def run(rank: int, folder: str) -> None:
         trainer = InOrder(build(), given, train_dataset=data())
         trainer.train()
         torch.save(weights(trainer.model), Path(folder) / f"{rank}_{checkpointed}.pt")
+    del trainer
+    gc.collect()  # a DistributedDataParallel that lives on may hang the exit: docs/log.md
     torch.distributed.destroy_process_group()
