@@ -48,7 +48,7 @@ class ScoreNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the first weights, also after `to_empty` of a model that was made without memory."""
+        """Draw the first weights, also after ``to_empty`` of a model made without memory."""
         for linear in (self.pool, self.head):
             if linear is not None:
                 nn.init.trunc_normal_(linear.weight, std=0.02)
