@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenmixup._hooks import Attachment, install_hooks, mark
 from tokenmixup._session import Session, StepRecord
 from tokenmixup._statistics import Statistics
-from tokenmixup._targets import soft_targets
+from tokenmixup._targets import one_hot_targets, soft_targets
 from tokenmixup._watch import Watch
 from tokenmixup.config import HorizontalConfig, VerticalConfig
 from tokenmixup.functional import soft_cross_entropy
@@ -62,10 +62,11 @@ class TokenMixupOutput(NamedTuple):
             raise ValueError(
                 "this step had no targets to compute a loss with: call model(images, targets)"
             )
+        indices = self.targets.dim() == 1  # of classes, where TokenMixup is switched off
         if criterion is not None:
-            batch, classes = self.logits.shape
-            loss = criterion(self.logits, soft_targets(self.targets, batch, classes))
-        elif self.targets.dim() == 1:  # class indices, where TokenMixup is switched off
+            targets = one_hot_targets(self.targets, *self.logits.shape) if indices else self.targets
+            loss = criterion(self.logits, targets)
+        elif indices:
             loss = F.cross_entropy(self.logits.to(self.scorenet_loss.dtype), self.targets)
         else:
             loss = soft_cross_entropy(self.logits, self.targets).mean()

@@ -96,6 +96,9 @@ def test_a_criterion_gets_soft_targets_also_while_nothing_is_mixed(size):
     out = model(batch(size)[0], labels)
     assert out.targets is labels
     assert out.loss(SoftTargetCrossEntropy()).item() == pytest.approx(out.loss().item())
+    several = torch.ones(size, 5)  # labels per image: no distribution, and as they were given
+    out = model(batch(size)[0], several)
+    assert out.loss(lambda logits, targets: targets.sum()).item() == 5 * size
 
 
 def test_what_training_returns():
