@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.config.schema import DataConfig, MixupConfig, RunConfig, is_on
-from experiments.data.datasets import IMAGENET_MEAN, IMAGENET_STD, known_facts
+from experiments.data.facts import IMAGENET_MEAN, IMAGENET_STD, known_facts
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed
 from tokenmixup import functional

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from experiments.config.schema import DataConfig, RunConfig
 from experiments.data.augment import eval_transform, train_transform
-from experiments.data.datasets import Images, UnreadableImage, read_image
+from experiments.data.images import Images, UnreadableImage, read_image
 from experiments.data.transfer import Loaded, Transfer
 from experiments.errors import ConfigError, DataError
 from experiments.seeding import derive_seed, generators_kept, seed_generators

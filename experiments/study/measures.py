@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.config.schema import RunConfig
 from experiments.data.augment import mean_and_std
-from experiments.data.datasets import Images
+from experiments.data.images import Images
 from experiments.data.loading import Batch, EvalBatches
 from experiments.data.transfer import memory_format
 from experiments.study.sinks import layer_saliencies, sink_statistics

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from experiments.checkpoint import load_weights
 from experiments.config.schema import RunConfig
-from experiments.data.datasets import known_num_classes, to_be_fetched
+from experiments.data.datasets import to_be_fetched
+from experiments.data.facts import known_num_classes
 from experiments.data.loading import divide_batch
 from experiments.models.build import build_model
 from experiments.training.distributed import ONE_PROCESS, choose_device

@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from experiments.checkpoint import Loaded, load_weights
 from experiments.config.schema import RunConfig
-from experiments.data.datasets import (
-    SplitImages,
-    known_num_classes,
-    open_images,
-    refuse_other_classes,
-    refuse_shared_images,
-    stated_num_classes,
-)
+from experiments.data.datasets import open_images, refuse_other_classes, refuse_shared_images
+from experiments.data.facts import known_num_classes, stated_num_classes
+from experiments.data.images import SplitImages
 from experiments.data.loading import Batch, EvalBatches
 from experiments.data.transfer import memory_format
 from experiments.errors import CheckpointError, ConfigError

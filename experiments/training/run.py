@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.checkpoint import load_weights, save_final_weights
 from experiments.config.schema import RunConfig, as_plain, is_on
 from experiments.data.augment import BatchMixer, refuse_unreachable_tau
-from experiments.data.datasets import draw_per_class
+from experiments.data.images import draw_per_class
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.errors import ConfigError, DataError, SavedAndStopped, TrainingStopped
 from experiments.models.build import build_model

@@ -14,12 +14,8 @@ from PIL import Image, ImageOps
 
 from experiments.config.schema import RunConfig
 from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
-from experiments.data.datasets import (
-    known_num_classes,
-    open_images,
-    readable_names,
-    stated_num_classes,
-)
+from experiments.data.datasets import open_images
+from experiments.data.facts import known_num_classes, readable_names, stated_num_classes
 from experiments.errors import ConfigError, DataError
 from experiments.training.distributed import World
 from experiments.training.evaluation import Assessment, assemble

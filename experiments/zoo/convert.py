@@ -19,7 +19,7 @@ from experiments.checkpoint import (
 )
 from experiments.config.reading import build_config, settings_of
 from experiments.config.schema import RunConfig, as_plain
-from experiments.data.datasets import known_num_classes
+from experiments.data.facts import known_num_classes
 from experiments.errors import CheckpointError, ConfigError
 from experiments.files import write_atomically
 from experiments.models.build import build_model

@@ -23,7 +23,7 @@ from experiments.data.augment import (
     refuse_unreachable_tau,
     train_transform,
 )
-from experiments.data.datasets import DigitImages
+from experiments.data.images import DigitImages
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
 from tests.helpers.runs_helper import HTM, ROOT, small_config

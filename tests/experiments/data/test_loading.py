@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from experiments.config.schema import DataConfig
-from experiments.data.datasets import DigitImages, open_images
+from experiments.data.datasets import open_images
+from experiments.data.images import DigitImages
 from experiments.data.loading import (
     EpochBatches,
     EvalBatches,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from experiments import evaluate, train
 from experiments.config.schema import DataConfig, RunConfig
-from experiments.data.datasets import open_images, stated_num_classes
+from experiments.data.datasets import open_images
+from experiments.data.facts import stated_num_classes
 from experiments.data.loading import TrainBatches
 from experiments.errors import DataError
 from tests.helpers.others_warnings import forks

@@ -8,7 +8,7 @@ import torch
 
 from experiments.checkpoint import load_checkpoint
 from experiments.data import loading
-from experiments.data.datasets import DigitImages
+from experiments.data.images import DigitImages
 from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.data.transfer import Transfer, one_early
 from experiments.errors import DataError, SavedAndStopped

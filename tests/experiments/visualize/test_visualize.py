@@ -11,7 +11,8 @@ from PIL import Image
 from experiments import cli
 from experiments.config.reading import load_config
 from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
-from experiments.data.datasets import DigitImages, readable_names
+from experiments.data.facts import readable_names
+from experiments.data.images import DigitImages
 from experiments.documents import figures as style
 from experiments.training.distributed import ONE_PROCESS
 from experiments.visualize import __main__ as visualize
