@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import row
 from benchmarks.pretended import environment as pretended_environment
 from benchmarks.row import Row, Settings, Target
-from benchmarks.steps import Steps, Workload
+from benchmarks.steps import FAMILIES, Steps, Workload
 from benchmarks.timing import Timing
 from experiments.documents.markdown import aligned_table
 from experiments.errors import DataError
@@ -31,8 +31,9 @@ from experiments.provenance import ROOT
 from experiments.training.distributed import World
 from experiments.training.step import StepResult
 
-# what the device computes is not timed: a small batch does
-WORKLOADS = tuple(Workload(model, 4, "bf16") for model in ("CCT-7/3×1", "ViT-B/16"))
+WORKLOADS = tuple(
+    Workload(model, FAMILIES[model].gpu_batch, "bf16") for model in ("CCT-7/3×1", "ViT-B/16")
+)
 LIMIT = 0.6  # milliseconds
 PARTS = {
     "mixer": "Mixup",

@@ -3,7 +3,7 @@
 Dimensions: B batch, C classes.
 """
 
-import random
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +44,7 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def train_transform(config: DataConfig, image_size: int) -> Callable[[Any], Tensor]:
     """timm's augmentation of single images for training: PIL image -> uint8 (3, H, W).
 
-    What follows of the batch are `normalise`, `BatchMixer` and `BatchEraser`.
+    What follows of the batch are `normalise`, `BatchMixer` and `RandomErasing`.
 
     Raises:
         DataError: a policy of `data.auto_augment` that timm does not know.
@@ -157,34 +157,52 @@ class BatchMixer:
         return mixed, targets
 
 
-class BatchEraser:
-    """timm's random erasing of a mixed batch; random by (seed, step, part) alone.
+class RandomErasing:
+    """Random erasing (Zhong et al., 2020) of a batch, of the same distribution as timm's.
 
-    It comes after Mixup and CutMix, as in timm's own loaders: erased places then hold noise as
-    strong as the pixels, and no noise is part of what is mixed.
+    timm erases one image after the other, with several operations for each, for which a GPU would
+    have to wait. These operations take the whole batch, and can be compiled with the step.
     """
 
-    def __init__(self, config: DataConfig, seed: int, device: torch.device) -> None:
-        from timm.data.random_erasing import RandomErasing
+    AREA = (0.02, 1 / 3)  # of the rectangles of an image, a share of its area
+    ASPECT = 0.3  # the least; the largest is its inverse
+    TRIES = 10  # at a rectangle that fits into the image
 
-        self._seed = seed
-        self._erasing = None
-        if config.re_prob > 0:
-            self._erasing = RandomErasing(
-                config.re_prob,
-                mode=config.re_mode,
-                max_count=config.re_count,
-                device=str(device),
-            )
+    def __init__(self, config: DataConfig) -> None:
+        self.probability, self.mode = config.re_prob, config.re_mode
+        self.most = config.re_count
 
-    def __call__(self, images: Tensor, step: int, part: int) -> Tensor:
-        """Erase places of normalised images (B, 3, H, W), in their memory.
-
-        timm draws the places from Python's generator, and the noise from torch's, which has to be
-        seeded for the part.
-        """
-        if self._erasing is None:
+    def __call__(self, images: Tensor) -> Tensor:
+        """Replace rectangles of normalised images (B, 3, H, W); random by torch's generator."""
+        if self.probability == 0:
             return images
-        random.seed(derive_seed(self._seed, "erasing", step, part))
-        erased: Tensor = self._erasing(images)
-        return erased
+        (size, _, height, width), device = images.shape, images.device
+        per_image, per_rectangle = (size, 1), (size, self.most)
+        count = torch.randint(1, self.most + 1, per_image, device=device)
+        share = torch.empty(self.TRIES, *per_rectangle, device=device).uniform_(*self.AREA)
+        bound = -math.log(self.ASPECT)
+        aspect = torch.empty_like(share).uniform_(-bound, bound).exp()
+        area = share * (height * width) / count
+        tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (tall < height) & (wide < width)
+        first = fits.byte().argmax(0, keepdim=True)
+        tall, wide, fits = (values.gather(0, first)[0] for values in (tall, wide, fits))
+        erased = fits & (torch.rand(per_image, device=device) < self.probability)
+        erased &= torch.arange(self.most, device=device) < count
+        inside = []
+        for length, extent in ((height, tall), (width, wide)):
+            start = (torch.rand(per_rectangle, device=device) * (length - extent + 1)).floor()
+            position = torch.arange(length, device=device) - start.unsqueeze(-1)
+            inside.append((position >= 0) & (position < extent.unsqueeze(-1)))
+        rows, columns = inside[0] & erased.unsqueeze(-1), inside[1]
+        for i in range(self.most):
+            place = rows[:, i, None, :, None] & columns[:, i, None, None, :]
+            images = images.where(~place, self._noise(images))
+        return images
+
+    def _noise(self, images: Tensor) -> Tensor:
+        """What one rectangle of each image is replaced by, to be broadcast to (B, 3, H, W)."""
+        if self.mode == "pixel":
+            return torch.randn_like(images)
+        colour = images.new_zeros(*images.shape[:2], 1, 1)
+        return colour.normal_() if self.mode == "rand" else colour

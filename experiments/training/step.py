@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config.schema import RunConfig
-from experiments.data.augment import BatchEraser, BatchMixer
+from experiments.data.augment import BatchMixer, RandomErasing
 from experiments.data.loading import Division
 from experiments.errors import ConfigError, TrainingStopped
 from experiments.seeding import derive_seed, seed_step
@@ -61,20 +61,25 @@ class StepResult(NamedTuple):
 
 
 class TrainingPass(nn.Module):
-    """Forward pass, loss and statistics of one part of a batch, as one graph to compile.
+    """Erasing, forward pass, loss and statistics of one part of a batch, as one graph to compile.
+
+    Places are erased after Mixup and CutMix, as in timm's own loaders: they then hold noise as
+    strong as the pixels, and no noise is part of what is mixed.
 
     Args:
         model: to train.
-        precision: of the forward pass.
+        config: of the run.
         parts: of a batch in this process.
     """
 
-    def __init__(self, model: TokenMixupModel, precision: str, parts: int) -> None:
+    def __init__(self, model: TokenMixupModel, config: RunConfig, parts: int) -> None:
         super().__init__()
-        self.model, self.precision, self.parts = model, precision, parts
+        self.model, self.precision, self.parts = model, config.precision, parts
+        self.erase = RandomErasing(config.data)
 
     def forward(self, images: Tensor, targets: Tensor) -> StepResult:
         """Images (B, 3, H, W), targets (B, C) -> what to go backward from, and what to keep."""
+        images = self.erase(images)
         with autocast(images.device, self.precision):
             output: TokenMixupOutput = self.model(images, targets)
         assert output.targets is not None, "a training pass is given targets"
@@ -107,13 +112,12 @@ class Learner:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.config.precision == "fp16"
         )
-        self._eraser = BatchEraser(self.config.data, self.config.seed, self.device)
         mode = self.config.compile
         if mode == "auto":
             mode = "on" if self.device.type == "cuda" else "off"
         self._graphs = mode == "graphs"
         # compiled, parallel or neither, the weights are those of `model`
-        run: Any = TrainingPass(self.model, self.config.precision, self.division.count)
+        run: Any = TrainingPass(self.model, self.config, self.division.count)
         if mode != "off":
             how = "reduce-overhead" if self._graphs else None
             run = torch.compile(run, fullgraph=True, mode=how)
@@ -132,7 +136,7 @@ class Learner:
     def micro_batches(
         self, images: Tensor, labels: Tensor, progress: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's parts of a batch after Mixup, CutMix and erasing: images, targets (B, C).
+        """This process's parts of a batch after Mixup and CutMix: images, targets (B, C).
 
         Everything random in a part depends on (seed, step, part) alone. The processes average
         their gradients in the backward pass of the last part.
@@ -149,10 +153,9 @@ class Learner:
             seed_step(derive_seed(self.config.seed, "step", progress.step, part), self.device)
             last = index + 1 == count
             with nullcontext() if last or self.world.size == 1 else self.training_pass.no_sync():
-                mixed, targets = self.mixer(
+                yield self.mixer(
                     some_images, some_labels, progress.epochs_done, progress.step, part
                 )
-                yield self._eraser(mixed, progress.step, part), targets
 
     def forward(self, images: Tensor, targets: Tensor) -> StepResult:
         """The forward pass of one part, what it measures staying on the device.

@@ -1,7 +1,5 @@
 """Transforms, Mixup and CutMix, label smoothing."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,8 @@ from timm.data.random_erasing import RandomErasing
 
 from experiments.config.reading import load_config
 from experiments.config.schema import DataConfig, MixupConfig
+from experiments.data import augment
 from experiments.data.augment import (
-    BatchEraser,
     BatchMixer,
     eval_transform,
     least_difficulty,
@@ -26,6 +24,7 @@ from experiments.data.augment import (
 from experiments.data.images import DigitImages
 from experiments.errors import ConfigError
 from experiments.seeding import derive_seed, seeded
+from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.runs_helper import HTM, ROOT, small_config
 from tokenmixup.functional import sample_difficulty
 
@@ -75,19 +74,77 @@ def test_every_setting_reaches_its_transform():
     assert resize.size == 48 and resize.interpolation.value == "bilinear"
 
 
+def erased(erase, size):
+    """Which pixels (B, H, W) of images of nines are replaced, and by what (N,)."""
+    images = torch.full((size, 3, 16, 24), 9.0)
+    found = erase(images.clone())
+    replaced = found != 9
+    assert torch.equal(replaced[:, 0], replaced.all(1))
+    return replaced[:, 0], found[replaced]
+
+
+def is_like_timms(places, reference):
+    """The shares of images and pixels, of places by row and column, and the extents."""
+    for statistic in (
+        lambda p: p.any((1, 2)).float().mean(),
+        lambda p: p.float().mean((0, 2)),
+        lambda p: p.float().mean((0, 1)),
+        lambda p: torch.bincount(p.any(2).sum(1), minlength=17) / len(p),
+        lambda p: torch.bincount(p.any(1).sum(1), minlength=25) / len(p),
+    ):
+        torch.testing.assert_close(statistic(places), statistic(reference), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
-def test_every_setting_reaches_random_erasing(mode):
-    eraser = BatchEraser(DataConfig(re_prob=0.4, re_mode=mode, re_count=3), 7, torch.device("cpu"))
-    reference = RandomErasing(0.4, mode=mode, max_count=3, device="cpu")
-    images, seen = torch.full((32, 3, 16, 16), 9.0), []
-    for step, part in ((0, 0), (0, 1), (1, 0)):
-        torch.manual_seed(3)
-        seen.append(eraser(images.clone(), step, part))
-        with seeded(3):
-            random.seed(derive_seed(7, "erasing", step, part))
-            assert torch.equal(seen[-1], reference(images.clone()))
-    assert len({tuple((one == 9).flatten().tolist()) for one in seen}) == 3
-    assert BatchEraser(DataConfig(), 7, torch.device("cpu"))(images, 0, 0) is images
+def test_places_are_erased_as_timm_does(mode, count):
+    settings = {"re_prob": 0.4, "re_mode": mode, "re_count": count}
+    reference = RandomErasing(0.4, mode=mode, max_count=count, device="cpu")
+    with seeded(3):
+        places, noise = erased(augment.RandomErasing(DataConfig(**settings)), 8000)
+        wanted, wanted_noise = erased(reference, 8000)
+    is_like_timms(places, wanted)
+    assert noise.std().item() == pytest.approx(wanted_noise.std().item(), abs=0.05)
+    assert noise.mean().item() == pytest.approx(0, abs=0.05)
+    colours = noise.unique().numel()
+    assert colours == 1 if mode == "const" else colours > 8000
+    assert (colours > 4e5) == (mode == "pixel")  # a colour for each rectangle, or for each pixel
+
+
+def test_one_rectangle_of_each_image_is_erased():
+    with seeded(3):
+        places, _ = erased(augment.RandomErasing(DataConfig(re_prob=1.0)), 2000)
+    rectangles = places.any(2, keepdim=True) & places.any(1, keepdim=True)
+    assert torch.equal(places, rectangles)
+    area = places.sum((1, 2)) / (16 * 24)
+    assert area.min() > 0.01 and area.max() < 0.37  # 2% to a third, before whole pixels
+
+
+def test_nothing_is_erased_unless_asked():
+    images = torch.full((4, 3, 16, 24), 9.0)
+    assert augment.RandomErasing(DataConfig())(images) is images
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_compiled_erasing_is_one_graph_with_the_same_draws(count):
+    erase = augment.RandomErasing(DataConfig(re_prob=0.9, re_count=count))
+    compiled = torch.compile(erase.__call__, fullgraph=True, backend="aot_eager")
+    for size in (8, 4):
+        images, found = torch.randn(size, 3, 16, 24), []
+        for how in (erase, compiled):
+            with seeded(3):
+                found.append(how(images))
+        assert torch.equal(*found) and not torch.equal(found[0], images)
+
+
+@pytest.mark.slow
+@uses_inductor
+def test_erasing_compiled_by_inductor_is_like_timms():
+    erase = augment.RandomErasing(DataConfig(re_prob=0.4))
+    with seeded(3):
+        places, _ = erased(torch.compile(erase.__call__, fullgraph=True), 8000)
+        wanted, _ = erased(RandomErasing(0.4, mode="pixel", device="cpu"), 8000)
+    is_like_timms(places, wanted)
 
 
 def test_every_setting_reaches_mixup():
