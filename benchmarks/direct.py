@@ -2,14 +2,12 @@
 
 It follows the method's equations and shares no code with `tokenmixup`: the gain matrix by
 broadcasting, SciPy's assignment, attention that stores its whole map, a second full attention for
-the saliency, and masked indexing for the mixing; also saliency from pixel gradients, as image
-mixing methods compute it. Only this folder and its tests use it.
+the saliency, and masked indexing for the mixing. Only this folder and its tests use it.
 
 Dimensions: B batch, N tokens, P prefix tokens, T = N - P patch tokens, D width, H heads, d head
 width, C classes, E easy samples.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,34 +67,6 @@ def attention(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = scores.softmax(-1)
     joined = (attn.attn_drop(probabilities) @ value).transpose(1, 2).flatten(2)
     return attn.proj_drop(attn.proj(joined)), probabilities
-
-
-def pixel_gradient_saliency(
-    logits_of: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, num_tokens: int
-) -> Tensor:
-    """Saliency from the loss's gradient with respect to the pixels.
-
-    The root mean square over the channels, averaged over each token's square of pixels, and
-    scaled to sum to one.
-
-    Args:
-        logits_of: a model's forward pass, images -> (B, C).
-        images: (B, 3, S, S).
-        targets: (B, C).
-        num_tokens: T, a square number.
-
-    Returns:
-        (B, T), without gradient.
-    """
-    side = round(num_tokens**0.5)
-    assert side * side == num_tokens, "the patch tokens form a square grid"
-    with torch.enable_grad():
-        pixels = images.detach().requires_grad_()
-        loss = -(targets * logits_of(pixels).log_softmax(-1)).sum()
-        (gradient,) = torch.autograd.grad(loss, pixels)
-    strength = gradient.square().mean(1, keepdim=True).sqrt()  # (B, 1, S, S)
-    saliency = F.adaptive_avg_pool2d(strength, side).flatten(1)
-    return saliency / saliency.sum(1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
 
 
 class DirectModel(nn.Module):

@@ -15,41 +15,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import row
-from benchmarks.direct import pixel_gradient_saliency
 from benchmarks.row import Row, Settings, Target
-from benchmarks.steps import Steps, Workload, make_config, sized, time_steps
+from benchmarks.steps import Steps, Workload, sized, time_steps
 from benchmarks.timing import interleaved, milliseconds, ratio, recorded, times
 from experiments.documents.markdown import aligned_table
-from experiments.models.build import build_model
-from experiments.training.distributed import ONE_PROCESS
+from experiments.study.variants import GradientSaliency, gradient_saliency
 from tokenmixup import TokenMixupModel, attach
 from tokenmixup.hosts.base import input_saliency
-from tokenmixup.rules import Rules
 
 WORKLOADS = (Workload("CCT-7/3×1", 128), Workload("ViT-B/16", 8))
 SPEED_UP = 30
 
 
-class PixelGradients(Rules):
-    """HTM whose saliency comes from pixel gradients, measured once per step in evaluation mode.
-
-    The library still measures its own saliency, which takes under a percent of such a step.
-    """
-
-    def begin(self, model: TokenMixupModel, images: Tensor, targets: Tensor | None) -> None:
-        patches = model.layout.num_patch_tokens
-        assert targets is not None and patches is not None
-        model.eval()
-        self._measured = pixel_gradient_saliency(model.backbone, images, targets, patches)
-        model.train()
-
-    def saliency(self, layer: int, saliency: Tensor) -> Tensor:
-        return self._measured
-
-
 def guided_by_gradients(model: TokenMixupModel) -> TokenMixupModel:
-    """The same host with `PixelGradients`; the given model must not be used any more."""
-    return attach(model.detach(), horizontal=model.horizontal, rules=PixelGradients())
+    """The same host with `GradientSaliency`; the given model must not be used any more."""
+    return attach(model.detach(), horizontal=model.horizontal, rules=GradientSaliency())
 
 
 def attention_saliency_of(model: TokenMixupModel, images: Tensor) -> Callable[[], Tensor]:
@@ -75,14 +55,10 @@ def _model(settings: Settings, workload: Workload) -> dict[str, Any]:
     attention = Steps(workload, "HTM")
     model = attention.learner.model
     images, soft = attention.learner.mixer(attention.images.clone(), attention.labels, 0, 0, 0)
-    plain = make_config(workload, "plain", ONE_PROCESS.device)
-    host = build_model(plain, soft.shape[1]).backbone.train()
-    patches = model.layout.num_patch_tokens
-    assert patches is not None
     obtaining = interleaved(
         {
             "attention": attention_saliency_of(model, images),
-            "gradients": lambda: pixel_gradient_saliency(host, images, soft, patches),
+            "gradients": lambda: gradient_saliency(model, images, soft),
         },
         settings.rounds(5),
     )

@@ -34,7 +34,7 @@ from tokenmixup.hosts.base import (
 )
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
-from tokenmixup.vertical import remembered_before, remembering
+from tokenmixup.vertical import remembering
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Hook:
             for layer in range(self.index)
             if layer in record.memory and self.shared.layouts[layer].stage == self.layout.stage
         ]
-        tokens = remembered_before({layer: record.memory[layer] for layer in near}, self.index)
+        tokens = torch.cat([record.memory[layer] for layer in near], dim=1)
         return Remembered(tokens, tuple(record.positions[layer] for layer in near))
 
 

@@ -41,11 +41,15 @@ class HorizontalStep:
     """The result of Horizontal TokenMixup at one layer, for one batch.
 
     Attributes:
+        saliency: by which it was decided, (B, T).
+        easy: (B,) bool.
         decision: partners (B,) and token mask (B, T).
         targets: relabelled targets, (B, C).
         stats: 0-d tensors on the model's device, by name; computed when they are read.
     """
 
+    saliency: Tensor
+    easy: Tensor
     decision: MixingDecision
     targets: Tensor
     stats: Mapping[str, Tensor]
@@ -98,6 +102,8 @@ def horizontal_step(
     saliency = rules.saliency(layer, saliency)
     decision = rules.decide(layer, saliency, targets, easy, config.rho)
     return HorizontalStep(
+        saliency,
+        easy,
         decision,
         rules.relabel(targets, saliency, decision),
         Statistics(partial(_statistics, saliency, easy, difficulty, decision)),

@@ -4,7 +4,7 @@ Dimensions: B batch, N tokens, P prefix tokens, D width, H heads, K kappa, M rem
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,6 @@ def remembering(layouts: Sequence[TokenLayout], config: VerticalConfig | None, l
     """
     attending = () if config is None else config.layers
     return any(layer < one and layouts[one].stage == layouts[layer].stage for one in attending)
-
-
-def remembered_before(memory: Mapping[int, Tensor], layer: int) -> Tensor:
-    """All tokens that layers before ``layer`` remembered, (B, M, D), lowest layer first."""
-    return torch.cat([memory[index] for index in sorted(memory) if index < layer], dim=1)
 
 
 def remember(
@@ -194,7 +189,7 @@ class VerticalTokenMixupLayer(nn.Module):
                 "the wrappers in the order of the layers (or give them one `memory`), and call "
                 "reset() only after the last layer"
             )
-        remembered = remembered_before(memory, self.layer_index)
+        remembered = torch.cat([memory[index] for index in range(self.layer_index)], dim=1)
         self._report(remembered.shape[1])
         return remembered
 

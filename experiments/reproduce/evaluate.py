@@ -19,7 +19,7 @@ from experiments.config.schema import RunConfig, as_plain
 from experiments.errors import ConfigError, UserError
 from experiments.provenance import Records
 from experiments.reproduce.table import Line, RowRecord
-from experiments.training.distributed import choose_device, one_process
+from experiments.training.distributed import World, choose_device
 from experiments.training.evaluation import Assessment
 from experiments.zoo.download import MissingFileError, Zoo
 from experiments.zoo.manifest import Checkpoint, Manifest, Row
@@ -113,7 +113,7 @@ def _verified(checkpoint: Checkpoint, zoo: Zoo, download: bool) -> str:
 
 def _evaluate(config: RunConfig, weights: Path, name: str) -> dict[str, Any]:
     """What was measured, with where and when, as fields of a record."""
-    assessment = Assessment(config, str(weights), one_process(config.device))
+    assessment = Assessment(config, str(weights), World(0, 1, choose_device(config.device)))
     for note in assessment.loaded.notes:
         print(f"{weights}: {note}", flush=True)
     start = time.perf_counter()

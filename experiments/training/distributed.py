@@ -224,11 +224,6 @@ def _forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def one_process(device: str) -> World:
-    """This process alone, on the device that a config asks for."""
-    return World(0, 1, choose_device(device))
-
-
 def choose_device(device: str) -> torch.device:
     """The device of this process: cpu, cuda, or auto for cuda where there is one.
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenmixup import TokenMixupModel
-from tokenmixup.functional import saliency_gain, sample_difficulty
+from tokenmixup.functional import saliency_gain
+from tokenmixup.horizontal import horizontal_step, scorenet_loss
 from tokenmixup.hosts import unwrapped
 from tokenmixup.hosts.base import input_saliency
 from tokenmixup.vertical import remembering
@@ -145,23 +146,22 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
         layout = model.layouts[index]
         prefix, near = layout.num_prefix_tokens, memory.setdefault(layout.stage, [])
         if htm is not None and index in htm.layers:
-            saliency = rules.saliency(index, input_saliency(model.adapter, layout, layer, *call))
-            difficulty, easy = None, torch.ones_like(targets[:, 0], dtype=torch.bool)
+            difficulty = None
             if htm.scorenet is not None:
-                assert htm.tau is not None
-                logits = model.scorenets[str(index)](call.tokens)
-                difficulty = sample_difficulty(logits, targets)
-                easy = difficulty <= htm.tau
-            decision = rules.decide(index, saliency, targets, easy, htm.rho)
-            targets, parts = (rules.relabel(one, saliency, decision) for one in (targets, parts))
+                scorenet: Any = model.scorenets[str(index)]
+                difficulty, _ = scorenet_loss(scorenet, call.tokens, targets, htm)
+            measured = input_saliency(model.adapter, layout, layer, *call)
+            step = horizontal_step(rules, index, targets, measured, difficulty, htm)
+            saliency, decision, targets = step.saliency, step.decision, step.targets
+            parts = rules.relabel(parts, saliency, decision)
             call = call._replace(tokens=rules.mix(call.tokens, decision, prefix))
             recording.horizontal.append(
                 HorizontalRecord(
                     layer=index,
                     saliency=_array(saliency)[:, order],
                     difficulty=None if difficulty is None else _array(difficulty),
-                    easy=_array(easy),
-                    gain=_array(saliency_gain(saliency, easy, htm.rho)),
+                    easy=_array(step.easy),
+                    gain=_array(saliency_gain(saliency, step.easy, htm.rho)),
                     partner=_array(decision.partner),
                     mask=_array(decision.mask)[:, order],
                     targets=_array(targets),

@@ -5,9 +5,7 @@ import timm
 import torch
 
 from benchmarks import direct
-from benchmarks.direct import pixel_gradient_saliency
 from benchmarks.pairing import KINDS, RHO, easy_samples, saliency
-from benchmarks.saliency import guided_by_gradients
 from tokenmixup import HorizontalConfig, attach, functional
 
 HTM = {"rho": 1e-4, "scorenet_lambda": 0.5}
@@ -84,34 +82,3 @@ def test_training_step(host, all_easy):
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
-
-
-def test_saliency_by_gradients_is_that_of_the_loss():
-    torch.manual_seed(0)
-    host = vit().double().train()
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    targets = torch.eye(5, dtype=torch.float64)[[1, 3]]
-    found = pixel_gradient_saliency(host, images, targets, 16)
-    assert all(p.grad is None for p in host.parameters())
-    pixels = images.clone().requires_grad_()
-    functional.soft_cross_entropy(host(pixels), targets).sum().backward()
-    rms = pixels.grad.square().mean(1).sqrt()
-    pooled = rms.unflatten(1, (4, 16)).unflatten(3, (4, 16)).mean((2, 4)).flatten(1)
-    torch.testing.assert_close(found, pooled / pooled.sum(1, keepdim=True))
-
-
-@pytest.mark.parametrize("host", [cct, vit])
-def test_step_guided_by_gradients_mixes_by_them(host):
-    size = 32 if host is cct else 64
-    images = torch.randn(8, 3, size, size, dtype=torch.float64)
-    targets = torch.rand(8, 5, dtype=torch.float64).softmax(-1)
-    guided = guided_by_gradients(build(host, 100)).double().train()
-    out, gradients = step(guided, images, targets)
-    saliency_ = pixel_gradient_saliency(
-        guided.eval(), images, targets, guided.layout.num_patch_tokens
-    )
-    easy = torch.ones(8, dtype=torch.bool)
-    expected = functional.decide_mixing(saliency_, targets, easy, HTM["rho"])
-    assert expected.mask.any()
-    torch.testing.assert_close(out.targets, functional.mix_targets(targets, saliency_, expected))
-    assert gradients.keys() == dict(guided.named_parameters()).keys()
