@@ -200,18 +200,12 @@ def _kills(values: Mapping[str, Any]) -> tuple[str, str]:
 def page(found: Mapping[str, Measurement]) -> str:
     """The table of `docs/reliability.md`."""
     lines = []
-    for name in PARTS:
+    for name in (one.name for one in ROWS):
         if name in found:
-            values = found[name].values
-            what, measured, promised = values.get("line") or (*_kills(values), _SAME)
-            good = values["good"] if "line" in values else targets(values)[0].reached
-            lines.append([what, measured if good else f"{measured} **(not met)**", promised])
+            what, measured = _kills(found[name].values)
+            good = targets(found[name].values)[0].reached
+            lines.append([what, measured if good else f"{measured} **(not met)**", _SAME])
     return aligned_table(_HEAD, lines, ())
-
-
-PARTS = ("kills-1", "kills-2", "damages", "stops", "cost", "soak")
-"""Rows of the table. Those after the kills come from removed programs; their records hold the
-line of the table."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 The step is the training's own, on CUDA, of the configs with HTM and VTM. One operation that gives
 gradients takes the place of the compiled forward and backward pass, and its time is left out.
-Where there is no GPU one is pretended (`pretended.py`): kernels do nothing, so that a step
+Where there is no GPU one is simulated (`pretended.py`): kernels do nothing, so that a step
 takes as long as its host.
 """
 
@@ -141,7 +141,7 @@ def tables(values: dict[str, Any]) -> str:
         title = f"{model['model']}, {model['parameters']} parameters"
         rows.append([title, *(f"{1e3 * cell:.2f}" for cell in cells)])
     head = ("model", "host (ms)", *PARTS.values(), "the rest", "host, median")
-    note = "The GPU is pretended.\n" if values["pretended"] else ""
+    note = "The GPU is simulated: its kernels do nothing.\n" if values["pretended"] else ""
     return f"{aligned_table(head, rows, range(1, 8))}\n{note}".rstrip("\n") + "\n"
 
 

@@ -109,21 +109,21 @@ def in_short(found: Latest, reliability: Latest) -> str:
         ratios = [case["speed_up"]["ratio"] for case in found["solver"].values["cases"]]
         lines.append(
             f"The exact solver finds partners {min(ratios):.1f} to {max(ratios):.1f} times as fast "
-            "as lapx, which depends on the gains."
+            "as lapx, depending on the gains."
         )
     if "saliency" in found:
         for model in found["saliency"].values["models"]:
             alone, whole = (model[name]["ratio"] for name in ("speed_up", "step_ratio"))
             lines.append(
-                f"Saliency from attention is {alone:.0f} times as fast as from gradients, the HTM "
-                f"step {whole:.2f} times ({model['model']}, batch {model['batch']})."
+                f"Saliency from attention is {alone:.0f} times as fast as from gradients, and the "
+                f"whole HTM step {whole:.2f} times ({model['model']}, batch {model['batch']})."
             )
     kills = [one.values for name, one in reliability.items() if name.startswith("kills-")]
     if kills:
         survived, total = (sum(one[name] for one in kills) for name in ("survived", "total"))
         lines.append(
-            "A run that `kill -9` stopped at any moment resumes and ends with the same bytes: "
-            f"{survived} of {total}."
+            "Runs killed by `kill -9` in training, evaluation or saving resumed and ended with the "
+            f"same bytes: {survived} of {total}."
         )
     return table + "".join(f"- {line}\n" for line in lines)
 

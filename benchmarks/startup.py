@@ -12,7 +12,7 @@ from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 
 LIMITS = {
-    "import tokenmixup": ("`import tokenmixup` after `import torch`", 0.3),
+    "import tokenmixup": ("`tokenmixup.attach` after `import torch`", 0.3),
     "experiments.train --help": ("`python -m experiments.train --help`", 3.0),
 }
 """Name and largest seconds, by the key of the figures."""
@@ -22,6 +22,7 @@ start = time.perf_counter()
 import torch
 torch_imported = time.perf_counter()
 import tokenmixup
+tokenmixup.attach  # a name is imported at its first use
 print(torch_imported - start, time.perf_counter() - torch_imported)
 """
 _HELP = ("-m", "experiments.train", "--help")

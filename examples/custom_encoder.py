@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenmixup import HorizontalTokenMixupLayer, VerticalTokenMixupLayer
 from tokenmixup.functional import soft_cross_entropy
 
-WIDTH, HEADS, DEPTH, CLASSES = 64, 4, 3, 10
+WIDTH, HEADS, DEPTH, CLASSES = 64, 4, 4, 10
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
 torch.manual_seed(0)
 train_images, train_labels, test_images, test_labels = digits()
-small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4}
+small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 
 # The ten lines
 host = timm.create_model("vit_tiny_patch16_224", num_classes=10, **small)

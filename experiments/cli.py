@@ -94,7 +94,7 @@ def parse(
     own = {
         "config": Option("the experiment, a YAML file", required=True),
         **(options or {}),
-        "check": Option("build and read all that is needed, and stop", takes_value=False),
+        "check": Option("try model, data and weights, and exit", takes_value=False),
     }
     if any(word in ("-h", "--help") for word in argv):
         print(_help_text(module, description, own), end="")

@@ -6,7 +6,7 @@ it again; otherwise they change nothing.
 Dimensions: B batch, N tokens, T patch tokens, D width, C classes, M remembered tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -27,6 +27,7 @@ from tokenmixup.hosts.base import (
     TokenLayout,
     UnsupportedHostError,
     class_name,
+    forward_hooks,
     input_saliency,
     layer_saliency,
     parallel_class,
@@ -91,6 +92,7 @@ class _Hook:
         """Choose the positions to remember."""
         config = self.shared.vertical
         assert config is not None
+        _refuse_second_run(self.index, record.positions)
         record.positions[self.index] = self.shared.rules.choose(self.index, saliency, config.kappa)
 
     def _remembered(self, record: StepRecord) -> Remembered:
@@ -176,6 +178,12 @@ class _LayerHook(_Hook):
         config = watch.config
         targets = record.decisions[self.index][0] if again else record.targets
         assert targets is not None, "TokenMixupModel asks for targets where HTM is attached"
+        if len(tokens) != len(targets):
+            raise ValueError(
+                f"layer {self.index} was called with tokens of {len(tokens)} samples, but there "
+                f"are targets of {len(targets)}: put views of an image into the batch before the "
+                "model, each with targets of its own"
+            )
         difficulty, scorenet = None, None
         if str(self.index) in self.scorenets:
             # Also when run again: checkpointing expects the same tensors to be saved.
@@ -184,6 +192,7 @@ class _LayerHook(_Hook):
             if not again:
                 record.scorenet_losses.append(losses)
         if not again:
+            _refuse_second_run(self.index, record.decisions)
             saliency = self._input_saliency(record, tokens, args, kwargs)
             step = horizontal_step(
                 self.shared.rules, self.index, targets, saliency, difficulty, config
@@ -207,6 +216,8 @@ class _LayerHook(_Hook):
 
 class _ProjectionHook(_Hook):
     """At the output of a layer's projection: choose and remember by its queries and keys."""
+
+    only_reads = True  # for `hosts.base.plain_linear`
 
     def __call__(self, projection: nn.Module, args: Args, output: Tensor) -> None:
         record, again = self.shared.session.current()
@@ -248,6 +259,7 @@ class _AttendHook(_Hook):
         _refuse_without_gradients(record, self.index)
         remembered = record.attending[self.index] = self._remembered(record)
         if not again:
+            _refuse_second_run(self.index, record.attended)
             count, device = remembered.tokens.shape[1], remembered.tokens.device
             record.stats.append(partial(_remembered_tokens, self.index, count, device))
             record.attended.add(self.index)
@@ -263,6 +275,15 @@ class _OwnTokensHook(_Hook):
             return None
         remembered = record.attending.pop(self.index)
         return self.shared.adapter.own_tokens(self.layer, remembered, output, args, kwargs)
+
+
+def _refuse_second_run(index: int, done: Container[int]) -> None:
+    if index in done:
+        raise RuntimeError(
+            f"layer {index} runs a second time in one training pass (two views of an image, or "
+            "layers in a loop): tokens and labels would be mixed twice. Put the views into one "
+            "batch, or attach TokenMixup to the encoder alone and call that once for each view"
+        )
 
 
 def _refuse_without_gradients(record: StepRecord, index: int) -> None:
@@ -309,8 +330,10 @@ def mark(host: nn.Module, shared: Attachment) -> RemovableHandle:
 
 def has_hooks(host: nn.Module) -> bool:
     """Whether hooks of TokenMixup are on any part of the host."""
-    return any(
-        isinstance(hook, _Hook)
-        for module in host.modules()
-        for hook in module._forward_pre_hooks.values()
-    )
+    return any(isinstance(hook, _Hook) for part in host.modules() for hook in forward_hooks(part))
+
+
+def has_others_hooks(layers: Sequence[nn.Module]) -> bool:
+    """Whether hooks of anybody else are on any part of the layers."""
+    parts = [part for layer in layers for part in layer.modules()]
+    return any(not isinstance(hook, _Hook) for part in parts for hook in forward_hooks(part))

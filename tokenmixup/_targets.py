@@ -3,6 +3,8 @@
 Dimensions: B batch, C classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,8 @@ def check_soft_targets(targets: Tensor, batch: int, num_classes: int | None) -> 
             raise ValueError(
                 "each row of targets must be a distribution over the classes (finite, not "
                 f"negative, of sum 1), but targets[{row}] has sum {total:.4g} and minimum "
-                f"{least:.4g}"
+                f"{least:.4g}. For several labels per image attach VTM alone, call model(images), "
+                "and compute a loss of your own"
             )
 
 
@@ -87,4 +90,8 @@ def one_hot_targets(targets: Tensor, batch: int, num_classes: int | None) -> Ten
                 f"{num_classes}), but targets[{index}] is {targets[index].item()}"
             )
     one_hot = torch.zeros(batch, num_classes, device=targets.device)
-    return one_hot.scatter_(1, targets.long().unsqueeze(1), 1)
+    one_hot = one_hot.scatter_(1, targets.long().unsqueeze(1), 1)
+    if torch.compiler.is_compiling():  # where an index out of range may give a row of zeros
+        outside = (targets < 0) | (targets >= num_classes)
+        one_hot = one_hot.masked_fill(outside.unsqueeze(1), math.nan)
+    return one_hot

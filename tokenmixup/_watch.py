@@ -170,8 +170,9 @@ class Watch:
         if easy == 0:
             return (
                 f"in the last of them no sample was easy: the least difficulty was {lowest:.4f}, "
-                f"tau is {tau}. If difficulty_min does not fall, see that the optimiser has "
-                "ScoreNet's parameters and that scorenet_lambda is not too small, or raise tau"
+                f"tau is {tau}. If difficulty_min does not fall, see that the loss is out.loss() "
+                "or has out.scorenet_loss in it, that the optimiser has ScoreNet's parameters, and "
+                "that scorenet_lambda is not too small, or raise tau"
             )
         if difference <= rho:
             return (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenmixup._hooks import Attachment, install_hooks, mark
+from tokenmixup._hooks import Attachment, has_others_hooks, install_hooks, mark
 from tokenmixup._session import Session, StepRecord
 from tokenmixup._statistics import Statistics
 from tokenmixup._targets import one_hot_targets, soft_targets
@@ -25,7 +25,6 @@ from tokenmixup.hosts.base import class_name
 from tokenmixup.rules import Rules
 from tokenmixup.scorenet import ScoreNet
 
-_PARTS = (nn.Module, nn.Parameter)
 _SETTINGS = ("horizontal", "vertical", "rules")
 
 
@@ -87,7 +86,7 @@ class TokenMixupModel(nn.Module):
     Public attributes and methods of the host (``config``, ``pretrained_cfg``,
     ``set_grad_checkpointing``, ``save_pretrained``, ...) are read through this model. Where they
     hold names of parameters (:meth:`no_weight_decay`, ``group_matcher``) they hold those that the
-    parameters have here. Attributes are set on the host itself: ``model.backbone.name = value``.
+    parameters have here. They are set on the host itself: ``model.backbone.name = value``.
 
     Attributes:
         backbone: the host itself, its state-dict keys unchanged.
@@ -161,12 +160,13 @@ class TokenMixupModel(nn.Module):
     def _place_hooks(self) -> None:
         """Have the hooks on the host: in training, and in evaluation where they cost nothing.
 
-        A fused path of the host's evaluation runs only without them.
+        A fused path of the host's evaluation runs only without them, and without anybody else's:
+        then ours stay as well, so that all keep their order.
         """
         if self._is_attached and (self.training or not self.adapter.fused_evaluation):
             if not self._handles:
                 self._handles = install_hooks(self._layers, self._shared, self.scorenets)
-        else:
+        elif not self._is_attached or not has_others_hooks(self._layers):
             for handle in self._handles:
                 handle.remove()
             self._handles = []
@@ -194,7 +194,7 @@ class TokenMixupModel(nn.Module):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A change of mode places the hooks; no part of the host is hidden by one that never runs.
+        """A change of mode places the hooks; nothing of the host is hidden by what it never reads.
 
         Lightning restores modes after a validation by setting ``training``, without ``train()``.
         """
@@ -206,13 +206,13 @@ class TokenMixupModel(nn.Module):
                 "new.scorenets.load_state_dict(old.scorenets.state_dict())"
             )
         if (
-            isinstance(value, _PARTS)
-            and name not in modules
-            and "backbone" in modules
-            and isinstance(getattr(modules["backbone"], name, None), _PARTS)
+            "enabled" in self.__dict__  # the constructor is done
+            and not name.startswith("_")
+            and not (name in self.__dict__ or name in modules or hasattr(type(self), name))
+            and hasattr(modules["backbone"], name)
         ):
             raise AttributeError(
-                f"{name!r} is a part of the host: set it there: model.backbone.{name} = ..."
+                f"{name!r} is the host's: set it there: model.backbone.{name} = ..."
             )
         super().__setattr__(name, value)
         if name == "training":
@@ -335,7 +335,8 @@ class TokenMixupModel(nn.Module):
                     "host did not call them as usual in this step. If parts of the model are "
                     "compiled, attach first, then compile the whole TokenMixupModel with "
                     "torch.compile(model, fullgraph=True), which names any graph break. With "
-                    "fully_shard and activation checkpointing compile the layers' MLPs instead"
+                    "fully_shard and activation checkpointing compile the layers' MLPs instead. "
+                    "A host that leaves layers out at random (LayerDrop) must not do so"
                 )
 
     def _soft_targets(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
@@ -352,7 +353,11 @@ class TokenMixupModel(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As of every module; where names or ScoreNets are others, the error says so in words."""
-        if not any(name.startswith(("backbone.", "scorenets.")) for name in state_dict):
+        # not by "backbone." alone, which a host's own part may be called
+        parts = [name for name, _ in self.backbone.named_children()]
+        parts += [name for name, _ in self.backbone.named_parameters(recurse=False)]
+        beginnings = ("scorenets.", *(f"backbone.{part}" for part in parts))
+        if not any(name.startswith(beginnings) for name in state_dict):
             raise RuntimeError(
                 "names of a TokenMixupModel's weights begin with `backbone.` or `scorenets.`, but "
                 f"those that were given begin as {next(iter(state_dict), None)!r}: load weights of "

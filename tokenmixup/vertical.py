@@ -43,16 +43,16 @@ class VerticalTokenMixupLayer(nn.Module):
     Wrap the attention of *every* encoder layer up to the last of ``apply_layers``. The wrapped
     ``attention`` is called ``attention(x, *args, **kwargs)`` on normalised tokens, and returns
     ``(output, attention map)``. Layers before the last of
-    ``apply_layers`` remember their K most salient tokens; a layer in ``apply_layers`` runs its
-    attention on its own tokens followed by the remembered ones and keeps the rows of its own, so
-    that its queries are its own tokens and its keys and values are all of them. In evaluation the
-    attention alone runs.
+    ``apply_layers`` remember their ``kappa`` most salient tokens; a layer in ``apply_layers`` runs
+    its attention on its own tokens followed by the remembered ones and keeps the rows of its own,
+    so that its queries are its own tokens and its keys and values are all of them. In evaluation
+    the attention alone runs.
 
     Wrappers of one model share a memory, found by the order of construction: as long as
     ``layer_index`` rises, a wrapper belongs to the model of the previous one built in the same
     thread. If layers are built in another order, pass the same ``memory`` to each.
 
-    Activation checkpointing of the wrapped layers is an error; use `tokenmixup.attach` with it.
+    Activation checkpointing of the wrapped layers is an error; use `tokenmixup.attach` instead.
 
     Args:
         attention: the self-attention.
@@ -148,6 +148,8 @@ class VerticalTokenMixupLayer(nn.Module):
             positions = salient_positions(saliency, self.config.kappa)
             tokens = remember(x, positions, self.config, self.num_prefix_tokens)
             self._memory.tokens()[self.layer_index] = tokens
+        elif torch.is_grad_enabled():  # HTM asks for the map first, without gradients
+            self._memory.clear()
         return output, attention
 
     def _refuse_recomputation(self) -> None:
@@ -187,7 +189,8 @@ class VerticalTokenMixupLayer(nn.Module):
                 f"VTM layer {self.layer_index} found no tokens of layer(s) "
                 f"{', '.join(map(str, missing))}: wrap the attention of every earlier layer, build "
                 "the wrappers in the order of the layers (or give them one `memory`), and call "
-                "reset() only after the last layer"
+                "reset() only after the last layer. A layer that is in evaluation mode, or left "
+                "out in a pass, remembers nothing"
             )
         remembered = torch.cat([memory[index] for index in range(self.layer_index)], dim=1)
         self._report(remembered.shape[1])

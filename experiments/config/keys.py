@@ -54,7 +54,7 @@ def _keys_of(section: Any) -> dict[str, Key]:
     hints = typing.get_type_hints(section, include_extras=True)
     # tokenmixup's sections are plain dataclasses, with an "Attributes:" part in their docstring
     listed = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(section) or "", re.M)
-    meanings = {name: " ".join(text.split()) for name, text in listed}
+    meanings = {name: " ".join(text.replace("``", "").split()) for name, text in listed}
     for name, info in getattr(section, "__pydantic_fields__", {}).items():
         meanings[name] = info.description
     return {

@@ -302,7 +302,7 @@ class RunConfig:
     skip_limit: Whole = 10
     """Largest number of skipped steps over the whole run."""
     timeout_minutes: Positive = 10.0
-    """How long a process waits for the others before it takes them for lost."""
+    """How long a process waits for the others before it treats them as lost."""
     output: Text | None = None
     """Run folder; null is output/NAME for a config file NAME.yaml."""
     model: ModelConfig = field(default_factory=ModelConfig)

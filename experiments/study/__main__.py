@@ -23,7 +23,7 @@ options:
   --study FILE     the study, a YAML file of configs/studies
   --jobs N         trainings at a time, each in its own process (default: 1)
   --threads N      threads per training (default: 1)
-  --only NAMES     only these variants, divided by commas; page and picture are left alone
+  --only NAMES     only these variants, separated by commas; page and picture are left alone
   --seed SEED      only this seed of the study; page and picture are left alone
   --run NAME/SEED  one training alone, in this process
   --report         only rewrite page and picture from the records, and the documents' tables

@@ -123,7 +123,7 @@ def test_readme_s_figures_are_those_of_the_newest_records():
         assert f"step {second:.2f} times ({model['model']}, batch {model['batch']})" in text
     kills = [newest[f"kills-{processes}"]["values"] for processes in (1, 2)]
     survived, total = (sum(kill[key] for kill in kills) for key in ("survived", "total"))
-    assert f"the same bytes: {survived} of {total}." in text
+    assert f"same bytes: {survived} of {total}." in text
 
 
 def test_what_a_model_has_not_and_what_a_record_has_not():

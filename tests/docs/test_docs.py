@@ -122,11 +122,11 @@ def is_of_the_model(name: str) -> bool:
     return name in described or hasattr(tokenmixup.TokenMixupModel, name)
 
 
-# Other programs' options are theirs; records keep commands with options that are gone.
+# Other programs' options are theirs.
 FOREIGN = (
     r"\b(uv|pip|apt|conda|ruff|mypy|git|torchrun|sbatch|srun|chromium|docker|sphinx|timeout)\b"
     r"|--upgrade-package|#SBATCH|--section\.key VALUE|--signals-to-handle|--shutdown-timeout"
-    r"|benchmarks\.faults --parts|^(train|validate)\.py "
+    r"|^(train|validate)\.py "
 )
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.helpers.host_cases import BY_NAME, batch, every_host, some_hosts
 from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig
+from tokenmixup._targets import one_hot_targets
 
 pytestmark = uses_inductor
 needs_cpp = pytest.mark.skipif(
@@ -151,6 +152,20 @@ def in_bfloat16(run):
             return run(*args)
 
     return forward
+
+
+@uses_inductor
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_cpp])])
+def test_class_indices_out_of_range_do_not_pass_for_samples_without_loss(backend):
+    """inductor makes a comparison of the scatter, which would leave such rows zero."""
+    compiled = torch.compile(partial(one_hot_targets, batch=3, num_classes=4), backend=backend)
+    assert torch.equal(compiled(torch.tensor([0, 3, 1])), torch.eye(4)[[0, 3, 1]])
+    for outside in (-100, -1, 4):
+        try:
+            found = compiled(torch.tensor([0, outside, 1]))
+        except (IndexError, RuntimeError):  # a scatter says so itself
+            continue
+        assert found[1].isnan().all() and not found[[0, 2]].isnan().any()
 
 
 BFLOAT16_ROUNDING = 2**-9

@@ -59,6 +59,55 @@ def test_layers_anywhere_in_the_order_of_the_pass():
         attached(tokens, targets)
 
 
+@pytest.mark.parametrize("what", ["mixes", "remembers", "attends"])
+def test_layers_run_once_in_a_pass(what):
+    """A second run would mix tokens and labels again, and checkpointing would repeat the last."""
+    layers = [layer(dropout=0.0), layer(dropout=0.0)]
+    settings = {"horizontal": HTM} if what == "mixes" else {"vertical": VTM}
+    host = nn.Sequential(*layers)
+    twice = layers[1] if what == "attends" else layers[0]
+
+    def forward(tokens):
+        for one in (layers[0], twice, layers[1]):
+            tokens = one(tokens)
+        return tokens.mean(1)
+
+    host.forward = forward
+    model = attach(
+        host, layers=layers, num_prefix_tokens=0, class_token=False, num_classes=CLASSES, **settings
+    )
+    index = 1 if what == "attends" else 0
+    with pytest.raises(RuntimeError, match=rf"^layer {index} runs a second time in one training"):
+        model.train()(torch.randn(4, 9, WIDTH), torch.eye(CLASSES)[:4])
+
+
+def test_views_that_the_host_folds_into_the_batch():
+    host = Loop(layer(dropout=0.0))
+    host.forward = lambda views: Loop.forward(host, views.flatten(0, 1)).unflatten(0, (4, 2))
+    model = attach(
+        host,
+        layers=host.layers,
+        num_prefix_tokens=0,
+        class_token=False,
+        horizontal=HTM,
+        num_classes=CLASSES,
+    )
+    with pytest.raises(ValueError, match="tokens of 8 samples, but there are targets of 4: put"):
+        model.train()(torch.randn(4, 2, 9, WIDTH), torch.eye(CLASSES)[:4])
+
+
+def test_hooks_of_others_keep_their_place():
+    """After a validation, too: one before ours would change what HTM mixes by."""
+    model = CASE.attach(CASE.build(), horizontal=HTM).train()
+    images, targets = batch(CASE)
+    first = model._layers[0]
+    first.register_forward_pre_hook(lambda _, args: (args[0] * torch.linspace(0, 1, WIDTH),))
+    before = model(images, targets).targets
+    model.eval()(images)
+    assert torch.equal(model.train()(images, targets).targets, before)
+    assert not torch.equal(before, targets)
+
+
 @pytest.mark.parametrize("how", ["attached", "copied", "after training"])
 def test_the_fused_path_of_evaluation_stays_on(how):
     host = CASE.build().eval()

@@ -54,7 +54,8 @@ def test_the_models_own_attributes_come_first():
 
 def test_parts_of_the_host_are_not_hidden_by_others():
     model = attached("vit")
-    for name, part in (("head", nn.Linear(WIDTH, 9)), ("cls_token", nn.Parameter(torch.ones(1)))):
+    parts = {"head": nn.Linear(WIDTH, 9), "cls_token": nn.Parameter(torch.ones(1))}
+    for name, part in {**parts, "global_pool": "avg", "grad_checkpointing": True}.items():
         with pytest.raises(AttributeError, match=rf"set it there: model\.backbone\.{name} = "):
             setattr(model, name, part)
     model.note, model.extra = "free", nn.Linear(1, 1)

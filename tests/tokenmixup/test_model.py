@@ -77,6 +77,24 @@ def test_weights_of_other_names_are_told(horizontal, prefix):
         model.load_state_dict(weights, strict=False)
 
 
+def test_weights_of_a_host_with_a_part_that_is_called_backbone():
+    host = torch.nn.Module()
+    host.backbone = torch.nn.Sequential(
+        *(torch.nn.TransformerEncoderLayer(32, 2, 48, batch_first=True) for _ in range(2))
+    )
+    model = attach(
+        host,
+        layers=host.backbone,
+        num_prefix_tokens=0,
+        class_token=False,
+        num_classes=7,
+        vertical=VerticalConfig(layers=(1,), kappa=3),
+    )
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"begin as 'backbone\.0\.self_attn"):
+        model.load_state_dict(host.state_dict(), strict=False)
+
+
 def test_settings_do_not_change_after_attach():
     """The hooks have them: another value would be printed and saved, and nothing else."""
     model = attach(vit(), horizontal=HTM, vertical=VTM)

@@ -338,6 +338,47 @@ def test_parametrised_and_pruned_projections(name, change):
             torch.testing.assert_close(out.logits, expected.logits)
 
 
+def with_low_rank(how):
+    """As adapters that one writes oneself: merged, by a hook, or by another `forward`."""
+
+    def change(linear):
+        generator = torch.Generator().manual_seed(3)
+        extra = 0.3 * torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64)
+        if how == "merged":
+            linear.weight.data += extra
+        elif how == "hook":
+            linear.register_forward_hook(lambda _, args, output: output + args[0] @ extra.T)
+        else:
+            plain = linear.forward
+            linear.forward = lambda tokens: plain(tokens) + tokens @ extra.T
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "cct"])
+def test_projections_that_others_have_changed_in_place(name, how):
+    """Before attach and after it."""
+    case = BY_NAME[name]
+    images, targets = batch(case, dtype=torch.float64)
+    settings = {"horizontal": HorizontalConfig(layers=(0,), rho=0.005, scorenet=None)}
+    settings["vertical"] = VerticalConfig(layers=(2,), kappa=2)
+    for first in (True, False):
+        found = []
+        for change in (with_low_rank("merged"), with_low_rank(how)):
+            host = host_of(case)
+            if first:
+                change_projections(host, change)
+            model = put_on(host, **settings)
+            if not first:
+                change_projections(host, change)
+            found.append(model(images, targets))
+        expected, out = found
+        torch.testing.assert_close(out.targets, expected.targets)
+        torch.testing.assert_close(out.logits, expected.logits)
+        assert (out.targets - targets).abs().max() > 1e-3
+
+
 class QuantisedLinear(nn.Module):
     """As libraries of quantisation put it: no Linear, and no weight to read."""
 

@@ -103,7 +103,19 @@ def test_the_lowest_layer_begins_a_new_pass():
     wrappers[1](torch.randn(9, 7, WIDTH).double())
     for wrapper, x, wanted in zip(wrappers, tokens, expected, strict=True):
         assert same_bits(wrapper(x)[0], wanted[0])
-    assert wrappers[0]._memory.tokens().keys() == {0, 1}, "nobody reads what the last VTM layer has"
+    assert not wrappers[0]._memory.tokens(), "the last VTM layer ends the pass"
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_a_layer_that_is_left_out_is_no_earlier_pass_s(stop_gradient):
+    """LayerDrop, or a frozen layer in evaluation mode."""
+    wrappers, tokens = wrap_all(plain_attentions(), vtm_stopgrad=stop_gradient), random_tokens()
+    run(wrappers, tokens)
+    wrappers[0].eval()
+    for wrapper, x in zip(wrappers[:2], tokens, strict=False):
+        wrapper(x)
+    with pytest.raises(RuntimeError, match=r"found no tokens of layer\(s\) 0.* evaluation mode"):
+        wrappers[2](tokens[2])
 
 
 @pytest.mark.parametrize("called, missing", [([], "0, 1"), ([0], "1"), ([1], "0")])

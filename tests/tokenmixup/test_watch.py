@@ -97,8 +97,8 @@ def test_tau_that_no_sample_has_reached():
     text = the_one(told, LAST)
     easy = f"in the last of them no sample was easy: the least difficulty was {least:.4f}, tau is"
     assert easy in text
-    assert "0.04. If difficulty_min does not fall, see that the optimiser has Sco" in text
-    assert "ScoreNet's parameters and that scorenet_lambda is not too small" in text
+    assert "0.04. If difficulty_min does not fall, see that the loss is out.loss()" in text
+    assert "the optimiser has ScoreNet's parameters, and that scorenet_lambda is not" in text
 
 
 @pytest.mark.parametrize("settings", [{}, {"scorenet": None, "tau": None}])

@@ -6,7 +6,7 @@ K keys, C classes, M remembered tokens.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, NoReturn, cast
@@ -362,6 +362,8 @@ def what_to_do_about(found: str) -> str:
         )
     if found in PARALLEL:
         return "shard (or wrap) whole layers and then the whole model, no parts of layers"
+    if found.endswith(".CheckpointWrapper"):
+        return "checkpoint whole layers, or their MLPs, but not attentions alone"
     return "this variant of the host (or this version of its library) is not supported"
 
 
@@ -407,13 +409,23 @@ def linear_outputs(classifier: nn.Module) -> int | None:
     return getattr(classifier, "out_features", None)
 
 
+def forward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """The hooks before and after a module's own forward pass."""
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
 def plain_linear(projection: nn.Module) -> bool:
     """Whether a projection is no more than the product with its weight, and its bias.
 
     Adapters, parametrisations, pruning and quantisation replace the layer, or its weight by
-    something else than a parameter.
+    something else than a parameter; others replace its ``forward``, or hook to it.
     """
-    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) is nn.Parameter
+        and "forward" not in projection.__dict__
+        and all(getattr(hook, "only_reads", False) for hook in forward_hooks(projection))
+    )
 
 
 def project(projection: nn.Module, tokens: Tensor, first_alone: bool = False) -> Tensor:
