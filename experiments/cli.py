@@ -159,6 +159,17 @@ def split_options(
     return {name: values[0] for name, values in vars(found).items()}, others
 
 
+def whole_number(where: str, text: str, most: int = 1024) -> int:
+    """A whole number from 1 to the most that is allowed.
+
+    Raises:
+        ConfigError: it names where the number was given.
+    """
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise ConfigError(f"{where}: got {text!r}; allowed: a whole number from 1 to {most}")
+    return int(text)
+
+
 def _with_known_name(word: str, known: Mapping[str, Option]) -> str:
     name, equals, value = word.partition("=")
     plain = name.removeprefix("--").replace("-", "_")

@@ -235,8 +235,8 @@ def _resize_position_embedding(model: nn.Module, weights: dict[str, Tensor], npz
 def load_strictly(
     model: nn.Module,
     weights: Mapping[str, Tensor],
-    left_out: Collection[str] = (),
-    sources: Mapping[str, Collection[str]] | None = None,
+    left_out: Collection[str],
+    sources: Mapping[str, Collection[str]],
 ) -> None:
     """Load weights under the model's names; the model is unchanged if they do not fit.
 
@@ -251,7 +251,7 @@ def load_strictly(
     """
 
     def told(name: str) -> str:
-        found = " + ".join((sources or {}).get(name, (name,)))
+        found = " + ".join(sources.get(name, (name,)))
         return found if found == name else f"{found} (here {name})"
 
     own = model.state_dict()

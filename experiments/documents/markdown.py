@@ -54,11 +54,6 @@ def fill_blocks(text: str, makers: Makers) -> str:
     return _BLOCK.sub(block, text)
 
 
-def block_kinds(text: str) -> set[str]:
-    """The kinds of the blocks in a text."""
-    return {match[2] for match in _BLOCK.finditer(text)}
-
-
 def documents(root: Path) -> list[Path]:
     """The Markdown files of a checkout that have generated blocks."""
     found = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("weights/*.md")]

@@ -127,11 +127,11 @@ def train(
     overrides: dict[str, str],
 ) -> None:
     """Train rows as a study without a plain variant, and keep pages up to date after each."""
-    from experiments.study.run import Runner, whole_number
+    from experiments.study.run import Runner
     from experiments.training.stopping import StopRequests
 
     seeds = _seeds(options.get("seeds", "42,43,44"))
-    jobs = whole_number("command line: --jobs", options.get("jobs", "1"))
+    jobs = cli.whole_number("command line: --jobs", options.get("jobs", "1"))
     if "run" in options:
         name, _, seed = options["run"].rpartition("/")
         rows, seeds = [manifest.row(name)], _seeds(seed)
@@ -146,7 +146,7 @@ def train(
         runs=runs,
         results=results,
         threads=None,
-        processes=whole_number("environment: NPROC", os.environ.get("NPROC") or "1"),
+        processes=cli.whole_number("environment: NPROC", os.environ.get("NPROC") or "1"),
         finished=lambda: [_write(manifest, results, name) for name in names],
     )
     with StopRequests() as requests:

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"labels of {count} trainings judged, kept in {results}")
         return
 
-    from experiments.study.run import Runner, whole_number
+    from experiments.study.run import Runner
     from experiments.training.stopping import StopRequests
 
     part = _part(study, options)
@@ -93,9 +93,9 @@ def main(argv: Sequence[str]) -> None:
         overrides=overrides,
         runs=output / study.name,
         results=results,
-        threads=whole_number("command line: --threads", options.get("threads", "1")),
+        threads=cli.whole_number("command line: --threads", options.get("threads", "1")),
     )
-    jobs = whole_number("command line: --jobs", options.get("jobs", "1"))
+    jobs = cli.whole_number("command line: --jobs", options.get("jobs", "1"))
     with StopRequests() as requests:
         if "run" in options:
             runner.train_one(options["run"], requests)

@@ -314,13 +314,6 @@ def _statistics(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {n: round(means[n], 6) for n in sorted(means) if n not in _NOT_STATISTICS}
 
 
-def whole_number(where: str, text: str) -> int:
-    """A whole number from 1 to 1024, or a ConfigError that names where it was given."""
-    if not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise ConfigError(f"{where}: got {text!r}; allowed: a whole number from 1 to 1024")
-    return int(text)
-
-
 def _failure(training: Training, code: int) -> SavedAndStopped | TrainingFailed:
     """What to tell of a process that has ended without a record."""
     if code in (0, SavedAndStopped.exit_code):  # 0 is torchrun's if its processes have saved

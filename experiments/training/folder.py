@@ -197,7 +197,7 @@ class RunFolder:
         return f"the last checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
 
     def newest(
-        self, world: World, warn: Callable[[str], object], set_aside: bool = True
+        self, world: World, warn: Callable[[str], object], set_aside: bool
     ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint, the same in all processes; None without any.
 
@@ -212,7 +212,7 @@ class RunFolder:
         return path, load_checkpoint(path)
 
     def newest_valid(
-        self, warn: Callable[[str], object], set_aside: bool = True
+        self, warn: Callable[[str], object], set_aside: bool
     ) -> tuple[Path, dict[str, Any]] | None:
         """Read the newest undamaged checkpoint; None without any.
 

@@ -158,7 +158,7 @@ class Run:
                 stack.enter_context(self.folder.held())
             stack.callback(self.batches.close)
             stack.callback(self.val_batches.close)
-            rows = self._resume(allow_changed)
+            rows = self._resume(allow_changed, set_aside=True)
             done = self.progress.epochs_done == self.total_epochs
             if done and self.folder.final_weights.exists():
                 self._say(f"{self.folder.path}: all {self.total_epochs} epochs are done already")
@@ -189,7 +189,7 @@ class Run:
         """
         self._resume(allow_changed, set_aside=False)
 
-    def _resume(self, allow_changed: Collection[str], set_aside: bool = True) -> int:
+    def _resume(self, allow_changed: Collection[str], set_aside: bool) -> int:
         """Restore the newest checkpoint or begin; gives the rows of metrics so far."""
         saved = self.folder.newest(self.world, self._warn, set_aside)
         if saved is not None:

@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> None:
     if command is None:
         return
     config, checkpoint = command.config, command.options["checkpoint"]
-    count = _count(command.options.get("count", str(DEFAULT_COUNT)))
+    count = cli.whole_number(
+        "command line: --count", command.options.get("count", str(DEFAULT_COUNT)), most=64
+    )
     run = Path(command.config_file).stem
     out = Path(command.options.get("out", f"output/pictures/{run}"))
     if config.horizontal is None and config.vertical is None:
@@ -120,12 +122,6 @@ def _written_to(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"command line: --out: cannot write to {out}: {reason}") from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise ConfigError(f"command line: --count: got {text!r}; allowed: a number from 1 to 64")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,8 @@ options:
                      .averaged.safetensors)
 """
 _OPTIONS = {
-    "weights": cli.Option("folder of the weights"),
-    "manifest": cli.Option("list of the zoo"),
-    "all": cli.Option("every checkpoint", takes_value=False),
-    "cookies": cli.Option("cookies for Google Drive"),
-    "config": cli.Option("config of the file"),
-    "averaged": cli.Option("averaged weights", takes_value=False),
-    "output": cli.Option("file to write"),
+    name: cli.Option("", takes_value=name not in ("all", "averaged"))
+    for name in ("weights", "manifest", "all", "cookies", "config", "averaged", "output")
 }
 _OPTIONS_OF = {
     "list": (),

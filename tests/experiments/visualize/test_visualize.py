@@ -238,7 +238,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, ready):
         ([*images, cut.parent], f"--images: cannot read {cut}"),
         (["--config", plain, "--checkpoint", "x"], "plain.yaml: there is nothing to draw"),
         ([*ready[:2]], "--checkpoint: missing"),
-        ([*ready, "--count", "0"], "--count: got '0'; allowed: a number from 1 to 64"),
+        ([*ready, "--count", "0"], "--count: got '0'; allowed: a whole number from 1 to 64"),
         ([*ready, "--animate", "--imagse", "x"], "unknown option; the nearest is images"),
         ([*ready[:2], "--checkpoint", tmp_path / "no"], "no"),
         (["--config", no_classes, *images[2:], good.parent], "model.num_classes: got null"),
