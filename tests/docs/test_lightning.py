@@ -1,11 +1,6 @@
 """docs/trainers.md, Lightning: the page's module trains as a loop written by hand does."""
 
-import importlib
 import math
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from tests.helpers.cases import same_bits
-from tests.helpers.documents import ROOT
+from tests.helpers.documented import PRELUDE, code_of, imported, replaced, run_in_two_processes
 from tests.helpers.host_builders import IMAGE
 from tests.helpers.host_cases import BY_NAME
 from tests.helpers.others_warnings import advice_of_lightning
@@ -31,42 +26,18 @@ from tokenmixup import HorizontalConfig, VerticalConfig, attach
 pytestmark = advice_of_lightning
 
 EPOCHS, IMAGES, CLASSES = 4, 16, 100
-PRELUDE = """
-import functools, timm, torch
-torch.manual_seed(0)
-timm.create_model = functools.partial(
-    timm.create_model, img_size=16, patch_size=4, embed_dim=32, depth=5, num_heads=2
-)
-pairs = [(torch.randn(3, 16, 16), label) for label in range(16)]
-train_loader = torch.utils.data.DataLoader(pairs, batch_size=4)
-validation_loader = torch.utils.data.DataLoader(pairs, batch_size=5)
-"""
 
 
 def page(devices: str = "") -> str:
-    """The code, on a CPU, with a tau and a rho with which an untrained model mixes."""
-    text = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Lightning\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    for written, tried in (
-        ('"tau": 0.2, "rho": 0.005', '"tau": 9.0, "rho": 0.0'),
-        ("L.Trainer(", f'L.Trainer(accelerator="cpu", enable_progress_bar=False, {devices}'),
-    ):
-        assert written in code
-        code = code.replace(written, tried)
-    return PRELUDE + code
+    """The code, on a CPU."""
+    quiet = f'L.Trainer(accelerator="cpu", enable_progress_bar=False, {devices}'
+    return PRELUDE + replaced(code_of("trainers.md")["Lightning"], {"L.Trainer(": quiet})
 
 
 @pytest.fixture(scope="module")
 def lightning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """What the page defines, after its training: `trainer`."""
-    folder = tmp_path_factory.mktemp("lightning")
-    (folder / "documented_lightning.py").write_text(page(), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(str(folder))
-        patch.setattr(timm, "create_model", timm.create_model)  # the prelude replaces it
-        module = importlib.import_module("documented_lightning")
+    with imported(tmp_path_factory.mktemp("lightning"), "documented_lightning", page()) as module:
         torch.manual_seed(1)
         module.trainer = module.main()
         yield module
@@ -273,24 +244,18 @@ torch.save(
 
 
 @pytest.mark.slow
-def test_two_processes(
-    lightning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_two_processes(lightning: ModuleType, tmp_path: Path) -> None:
+    """Lightning starts the second one itself."""
     code = page(devices='strategy="ddp", devices=2,') + IN_PARALLEL
-    Path("train.py").write_text(code, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, "train.py"], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    plain = torch.load("plain.pt", weights_only=True)
-    saved = torch.load(f"checkpoints/epoch={EPOCHS - 1}.ckpt", weights_only=True)["state_dict"]
+    run_in_two_processes(tmp_path, code, launcher=())
+    plain = torch.load(tmp_path / "plain.pt", weights_only=True)
+    last = tmp_path / "checkpoints" / f"epoch={EPOCHS - 1}.ckpt"
+    saved = torch.load(last, weights_only=True)["state_dict"]
     for name, value in plain.items():
         assert torch.equal(saved[f"model.backbone.{name}"], value), name
 
     (pairs, start, first), (_, _, second) = (
-        torch.load(f"rank_{rank}.pt", weights_only=True) for rank in range(2)
+        torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)
     )
     mixing = {"layers": (3,), "tau": 9.0, "rho": 0.0, "scorenet_lambda": 1.0}
     model = lightning.TokenMixupModule(mixing, {"layers": (4,), "kappa": 3}).model

@@ -1,23 +1,18 @@
 """docs/training_loop.md: its code runs in the order of the page, and its table is right."""
 
-import functools
-import importlib
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
 from timm.optim import param_groups_layer_decay
 
+from tests.helpers.documented import PRELUDE, code_of, imported, replaced, run_in_two_processes
 from tests.helpers.documents import ROOT
 from tests.helpers.others_warnings import uses_inductor
 from tokenmixup import HorizontalConfig
@@ -27,47 +22,18 @@ pytestmark = uses_inductor
 
 TEXT = (ROOT / "docs" / "training_loop.md").read_text(encoding="utf-8")
 
-PRELUDE = """
-import functools, timm, torch
-torch.manual_seed(0)
-timm.create_model = functools.partial(
-    timm.create_model, img_size=16, patch_size=4, embed_dim=32, depth=5, num_heads=2
-)
-images = torch.randn(4, 8, 3, 16, 16)
-loader = [(part, torch.randint(100, (8,))) for part in images]
-"""
-
-
-def blocks(text: str) -> dict[str, str]:
-    """The code below each heading, with a tau and a rho with which an untrained model mixes."""
-    found: dict[str, str] = {}
-    heading = ""
-    found_all = re.findall(r"^## (.+?)$|```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)
-    for title, code in found_all:
-        heading = title or heading
-        if code:
-            code = code.replace("tau=0.2, rho=0.005", "tau=9.0, rho=0.0")
-            found[heading] = found.get(heading, "") + code
-    return found
-
-
-CODE = blocks(TEXT)
-SHARDED = blocks((ROOT / "docs" / "trainers.md").read_text(encoding="utf-8"))["FSDP and DDP"]
+CODE = code_of("training_loop.md")
+SHARDED = code_of("trainers.md")["FSDP and DDP"]
 IN_PARALLEL = "Several GPUs"
 
 
 @pytest.fixture(scope="module")
 def after(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The names defined after all blocks for one process have run."""
+    code = [PRELUDE, *(code for heading, code in CODE.items() if heading != IN_PARALLEL)]
     folder = tmp_path_factory.mktemp("training_loop")
-    code = [code for heading, code in CODE.items() if heading != IN_PARALLEL]
-    (folder / "documented_loop.py").write_text("\n".join([PRELUDE, *code]), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(str(folder))
-        patch.setattr(timm, "create_model", timm.create_model)  # the prelude replaces it
-        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        yield vars(importlib.import_module("documented_loop"))
+    with imported(folder, "documented_loop", "\n".join(code)) as module:
+        yield vars(module)
     torch._dynamo.reset()
 
 
@@ -147,19 +113,10 @@ def test_peft_saves_the_scorenets(after: dict[str, Any]) -> None:
 )
 def test_two_processes(part: str, saved: dict[str, set[str]], tmp_path: Path) -> None:
     ended = "\nassert not torch.distributed.is_initialized()\nprint('done', flush=True)\n"
-    quick = "\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
-    code = PRELUDE + quick + CODE["The loop"] + part + ended
-    program = tmp_path / "train.py"
-    program.write_text(code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(program)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done") == 2
+    code = PRELUDE + CODE["The loop"] + part + ended
+    changes = {'"cuda" if torch.cuda.is_available() else "cpu"': '"cpu"'}
+    out = run_in_two_processes(tmp_path, replaced(code, changes))
+    assert out.count("done") == 2
     for name, parts in saved.items():
         weights = torch.load(tmp_path / name, weights_only=True)
         assert parts <= {key.partition(".")[0] for key in weights}

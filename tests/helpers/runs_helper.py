@@ -92,13 +92,14 @@ def started(*words, **settings) -> subprocess.Popen[str]:
     """Start Python with these words on its command line."""
     command = [sys.executable, *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, **settings)
+    settings = {"stdout": pipe, "stderr": pipe, "cwd": ROOT, **settings}
+    return subprocess.Popen(command, text=True, **settings)
 
 
-def finished(*words, **settings) -> tuple[int, str, str]:
+def finished(*words, timeout=240, **settings) -> tuple[int, str, str]:
     """Exit code and output of Python with these words on its command line."""
     process = started(*words, **settings)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 
