@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from experiments.config.reading import build_config, load_config, settings_of
 from experiments.config.schema import RunConfig, ScheduleConfig, as_plain
 from experiments.errors import ConfigError
 from experiments.strict_yaml import yaml_text
+from tests.helpers.commands import finished
 from tests.helpers.runs_helper import HTM, VTM, write_config
 from tokenmixup import HorizontalConfig
 
@@ -146,7 +145,8 @@ def test_help_imports_neither_torch_nor_timm():
         "assert cli.run(module.main) == 0\n"
         "assert not {'torch', 'timm', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    status, _, error = finished("-c", code)
+    assert status == 0, error
 
 
 @pytest.mark.parametrize(

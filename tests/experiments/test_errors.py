@@ -5,19 +5,8 @@ import torch
 
 from experiments import cli, evaluate, train
 from experiments.provenance import ROOT
+from tests.helpers.commands import fails
 from tests.helpers.runs_helper import HTM, write_config
-
-
-def fails(capsys, command, *words):
-    """Run a command that must fail, and return its one line."""
-    code = cli.run(command.main, [str(word) for word in words])
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in error
-    return error
-
 
 # what is written in the file: what the line must say beside the file's name
 IN_THE_FILE = {
@@ -186,9 +175,9 @@ ON_THE_COMMAND_LINE = {
 
 @pytest.mark.parametrize(("words", "message"), ON_THE_COMMAND_LINE.items())
 def test_mistakes_on_the_command_line(words, message, tmp_path, capsys):
-    path = str(write_config(tmp_path))
-    error = fails(capsys, train, *(path if word == "FILE" else word for word in words.split()))
-    assert message in error
+    path = write_config(tmp_path)
+    given = [path if word == "FILE" else word for word in words.split()]
+    assert message in fails(capsys, train, *given, quiet=bool(given))  # without, configs are listed
 
 
 def test_a_config_that_is_no_text(tmp_path, capsys):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import cli, evaluate
+from experiments import evaluate
 from experiments.checkpoint import load_checkpoint, save_checkpoint
 from experiments.training.metrics import read_metrics
+from tests.helpers.commands import fails, outcome
 from tests.helpers.runs_helper import HTM, VTM, fit, write_config
 
 
@@ -19,12 +20,12 @@ def trained(tmp_path_factory):
     return folder / "run.yaml", run
 
 
-def evaluated(capsys, config, checkpoint, *words, code=0):
-    """What the entry point prints: on standard output, or on standard error where it fails."""
-    words = ["--config", str(config), "--checkpoint", str(checkpoint), *words]
-    assert cli.run(evaluate.main, words) == code
-    out, err = capsys.readouterr()
-    return err if code else out
+def evaluated(capsys, config, checkpoint, *words):
+    """What the entry point prints."""
+    words = ("--config", config, "--checkpoint", checkpoint, *words)
+    code, out, err = outcome(capsys, evaluate, *words)
+    assert code == 0, err
+    return out
 
 
 def test_json_gives_the_runs_own_figures(trained, capsys):
@@ -52,9 +53,9 @@ def test_weights_whose_logits_are_not_finite_have_no_accuracy(trained, capsys, t
     state["backbone.head.bias"][3] = torch.nan
     torch.save(state, tmp_path / "nan.pt")
     for words in ((), ("--json",)):
-        error = evaluated(capsys, config, tmp_path / "nan.pt", *words, code=2)
+        words = ("--config", config, "--checkpoint", tmp_path / "nan.pt", *words)
+        error = fails(capsys, evaluate, *words)
         assert f"{tmp_path / 'nan.pt'}: its loss on the 355 images of 'validation' is nan" in error
-        assert error.count("\n") == 1
 
 
 def test_images_prepared_otherwise_than_for_the_run_are_told(trained, capsys, tmp_path):
@@ -101,6 +102,6 @@ def test_a_plain_model_takes_the_host_and_says_so(trained, capsys, tmp_path):
 def test_weights_without_a_place_are_an_error(trained, capsys, tmp_path):
     _, folder = trained
     other = write_config(tmp_path, horizontal={**HTM, "layers": [0]})
-    error = evaluated(capsys, other, folder / "final.safetensors", code=2)
+    words = ("--config", other, "--checkpoint", folder / "final.safetensors")
+    error = fails(capsys, evaluate, *words)
     assert "without a place in the model: scorenets.1.head.bias" in error
-    assert error.count("\n") == 1

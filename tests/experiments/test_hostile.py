@@ -1,19 +1,18 @@
 """Untrusted files: nothing in them runs, and each gives one clear error."""
 
 import itertools
-import subprocess
-import sys
 import tarfile
 
 import pytest
 import torch
 
-from experiments import cli, evaluate, train
+from experiments import evaluate, train
 from experiments.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from experiments.data.shards import ShardImages
 from experiments.errors import CheckpointError, DataError
 from experiments.zoo import __main__ as zoo
 from experiments.zoo.convert import config_of
+from tests.helpers.commands import fails, finished
 from tests.helpers.hostile_files import GIB, HOSTILE, PLACES, gadgets
 from tests.helpers.runs_helper import write_config
 from tests.helpers.zoo_helper import entry, quick_zoo
@@ -76,17 +75,8 @@ def test_the_gadgets_would_run(tmp_path):
     trap, path = tmp_path / "trap", tmp_path / "a.pt"
     code = "import sys, torch; torch.load(sys.argv[1], weights_only=" + "False)"
     PLACES["tensor"](gadgets(trap)["os.system"], path)
-    subprocess.run([sys.executable, "-c", code, path], check=False, capture_output=True)
+    finished("-c", code, path)
     assert trap.exists()
-
-
-def fails(capsys, module, *words):
-    """The one line of an entry point that must fail."""
-    code = cli.run(module.main, [str(word) for word in words])
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize("case", ["tar", "stride of zero", "npz of objects", "pipe"])

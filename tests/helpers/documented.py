@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 
+from tests.helpers.commands import TWO_PROCESSES, finished
 from tests.helpers.documents import ROOT
-from tests.helpers.runs_helper import TWO_PROCESSES, finished
 
 PRELUDE = """
 import functools, timm, torch

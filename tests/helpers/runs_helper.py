@@ -4,8 +4,6 @@ T = 16 patch tokens, 2 layers.
 """
 
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +17,13 @@ from experiments.training.folder import RunFolder
 from experiments.training.metrics import CLOCK_VALUES, read_metrics
 from experiments.training.run import Run
 from experiments.training.stopping import StopRequests
+from tests.helpers.commands import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 HTM = {"layers": [1], "tau": 0.3, "rho": 0.0005}
 VTM = {"layers": [1], "kappa": 3}
 DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}
 BOTH = {"horizontal": HTM, "vertical": VTM, "model": DROPOUT}
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 SMALL = {
     "device": "cpu",
@@ -88,28 +86,10 @@ def assert_rows_agree(folder: Path, other: Path, rel: float, abs: float) -> None
         assert another == pytest.approx(row, rel=rel, abs=abs)
 
 
-def started(*words, **settings) -> subprocess.Popen[str]:
-    """Start Python with these words on its command line."""
-    command = [sys.executable, *map(str, words)]
-    pipe = subprocess.PIPE
-    settings = {"stdout": pipe, "stderr": pipe, "cwd": ROOT, **settings}
-    return subprocess.Popen(command, text=True, **settings)
-
-
-def finished(*words, timeout=240, **settings) -> tuple[int, str, str]:
-    """Exit code and output of Python with these words on its command line."""
-    process = started(*words, **settings)
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
-
-
 def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> None:
     """Wait until the run has saved this step."""
-    deadline = time.monotonic() + 120
-    while not any(path.stem >= f"step-{step:08d}" for path in RunFolder(folder).saved()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    name = f"step-{step:08d}"
+    wait_until(lambda: any(path.stem >= name for path in RunFolder(folder).saved()), process)
 
 
 class AtLook(StopRequests):

@@ -2,27 +2,19 @@
 
 import os
 import socket
-import subprocess
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.commands import ended, finished, started
 
 # Two steps show that all processes have met.
 SHORT = ("--schedule.epochs", "1", "--data.batch_size", "700", "--logging.tensorboard", "false")
 
 
 def start(folder, *words, **environment):
-    return subprocess.Popen(
-        ["sh", "run/train.sh", "digits_baseline", *SHORT, *words, "--output", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ("run/train.sh", "digits_baseline", *SHORT, *words, "--output", folder)
+    return started(*command, program="sh", env=os.environ | {"MAX_RESTARTS": "0", **environment})
 
 
 def free_port():
@@ -32,10 +24,10 @@ def free_port():
 
 
 def finish(*processes):
-    texts = [process.communicate(timeout=240) for process in processes]
-    for process, (_, errors) in zip(processes, texts, strict=True):
-        assert process.returncode == 0, errors
-    return "".join(text for text, _ in texts)
+    outcomes = [ended(process) for process in processes]
+    for code, _, errors in outcomes:
+        assert code == 0, errors
+    return "".join(text for _, text, _ in outcomes)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +39,8 @@ def finish(*processes):
     ],
 )
 def test_a_mistake_is_reported_once_and_not_retried(tmp_path, words, processes, message):
-    process = start(tmp_path / "run", *words, NPROC=processes, MAX_RESTARTS="3")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
+    code, _, errors = ended(start(tmp_path / "run", *words, NPROC=processes, MAX_RESTARTS="3"))
+    assert code == 2, errors
     (line,) = errors.splitlines()
     assert line.startswith("error: ") and message in line
 
@@ -59,11 +50,10 @@ def words_of(tmp_path, script, *words, **environment):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
-    environment = {**os.environ, "TOKENMIXUP_PYTHON": str(python), **environment}
-    command = ["sh", f"run/{script}", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    environment = os.environ | {"TOKENMIXUP_PYTHON": str(python), **environment}
+    code, out, errors = finished(f"run/{script}", *words, program="sh", env=environment)
+    assert code == 0, errors
+    return out.splitlines()
 
 
 @pytest.mark.parametrize("script", ["train_vit_imagenet_HTM.sh", "eval_vit_imagenet_HTM.sh"])
@@ -86,17 +76,12 @@ def test_the_command_line_goes_before_the_environment(tmp_path, script):
 
 
 def test_a_missing_checkpoint_is_named_with_the_command_that_fetches_it(tmp_path):
-    done = subprocess.run(
-        ["sh", "run/eval_cct_7-3x1_cifar10_HTM.sh", "--device", "cpu"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 2, done.stderr
+    words = ("run/eval_cct_7-3x1_cifar10_HTM.sh", "--device", "cpu")
+    environment = os.environ | {"WEIGHTS": str(tmp_path)}
+    code, _, errors = finished(*words, program="sh", env=environment)
+    assert code == 2, errors
     command = f"python -m experiments.zoo download cct_cifar10_htm --weights {tmp_path}"
-    assert done.stderr.endswith(f"No such file or directory; fetch it: {command}\n")
+    assert errors.endswith(f"No such file or directory; fetch it: {command}\n")
 
 
 @pytest.mark.slow

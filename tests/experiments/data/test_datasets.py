@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import cli, evaluate, train
+from experiments import evaluate, train
 from experiments.checkpoint import save_final_weights
 from experiments.config.schema import DataConfig, RunConfig
 from experiments.data.augment import normalisation
@@ -19,6 +19,7 @@ from experiments.data.facts import known_num_classes, stated_num_classes
 from experiments.data.images import DigitImages, digits_split, draw_per_class
 from experiments.errors import ConfigError, DataError
 from experiments.models.build import build_model
+from tests.helpers.commands import fails
 from tests.helpers.runs_helper import small_config, write_config
 
 
@@ -283,9 +284,9 @@ def test_images_are_shared_under_other_names_too(tmp_path, folder_of_images):
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
 def test_no_training_validates_on_its_own_images(check, tmp_path, capsys):
-    words = ["--config", str(write_config(tmp_path)), "--output", str(tmp_path / "run"), *check]
-    assert cli.run(train.main, [*words, "--data.val_split", "train[1400:]"]) == 2
-    assert "'train' and 'train[1400:]' share 42 images" in capsys.readouterr().err
+    words = ("--config", write_config(tmp_path), "--output", tmp_path / "run", *check)
+    error = fails(capsys, train, *words, "--data.val_split", "train[1400:]")
+    assert "'train' and 'train[1400:]' share 42 images" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -300,9 +301,8 @@ def test_a_class_that_validation_lacks_stops_the_training(kind, tmp_path, folder
             shutil.rmtree(folder_of_images / split)
     dataset = kind if kind.startswith("torch") else ""
     data = {"dataset": dataset, "root": str(folder_of_images), "batch_size": 2}
-    words = ["--config", str(write_config(tmp_path, data=data)), "--output", str(tmp_path / "run")]
-    assert cli.run(train.main, words) == 2
-    assert "'validation' lacks 'cat'" in capsys.readouterr().err
+    words = ("--config", write_config(tmp_path, data=data), "--output", tmp_path / "run")
+    assert "'validation' lacks 'cat'" in fails(capsys, train, *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -310,9 +310,8 @@ def test_weights_of_another_number_of_classes_are_refused(tmp_path, folder_of_im
     """Evaluation sees one split alone, and the weights know how many classes they tell apart."""
     path, weights = write_config(tmp_path), tmp_path / "weights.safetensors"
     save_final_weights(weights, build_model(small_config(tmp_path), 3))
-    words = ["--config", str(path), "--checkpoint", str(weights), "--data.dataset", ""]
-    assert cli.run(evaluate.main, [*words, "--data.root", str(folder_of_images)]) == 2
-    error = capsys.readouterr().err
+    words = ("--config", path, "--checkpoint", weights, "--data.dataset", "")
+    error = fails(capsys, evaluate, *words, "--data.root", folder_of_images)
     assert str(weights) in error and "(3, 32) in the file and (2, 32) in the model" in error
 
 

@@ -13,6 +13,7 @@ from experiments.errors import DataError
 from experiments.reproduce import __main__ as reproduce
 from experiments.training.evaluation import Assessment
 from experiments.zoo.manifest import read_manifest
+from tests.helpers.commands import fails
 from tests.helpers.http_server import Server, ranges, status
 from tests.helpers.reproduce_world import IMAGES, accept_cifar, copy_world, make_world
 from tests.helpers.standins import save_vit, vit_state
@@ -260,9 +261,8 @@ def test_a_wrong_command_line_is_told_in_one_line(world, capsys, words, message)
     places = ["--manifest", str(world.manifest), "--results", str(world.results)]
     if "--train" not in words and "--render" not in words:
         places += ["--weights", str(world.weights)]
-    assert cli.run(reproduce.main, [*words.split(), *places]) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1 and err.startswith("error: command line")
+    error = fails(capsys, reproduce, *words.split(), *places)
+    assert message in error and error.startswith("error: command line")
     assert not world.results.exists()
 
 

@@ -6,9 +6,6 @@ import os
 import shlex
 import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ from experiments import cli
 from experiments.reproduce import __main__ as reproduce
 from experiments.study.run import Runner
 from experiments.training.metrics import read_metrics
+from tests.helpers.commands import ended, fails, finished, outcome, started, wait_until
 from tests.helpers.runs_helper import HTM, write_config
 from tests.helpers.standins import write_yaml
 
-ROOT = Path(__file__).parent.parent.parent.parent
 FEW = {"train_split": "tune_validation", "val_split": "tune_train[:285]", "batch_size": 64}
 
 
@@ -130,8 +127,8 @@ def test_finished_trainings_are_kept_and_not_mixed_with_other_settings(
     assert seen == ["plain/1", "plain/2"]
     for seeds in ("1", "3", "1,2,3"):
         more = ("--seeds", seeds, "--schedule.lr", "0.001")
-        assert cli.run(reproduce.main, words("mixed", "plain", *more)) == 2
-        assert "records.jsonl: holds plain/1 with other settings" in capsys.readouterr().err
+        error = fails(capsys, reproduce, *words("mixed", "plain", *more))
+        assert "records.jsonl: holds plain/1 with other settings" in error
     assert training_of(tmp_path) == both
     assert seen == ["plain/1", "plain/2"], "refused before anything is trained"
 
@@ -155,8 +152,8 @@ def test_a_run_without_its_last_row_is_not_recorded(tmp_path, words, capsys):
     (tmp_path / "r" / "studies" / "reproduce" / "records.jsonl").unlink()
     path = folder / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert cli.run(reproduce.main, one) == 2
-    assert "metrics.jsonl lacks rows of the training" in capsys.readouterr().err
+    code, _, err = outcome(capsys, reproduce, *one)
+    assert code == 2 and "metrics.jsonl lacks rows of the training" in err
     assert not (tmp_path / "r" / "studies" / "reproduce" / "records.jsonl").exists()
 
 
@@ -188,51 +185,28 @@ def test_a_config_that_cannot_be_used_is_told_before_anything_is_trained(
 ):
     seen, _ = calls
     (tmp_path / "mixed.yaml").write_text("sched: {}")
-    assert cli.run(reproduce.main, words("plain", "mixed", "--seeds", "1")) == 2
-    assert "mixed.yaml: 'sched': unknown key" in capsys.readouterr().err
-    assert cli.run(reproduce.main, words("plain", "--device", "tpu")) == 2
-    assert "command line: device: got 'tpu'" in capsys.readouterr().err
+    error = fails(capsys, reproduce, *words("plain", "mixed", "--seeds", "1"))
+    assert "mixed.yaml: 'sched': unknown key" in error
+    error = fails(capsys, reproduce, *words("plain", "--device", "tpu"))
+    assert "command line: device: got 'tpu'" in error
     assert seen == []
 
 
 def test_pretrained_weights_come_from_their_folder(tmp_path, words, monkeypatch, capsys):
     write_config(tmp_path, "plain", data=FEW, model={"weights": "weights/ViT.npz"})
     monkeypatch.setenv("WEIGHTS", str(tmp_path / "elsewhere"))
-    assert cli.run(reproduce.main, words("--run", "plain/1")) == 2
-    assert str(tmp_path / "elsewhere" / "ViT.npz") in capsys.readouterr().err
+    error = fails(capsys, reproduce, *words("--run", "plain/1"))
+    assert str(tmp_path / "elsewhere" / "ViT.npz") in error
     assert cli.run(reproduce.main, words("--run", "mixed/1")) == 0
 
 
 def test_a_wrong_number_of_processes_is_refused(words, calls, capsys, monkeypatch):
     for text in ("0", "many", "-1"):
         monkeypatch.setenv("NPROC", text)
-        assert cli.run(reproduce.main, words("plain", "--seeds", "1")) == 2
-        assert f"NPROC: got {text!r}" in capsys.readouterr().err
+        error = fails(capsys, reproduce, *words("plain", "--seeds", "1"))
+        assert f"NPROC: got {text!r}" in error
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.run(reproduce.main, words("plain")) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
-
-
-def started(words, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.reproduce", *words],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def wait_for(path, process):
-    for _ in range(300 * 20):
-        if path.exists():
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.kill()
-    pytest.fail(f"{path} did not come: {process.communicate()}")
+    assert "start it without torchrun" in fails(capsys, reproduce, *words("plain"))
 
 
 def living_processes(word):
@@ -250,26 +224,28 @@ def living_processes(word):
     ("number", "processes"),
     [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)],
 )
-def test_a_signal_reaches_all_processes_and_all_resumes(tmp_path, words, number, processes):
+def test_a_signal_reaches_all_processes_and_all_resumes(
+    tmp_path, words, monkeypatch, number, processes
+):
     """Real processes, of torchrun as well: the second training is stopped in its middle."""
     given = words("plain", "--seeds", "1,2", "--schedule.epochs", "40", "--data.batch_size", "32")
-    environment = {"NPROC": str(processes)}
-    process = started(given, **environment)
+    given = ("-m", "experiments.reproduce", *given)
+    monkeypatch.setenv("NPROC", str(processes))
+    process = started(*given)
     folder = tmp_path / "runs" / "plain" / "seed2"
-    wait_for(folder / "checkpoints" / "step-00000008.pt", process)
+    wait_until((folder / "checkpoints" / "step-00000008.pt").exists, process)
     process.send_signal(number)
     if number == signal.SIGINT:  # as a terminal does, which tells the whole group
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for child in children:
             os.kill(int(child), number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 75, out + err
+    code, out, err = ended(process, timeout=120)
+    assert code == 75, out + err
     assert "plain/2 was running and saved itself" in err
     assert living_processes(str(tmp_path / "runs")) == []
     assert [entry["seed"] for entry in training_of(tmp_path)["seeds"]] == [1]
-    again = started(given, **environment)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, out + err
+    code, out, err = finished(*given, timeout=300)
+    assert code == 0, out + err
     assert "resuming after step" in (folder / "log.txt").read_text()
     seeds = training_of(tmp_path)["seeds"]
     assert [(entry["seed"], entry["epochs"]) for entry in seeds] == [(1, 40), (2, 40)]

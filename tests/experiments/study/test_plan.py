@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from experiments import cli
 from experiments.config.reading import load_config
 from experiments.errors import ConfigError
 from experiments.study import __main__ as study
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import best_of_arms, compare
+from tests.helpers.commands import fails
 from tests.helpers.runs_helper import HTM
 from tests.helpers.study_helper import ROOT, write_study
 
@@ -120,8 +120,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, change, words):
 def test_a_wrong_command_line(tmp_path, capsys, words, message):
     if words:
         words = ["--study", str(write_study(tmp_path)), *words]
-    assert cli.run(study.main, [*words, "--results", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+    assert message in fails(capsys, study, *words, "--results", tmp_path)
 
 
 # The shipped studies

@@ -3,9 +3,6 @@
 import os
 import shlex
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -16,8 +13,9 @@ from experiments.study.records import study_records
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.metrics import read_metrics
 from experiments.training.run import Run
+from tests.helpers.commands import ended, finished, started, wait_until
 from tests.helpers.runs_helper import HTM, write_config
-from tests.helpers.study_helper import ROOT, TINY, record_of, runner_of, write_study
+from tests.helpers.study_helper import TINY, record_of, runner_of, write_study
 
 
 def words_of(folder, path, *more):
@@ -117,19 +115,23 @@ def test_an_interrupted_study_resumes(tmp_path, number):
     base = {"data": {**TINY["data"], "batch_size": 32}, "schedule": {"epochs": 6}}
     path = write_study(tmp_path, seeds=[1], config=str(write_config(tmp_path, "base", **base)))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert finished(started(words_of(whole, path, "--jobs", "2"))) == (0, "")
-    process = started(words_of(cut, path, "--jobs", "2"))
-    while not list(cut.glob("runs/tiny/*/seed1/checkpoints/step-*.pt")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+
+    def words(folder):
+        return ("-m", "experiments.study", *words_of(folder, path, "--jobs", "2"))
+
+    code, _, err = finished(*words(whole))
+    assert (code, err) == (0, "")
+    process = started(*words(cut), start_new_session=True)
+    wait_until(lambda: [*cut.glob("runs/tiny/*/seed1/checkpoints/step-*.pt")], process)
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
-    code, _ = finished(process)
+    code, *_ = ended(process)
     assert code == (75 if number == signal.SIGTERM else -number)
     store = study_records(cut / "results", "tiny")
     assert len(store.read()) < 3
     if number == signal.SIGTERM and store.path.exists():
         assert "of 3 trainings are done" in (store.path.parent / "README.md").read_text()
-    assert finished(started(words_of(cut, path, "--jobs", "2"))) == (0, "")
+    code, _, err = finished(*words(cut))
+    assert (code, err) == (0, "")
     ours, theirs = store.read(), study_records(whole / "results", "tiny").read()
     assert {(r.variant, r.top1, r.loss) for r in ours} == {
         (r.variant, r.top1, r.loss) for r in theirs
@@ -137,20 +139,3 @@ def test_an_interrupted_study_resumes(tmp_path, number):
     assert len(ours) == 3
     if number == signal.SIGTERM:
         assert max(record.parts for record in ours) == 2
-
-
-def started(words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.study", *words],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def finished(process):
-    """Exit code and what was written to stderr."""
-    _, error = process.communicate()
-    return process.returncode, error

@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
-from experiments import cli, evaluate, train
+from experiments import evaluate, train
 from experiments.visualize import __main__ as visualize
+from tests.helpers.commands import outcome
 from tests.helpers.runs_helper import HTM, VTM, fit, write_config
 
 
@@ -29,9 +30,8 @@ def checked(capsys):
     """Check a command; gives its exit code and what it says."""
 
     def check(command, *words):
-        code = cli.run(command.main, [*map(str, words), "--check"])
-        said = capsys.readouterr()
-        return code, said.err
+        code, _, said = outcome(capsys, command, *words, "--check")
+        return code, said
 
     return check
 

@@ -13,14 +13,8 @@ from experiments.data.loading import EpochBatches, divide_batch
 from experiments.errors import ConfigError, ProcessLost
 from experiments.training.distributed import _lost_processes_told
 from experiments.training.metrics import read_metrics
-from tests.helpers.runs_helper import (
-    BOTH,
-    ROOT,
-    TWO_PROCESSES,
-    assert_rows_agree,
-    finished,
-    write_config,
-)
+from tests.helpers.commands import TWO_PROCESSES, finished
+from tests.helpers.runs_helper import BOTH, ROOT, assert_rows_agree, write_config
 
 
 def by_two(*words):

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import cli, train
+from tests.helpers.commands import TWO_PROCESSES, ended, started
 from tests.helpers.runs_helper import (
     BOTH,
-    TWO_PROCESSES,
     assert_rows_agree,
     final_bytes,
     rows_without_clock,
-    started,
     wait_for_step,
     write_config,
 )
@@ -55,8 +54,7 @@ class Job:
         pytest.fail(f"torchrun has no process of rank {rank}")
 
     def finish(self):
-        out, err = self.process.communicate(timeout=240)
-        return self.process.returncode, out, err
+        return ended(self.process)
 
     def outcome(self):
         code, out, err = self.finish()

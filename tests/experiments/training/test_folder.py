@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,9 +16,9 @@ from experiments.training.distributed import ONE_PROCESS
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import Progress
 from experiments.training.run import Run
+from tests.helpers.commands import started
 from tests.helpers.runs_helper import AtLook, fit, small_config
 
-ROOT = Path(__file__).parent.parent.parent.parent
 HOLDER = """
 import os, pathlib, sys, time
 from experiments.training.folder import RunFolder
@@ -43,8 +41,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_a_forked_process_does_not_keep_the_lock_of_one_that_was_killed(tmp_path):
     """Such as a loader process, which notices the end of the main one only after seconds."""
     folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-c", HOLDER, str(folder.path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+    with started("-c", HOLDER, folder.path) as holder:
         child = int(holder.stdout.readline())
         try:
             with pytest.raises(ConfigError, match=f"process {holder.pid} on"), folder.held():

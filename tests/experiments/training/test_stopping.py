@@ -8,7 +8,8 @@ import pytest
 
 from experiments import cli, train
 from experiments.training.folder import RunFolder
-from tests.helpers.runs_helper import HTM, VTM, final_bytes, started, wait_for_step, write_config
+from tests.helpers.commands import ended, fails, started
+from tests.helpers.runs_helper import HTM, VTM, final_bytes, wait_for_step, write_config
 
 WAITS = """
 import sys, time
@@ -38,9 +39,8 @@ def test_the_first_signal_asks_and_a_later_one_ends_the_process(number):
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
 def test_a_time_limit_is_a_positive_number(tmp_path, capsys, text):
-    words = ["--config", str(write_config(tmp_path)), f"--max-minutes={text}"]
-    assert cli.run(train.main, words) == 2
-    assert f"--max-minutes: got '{text}'; allowed: a number above 0" in capsys.readouterr().err
+    error = fails(capsys, train, "--config", write_config(tmp_path), f"--max-minutes={text}")
+    assert f"--max-minutes: got '{text}'; allowed: a number above 0" in error
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_a_terminals_interrupt_reaches_all_processes_and_nothing_is_lost(tmp_pat
     process = started("-m", "experiments.train", *words, cut, start_new_session=True)
     wait_for_step(cut, process, 4)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, out + err
+    code, out, err = ended(process, timeout=60)
+    assert code == 75, out + err
     assert "SIGINT: saved after step" in err and "Traceback" not in err
     assert not (cut / "final.safetensors").exists()
     for folder in (cut, whole):

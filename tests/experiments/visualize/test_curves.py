@@ -11,7 +11,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from experiments import cli
 from experiments.config.reading import load_config
 from experiments.config.schema import as_plain
 from experiments.documents import figures as style
@@ -29,6 +28,7 @@ from experiments.visualize.curves import (
     read_history,
 )
 from tests.helpers import picture_cases
+from tests.helpers.commands import fails, outcome
 from tests.helpers.runs_helper import HTM, VTM, small_config
 
 
@@ -50,12 +50,6 @@ def write_run(tmp_path, name, seed=1, steps=(10, 20), more=None, **sections):
 
 def histories(*folders):
     return [read_history(folder) for folder in folders]
-
-
-def run(capsys, *words):
-    code = cli.run(visualize.main, ["--compare", *(str(word) for word in words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # The table
@@ -153,7 +147,7 @@ def test_the_table_the_curves_and_the_pictures_of_finished_runs(tmp_path, capsys
             config = load_config(folder / CONFIG_FILE)
             picture_cases.weights_of(config, 10, folder / FINAL_WEIGHTS)
     out = tmp_path / "out"
-    code, said, err = run(capsys, *folders, "--out", out)
+    code, said, err = outcome(capsys, visualize, "--compare", *folders, "--out", out)
     assert (code, err, drawn) == (0, "", ["htm", "vtm"])
     table = json.loads((out / "comparison.json").read_text())
     assert [row["name"] for row in table] == ["plain", "unfinished", "htm", "vtm"]
@@ -178,7 +172,7 @@ def test_without_the_data_of_the_runs_there_are_still_the_table_and_the_curves(t
     folder = write_run(tmp_path, "htm", horizontal=HTM, data=data, model={"num_classes": 10})
     config = load_config(folder / CONFIG_FILE)
     picture_cases.weights_of(config, 10, folder / FINAL_WEIGHTS)
-    code, said, err = run(capsys, folder, "--out", tmp_path / "out")
+    code, said, err = outcome(capsys, visualize, "--compare", folder, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert said.splitlines()[-1].startswith("no picture of what was mixed: ")
     assert (tmp_path / "out" / "training_curves.svg").exists()
@@ -203,5 +197,5 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([one, "--out", blocked], f"--out: cannot write to {blocked}"),
         ([one, "--out", blocked / "inner"], f"--out: cannot write to {blocked / 'inner'}"),
     ):
-        code, _, err = run(capsys, *words)
-        assert code == 2 and err.count("\n") == 1 and expected in err, words
+        quiet = "--out" not in words  # the table comes first
+        assert expected in fails(capsys, visualize, "--compare", *words, quiet=quiet), words

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import cli
 from experiments.config.reading import load_config
 from experiments.data.augment import BatchMixer, eval_transform, mean_and_std, normalise
 from experiments.data.facts import readable_names
@@ -17,6 +16,7 @@ from experiments.documents import figures as style
 from experiments.training.distributed import ONE_PROCESS
 from experiments.visualize import __main__ as visualize
 from experiments.visualize.scenes import read_image, scene_of_folder, scene_of_split, spread
+from tests.helpers.commands import fails, outcome
 from tests.helpers.picture_cases import weights_of
 from tests.helpers.runs_helper import HTM, VTM, small_config, write_config
 
@@ -47,19 +47,15 @@ def as_in_evaluation(config, images):
     return normalise(pixels, *mean_and_std(config.data))
 
 
-def run(capsys, *words):
-    code = cli.run(visualize.main, [str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_a_cct_on_its_validation_images(tmp_path, capsys):
     config = small_config(
         tmp_path, horizontal={**HTM, "tau": 1.0}, vertical=VTM, mixup={"label_smoothing": 0.1}
     )
     weights_of(config, 10, tmp_path / "weights.safetensors")
     given = ("--config", tmp_path / "small.yaml", "--checkpoint", tmp_path / "weights.safetensors")
-    code, out, err = run(capsys, *given, "--out", tmp_path / "new" / "out", "--count", 3)
+    code, out, err = outcome(
+        capsys, visualize, *given, "--out", tmp_path / "new" / "out", "--count", 3
+    )
     assert (code, err) == (0, "")
     assert "3 of the 355 images of the split 'validation'" in out
     listed = [Path(line.strip()) for line in out.splitlines() if line.startswith("  ")]
@@ -124,7 +120,7 @@ def test_own_images_on_a_vit_with_and_without_a_class_token(tmp_path, capsys, po
     given = ("--config", path, "--checkpoint", tmp_path / "weights.safetensors")
     animate = ["--animate"] if pool == "token" else []
     folders = ("--images", photos, "--out", tmp_path / "out")
-    code, out, err = run(capsys, *given, *folders, *animate)
+    code, out, err = outcome(capsys, visualize, *given, *folders, *animate)
     assert (code, err) == (0, "")
     assert "All 5 images of photos/, resized as in evaluation" in out
     assert (tmp_path / "out" / "tokenmixup.gif").exists() == bool(animate)
@@ -243,8 +239,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, ready):
         ([*ready[:2], "--checkpoint", tmp_path / "no"], "no"),
         (["--config", no_classes, *images[2:], good.parent], "model.num_classes: got null"),
     ):
-        code, _, err = run(capsys, *words)
-        assert code == 2 and err.count("\n") == 1 and expected in err, words
+        assert expected in fails(capsys, visualize, *words), words
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +248,7 @@ def test_pictures_are_written_where_there_is_nothing_to_animate(tmp_path, capsys
     weights_of(small_config(tmp_path, "plain"), 10, tmp_path / "weights.safetensors")
     path = write_config(tmp_path, "small", horizontal={**HTM, "tau": 0.0})
     given = ("--config", path, "--checkpoint", tmp_path / "weights.safetensors", "--count", 2)
-    code, out, err = run(capsys, *given, "--out", tmp_path / "out", "--animate")
+    code, out, err = outcome(capsys, visualize, *given, "--out", tmp_path / "out", "--animate")
     assert code == 2 and err.count("\n") == 1
     assert "nothing to animate: no image of this batch was mixed" in err
     assert "left as initialised: scorenets.1" in out
@@ -263,5 +258,5 @@ def test_pictures_are_written_where_there_is_nothing_to_animate(tmp_path, capsys
 
 
 def test_help(capsys):
-    code, out, _ = run(capsys, "--compare", "--help")
+    code, out, _ = outcome(capsys, visualize, "--compare", "--help")
     assert code == 0 and "--compare RUN..." in out and "--animate" in out

@@ -3,17 +3,15 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from experiments.checkpoint import LOCK_FILE, known_files, read_weights
 from experiments.errors import CheckpointError
 from experiments.zoo.download import MissingFileError, Zoo
+from tests.helpers.commands import finished, started, wait_until
 from tests.helpers.http_server import (
     Server,
     cut_whole,
@@ -32,7 +30,6 @@ from tests.helpers.zoo_helper import (
     sha,
 )
 
-ROOT = Path(__file__).parent.parent.parent.parent
 LARGE = saved(1, numbers=300_000)  # gdown writes pieces of half a megabyte
 PIECE = 512 * 1024
 
@@ -239,18 +236,15 @@ def test_a_kill_at_any_moment_leaves_no_file_under_the_name(server, tmp_path, we
     gate = threading.Event()
     url = server.offer("/kill", cut_whole(LARGE, PIECE + 1000, gate), ranges(LARGE))
     manifest = manifest_of(tmp_path, big={"url": url})
-    words = ("download", "big", "--manifest", manifest, "--weights", weights)
-    command = [sys.executable, "-m", "experiments.zoo", *map(str, words)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = ("-m", "experiments.zoo", "download", "big")
+    command += ("--manifest", manifest, "--weights", weights)
+    with started(*command) as process:
         assert process.stdout is not None and "from http" in process.stdout.readline()
-        deadline = time.monotonic() + 30
-        while not any(p.stat().st_size for p in weights.glob("*.part")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: any(p.stat().st_size for p in weights.glob("*.part")), process)
         os.kill(process.pid, signal.SIGKILL)
     gate.set()
     assert not (weights / "big.pth.tar").exists()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    code, _, err = finished(*command)
+    assert code == 0, err
     assert (weights / "big.pth.tar").read_bytes() == LARGE
     assert files_in(weights) == ["big.pth.tar", LOCK_FILE]
