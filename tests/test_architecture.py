@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from experiments.provenance import ROOT
 
 FLOORS = (
     {"train", "evaluate", "reproduce", "study", "visualize"},

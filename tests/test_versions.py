@@ -6,7 +6,6 @@ import itertools
 import re
 import sys
 import tomllib
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,8 +16,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import tokenmixup
+from experiments.provenance import ROOT
 
-ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PYTHONS = ("3.11", "3.12", "3.13")

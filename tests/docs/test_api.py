@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
+from experiments.provenance import ROOT
 from tests.helpers import documents
-from tests.helpers.documents import ROOT, Document
+from tests.helpers.documents import Document
 from tokenmixup import hosts
 
 PAGES = [documents.read(path) for path in sorted((ROOT / "docs" / "api").glob("*.md"))]

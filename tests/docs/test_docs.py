@@ -15,8 +15,9 @@ import tokenmixup
 from experiments import cli, train
 from experiments.config.keys import known_keys, optional_sections, sections
 from experiments.documents.markdown import fill_blocks
+from experiments.provenance import ROOT
 from tests.helpers import documents
-from tests.helpers.documents import ROOT, Document
+from tests.helpers.documents import Document
 from tests.helpers.settings_table import settings_table
 
 DOCUMENTS = documents.documents()

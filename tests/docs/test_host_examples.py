@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from experiments.documents.markdown import fill_blocks
+from experiments.provenance import ROOT
 from tests.helpers import hosts_table, versions_table
-from tests.helpers.documents import ROOT
 from tests.helpers.host_builders import HostCase
 from tests.helpers.hosts_table import DOCUMENT
 from tests.tokenmixup import test_hosts

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from experiments.documents.markdown import fill_blocks
+from experiments.provenance import ROOT
 from tests.helpers.others_warnings import advice_of_lightning
-from tests.helpers.trainers_table import MAKERS, ROOT, TRAINERS, VARIANTS, functions
+from tests.helpers.trainers_table import MAKERS, TRAINERS, VARIANTS, functions
 
 
 @advice_of_lightning

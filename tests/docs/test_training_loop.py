@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
 from timm.optim import param_groups_layer_decay
 
+from experiments.provenance import ROOT
 from tests.helpers.documented import PRELUDE, code_of, imported, replaced, run_in_two_processes
-from tests.helpers.documents import ROOT
 from tests.helpers.others_warnings import uses_inductor
 from tokenmixup import HorizontalConfig
 from tokenmixup.functional import sample_difficulty

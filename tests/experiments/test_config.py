@@ -13,12 +13,12 @@ from experiments.config.keys import known_keys
 from experiments.config.reading import build_config, load_config, settings_of
 from experiments.config.schema import RunConfig, ScheduleConfig, as_plain
 from experiments.errors import ConfigError
+from experiments.provenance import ROOT
 from experiments.strict_yaml import yaml_text
 from tests.helpers.commands import finished
 from tests.helpers.runs_helper import HTM, VTM, write_config
 from tokenmixup import HorizontalConfig
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

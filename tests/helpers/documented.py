@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 
+from experiments.provenance import ROOT
 from tests.helpers.commands import TWO_PROCESSES, finished
-from tests.helpers.documents import ROOT
 
 PRELUDE = """
 import functools, timm, torch

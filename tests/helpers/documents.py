@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from mdit_py_plugins.anchors import anchors_plugin
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from experiments.provenance import ROOT
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ variants in docs/hosts.md, and the families in README.md.
 import textwrap
 
 from experiments.documents.markdown import update_documents
-from tests.helpers.documents import ROOT
+from experiments.provenance import ROOT
 from tests.helpers.host_cases import CASES
 
 DOCUMENT = ROOT / "docs" / "hosts.md"

@@ -19,7 +19,6 @@ from experiments.training.run import Run
 from experiments.training.stopping import StopRequests
 from tests.helpers.commands import wait_until
 
-ROOT = Path(__file__).parent.parent.parent
 HTM = {"layers": [1], "tau": 0.3, "rho": 0.0005}
 VTM = {"layers": [1], "kappa": 3}
 DROPOUT = {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}

@@ -5,7 +5,7 @@
 
 from experiments.config.reading import load_config
 from experiments.documents.markdown import update_documents
-from tests.helpers.documents import ROOT
+from experiments.provenance import ROOT
 
 CONFIGS = [
     f"{model}_{variant}"

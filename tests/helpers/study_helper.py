@@ -1,7 +1,5 @@
 """A small study for the tests of studies, and records of trainings that nobody did."""
 
-from pathlib import Path
-
 import yaml
 
 from experiments.study.plan import read_study
@@ -9,7 +7,6 @@ from experiments.study.records import StudyRecord
 from experiments.study.run import Runner
 from tests.helpers.runs_helper import HTM, write_config
 
-ROOT = Path(__file__).parent.parent.parent
 TINY = {
     "data": {"train_split": "tune_validation", "val_split": "tune_train[:285]"},
     "schedule": {"epochs": 2},

@@ -10,17 +10,16 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from experiments.provenance import ROOT
 from tests.helpers.host_builders import CLASSES
 from tests.helpers.host_cases import BY_NAME, batch
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig
 
-ROOT = Path(__file__).parent.parent.parent
 HTM = HorizontalConfig(layers=(1,), rho=0.005, tau=0.3)
 VTM = VerticalConfig(layers=(2,), kappa=3)
 VARIANTS = {

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from experiments.provenance import ROOT
+
 SCRIPTS = sorted([*(ROOT / "run").glob("*.sh"), ROOT / ".ci" / "run"])
 
 PYTHON = """#!/bin/sh

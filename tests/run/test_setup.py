@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import uv
 
+from experiments.provenance import ROOT
 from tests.helpers.wheels import write_wheel
 
-ROOT = Path(__file__).parent.parent.parent
 PYTHON = os.path.realpath(sys.executable)
 
 PROJECT = """

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from experiments.provenance import ROOT
+
 SHORT = ("--schedule.epochs", "1", "--data.batch_size", "700", "--logging.tensorboard", "false")
 
 

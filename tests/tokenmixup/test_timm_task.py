@@ -34,8 +34,8 @@ from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, dispatch_clip_grad, unwrap_model
 from torch import nn
 
+from experiments.provenance import ROOT
 from tests.helpers.cases import same_bits
-from tests.helpers.documents import ROOT
 from tests.helpers.host_builders import CLASSES, IMAGE
 from tests.helpers.host_cases import BY_NAME
 from tokenmixup import HorizontalConfig, VerticalConfig, attach

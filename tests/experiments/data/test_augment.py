@@ -23,9 +23,10 @@ from experiments.data.augment import (
 )
 from experiments.data.images import DigitImages
 from experiments.errors import ConfigError
+from experiments.provenance import ROOT
 from experiments.seeding import derive_seed, seeded
 from tests.helpers.others_warnings import uses_inductor
-from tests.helpers.runs_helper import HTM, ROOT, small_config
+from tests.helpers.runs_helper import HTM, small_config
 from tokenmixup.functional import sample_difficulty
 
 

@@ -1,7 +1,5 @@
 """The twelve configs of the paper: their values, and that each builds and takes a real step."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from experiments.data.augment import (
 )
 from experiments.data.loading import divide_batch
 from experiments.models.build import build_model
+from experiments.provenance import ROOT
 from experiments.training.distributed import ONE_PROCESS
 from experiments.training.evaluation import evaluate
 from experiments.training.metrics import Progress, RunningStatistics
@@ -21,7 +20,6 @@ from experiments.training.optim import Schedule, build_optimizer
 from experiments.training.run import train_step
 from experiments.training.step import Learner
 
-ROOT = Path(__file__).parent.parent.parent.parent
 VARIANTS = ("baseline", "HTM", "VTM", "HVTM")
 CIFAR = [f"cct_7-3x1_{data}_{v}" for data in ("cifar10", "cifar100") for v in VARIANTS]
 IMAGENET = [f"vit_imagenet_{v}" for v in VARIANTS]

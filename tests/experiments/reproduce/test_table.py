@@ -2,20 +2,18 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from experiments import cli
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import DataError
+from experiments.provenance import ROOT
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce import table as tables
 from experiments.reproduce.table import Line, makers, read_table
 from tests.helpers.commands import fails
 from tests.helpers.report_cases import MANIFEST, TRAINED, evaluated, keep_example, trained
-
-ROOT = Path(__file__).parent.parent.parent.parent
 
 
 @pytest.fixture

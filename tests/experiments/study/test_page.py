@@ -4,6 +4,7 @@ import pytest
 
 from experiments.documents.markdown import fill_blocks
 from experiments.errors import ConfigError
+from experiments.provenance import ROOT
 from experiments.study import page, tables
 from experiments.study.page import (
     claims_table,
@@ -18,7 +19,7 @@ from experiments.study.page import (
 from experiments.study.plan import read_study
 from experiments.study.records import label_records, study_records
 from experiments.study.statistics import compare
-from tests.helpers.study_helper import ROOT, record_of, runner_of, write_study
+from tests.helpers.study_helper import record_of, runner_of, write_study
 
 
 def example(folder, **figures):

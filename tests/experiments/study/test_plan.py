@@ -6,13 +6,14 @@ import pytest
 
 from experiments.config.reading import load_config
 from experiments.errors import ConfigError
+from experiments.provenance import ROOT
 from experiments.study import __main__ as study
 from experiments.study.plan import read_study
 from experiments.study.records import study_records
 from experiments.study.statistics import best_of_arms, compare
 from tests.helpers.commands import fails
 from tests.helpers.runs_helper import HTM
-from tests.helpers.study_helper import ROOT, write_study
+from tests.helpers.study_helper import write_study
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 

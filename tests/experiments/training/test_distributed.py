@@ -11,10 +11,11 @@ from experiments import evaluate, train
 from experiments.config.schema import DataConfig
 from experiments.data.loading import EpochBatches, divide_batch
 from experiments.errors import ConfigError, ProcessLost
+from experiments.provenance import ROOT
 from experiments.training.distributed import _lost_processes_told
 from experiments.training.metrics import read_metrics
 from tests.helpers.commands import TWO_PROCESSES, finished
-from tests.helpers.runs_helper import BOTH, ROOT, assert_rows_agree, write_config
+from tests.helpers.runs_helper import BOTH, assert_rows_agree, write_config
 
 
 def by_two(*words):

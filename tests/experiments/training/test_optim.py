@@ -1,7 +1,6 @@
 """Learning rates and weight-decay groups against independently computed values."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from torch import nn
 from experiments.config.reading import load_config
 from experiments.config.schema import OptimizerConfig, ScheduleConfig
 from experiments.models.build import build_model
+from experiments.provenance import ROOT
 from experiments.training.optim import Schedule, build_optimizer
 from tests.helpers.runs_helper import HTM, small_config
-
-ROOT = Path(__file__).parent.parent.parent.parent
 
 
 def schedule_of(config, steps_per_epoch):
