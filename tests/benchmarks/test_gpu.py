@@ -103,8 +103,7 @@ def test_copies_to_the_host(model, variant):
 
 # inductor's advice on the speed of float32, which these tests want as exact as it is
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32:UserWarning")
-def test_compiled_it_computes_the_same():
-    torch._dynamo.reset()
+def test_compiled_it_computes_the_same(fresh_compiler):
     model = build()
     expected, expected_gradients = step(model, model)
     out, gradients = step(torch.compile(model, fullgraph=True), model)

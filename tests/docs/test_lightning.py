@@ -13,7 +13,6 @@ import torch
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from tests.helpers.cases import same_bits
@@ -21,6 +20,7 @@ from tests.helpers.documented import PRELUDE, code_of, imported, replaced, run_i
 from tests.helpers.host_builders import IMAGE
 from tests.helpers.host_cases import BY_NAME
 from tests.helpers.others_warnings import advice_of_lightning
+from tests.helpers.waits import Waits
 from tokenmixup import HorizontalConfig, VerticalConfig, attach
 
 pytestmark = advice_of_lightning
@@ -132,18 +132,6 @@ def test_training_resumes(lightning: ModuleType) -> None:
         assert same_bits(module.state_dict()[name], value), name
 
 
-class Reads(TorchDispatchMode):
-    """Counts where a number of a tensor is read, for which a device would be waited for."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **kwargs or {})
-
-
 def test_logging_the_statistics_does_not_wait_for_the_device(
     lightning: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,13 +140,13 @@ def test_logging_the_statistics_does_not_wait_for_the_device(
         trainer = a_trainer(
             max_epochs=1, logger=L.loggers.CSVLogger(f"every_{every}"), log_every_n_steps=every
         )
-        with Reads() as reads:
+        with Waits() as waits:
             trainer.fit(afresh(lightning), lightning.train_loader)
-        counts[every] = reads.count
+        counts[every] = waits.read
     monkeypatch.setattr(lightning.TokenMixupModule, "log_dict", lambda *_: None)
-    with Reads() as reads:
+    with Waits() as waits:
         a_trainer(max_epochs=1).fit(afresh(lightning), lightning.train_loader)
-    assert reads.count == counts[50] < counts[2]
+    assert waits.read == counts[50] < counts[2]
 
 
 def test_a_model_in_evaluation_mode(lightning: ModuleType) -> None:

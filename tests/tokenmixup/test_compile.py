@@ -17,7 +17,7 @@ from tests.helpers.others_warnings import breaks_the_graph, uses_inductor
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig
 from tokenmixup._targets import one_hot_targets
 
-pytestmark = uses_inductor
+pytestmark = [uses_inductor, pytest.mark.usefixtures("fresh_compiler")]
 needs_cpp = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))) or " " in sys.prefix,
     reason="inductor needs a C++ compiler, and torch in a folder without a space in its path",
@@ -28,13 +28,6 @@ VTM = VerticalConfig(layers=(2,), kappa=3)
 
 
 NOT_CARRIED_OUT = r"was not carried out at layer.*fullgraph=True"
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def build(case, horizontal=HTM, vertical=VTM):

@@ -162,7 +162,7 @@ def test_checkpointing_with_dropout_of_adapters(case):
 
 @uses_inductor
 @some_hosts("vit")
-def test_compiling_with_adapters(case):
+def test_compiling_with_adapters(case, fresh_compiler):
     images, targets = batch(case, dtype=torch.float64)
     model = adapt(put_on(host_of(case)), dropout=0.5, save=SCORENET_TOO)
     for module in model.modules():
@@ -170,7 +170,6 @@ def test_compiling_with_adapters(case):
             module.p = 0.0  # compiled code draws other random numbers
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same_step(compiled, model, images, targets)
-    torch._dynamo.reset()
 
 
 @some_hosts("vit")

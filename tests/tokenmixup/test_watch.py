@@ -10,11 +10,11 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.toy_encoder import CLASSES, Block, random_batch
+from tests.helpers.waits import Waits
 from tests.tokenmixup.test_horizontal import StubLayer, random_map, wrap
 from tests.tokenmixup.test_model import VTM, vit
 from tokenmixup import HorizontalConfig, TokenMixupOutput, TokenMixupWarning, _watch, attach
@@ -25,12 +25,9 @@ LAST = STEPS + ARRIVES
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
+def few_steps(monkeypatch, fresh_compiler):
     monkeypatch.setattr(_watch, "STEPS", STEPS)
     monkeypatch.setattr(_watch, "_ARRIVES", ARRIVES)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def config(tau=0.9, rho=1e-5, layers=(1,), **settings):
@@ -240,20 +237,13 @@ def test_a_copy_counts_anew():
     the_one(train(other)[1], LAST)
 
 
-class ReadsNothing(TorchDispatchMode):
-    """Fails where a number of a tensor is read, for which a device would be waited for."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default
-        return function(*args, **kwargs or {})
-
-
 def test_no_step_waits_for_the_device(monkeypatch):
     see = _watch.Watch.see
 
     def watched(*args):
-        with ReadsNothing():
+        with Waits() as waits:
             see(*args)
+        assert waits.read == 0
 
     monkeypatch.setattr(_watch.Watch, "see", watched)
     the_one(train(attach(vit(), horizontal=config(tau=0.03)).train())[1], LAST)

@@ -12,14 +12,7 @@ from tests.helpers.toy_encoder import CLASSES, WIDTH, Block, Encoder, random_bat
 from tests.tokenmixup.test_vertical import wrap
 from tokenmixup import HorizontalTokenMixupLayer
 
-pytestmark = uses_inductor
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [uses_inductor, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def build(horizontal, vertical):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.errors import ConfigError
 from experiments.training.distributed import ONE_PROCESS, World
 from experiments.training.evaluation import Assessment, evaluate
 from experiments.training.run import Run
 from tests.helpers.runs_helper import small_config
+from tests.helpers.waits import Waits
 
 
 class Fixed(nn.Module):
@@ -82,28 +82,15 @@ def test_tf32_is_refused_where_there_is_none(tmp_path):
             make()
 
 
-class FromTheHost(TorchDispatchMode):
-    """Notes what would make the host wait for a GPU: numbers read, and numbers sent as tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.lift_fresh):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def noise(device, count=3):
     images = torch.randn(4, 3, 2, 2, device=device)
     return [(images, torch.arange(4, device=device))] * count
 
 
 def test_no_batch_makes_the_host_wait(tmp_path):
-    with FromTheHost() as mode:
+    with Waits() as waits:
         evaluate(Linear(12, 6), noise("cpu"), ONE_PROCESS, small_config(tmp_path))
-    assert mode.found == []
+    assert (waits.read, waits.sent) == (0, 0)
 
 
 @pytest.mark.gpu
