@@ -327,6 +327,14 @@ def test_pytest_finds_every_test() -> None:
             assert len(set(functions)) == len(functions), f"{name_of(path)}: a test hides another"
 
 
+def test_what_tests_share_lies_in_helpers() -> None:
+    """A file of tests is imported at most as a whole, for its tests to run on something else."""
+    for path in SOURCES:
+        modules = (n.module or "" for n in nodes(path) if isinstance(n, ast.ImportFrom))
+        shared = [name for name in modules if name.rpartition(".")[2].startswith("test_")]
+        assert not shared, f"{name_of(path)} imports from {', '.join(shared)}"
+
+
 # In pieces, so that this file does not contain what it searches for.
 UNWANTED = {
     "a path of some machine": r"(?<![\w.])/(?:wo"

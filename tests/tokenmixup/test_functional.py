@@ -11,29 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import oracle
-from tests.helpers.cases import DTYPES, TOLERANCE, Case, array, cases, same_bits, soft_targets
+from tests.helpers.cases import (
+    DTYPES,
+    TOLERANCE,
+    array,
+    cases,
+    check_against_oracle,
+    random_case,
+    same_bits,
+    soft_targets,
+    wide,
+)
 from tokenmixup import functional
 from tokenmixup._targets import no_distributions
 
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def wide(dtype):
-    """What saliency, difficulty and gain are computed in; the inputs' rounding is not theirs."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def random_case(batch=9, patches=12, prefix=1, dtype=torch.float64, rho=0.02, seed=0):
-    """A generic batch, half of it easy: no ties, so the optimum is unique."""
-    rng = np.random.default_rng(seed)
-    return Case(
-        torch.tensor(rng.standard_normal((batch, prefix + patches, 4))).to(dtype),
-        torch.tensor(soft_targets(rng, batch, 5)).to(dtype),
-        torch.tensor(rng.dirichlet(np.ones(patches), batch)).to(dtype),
-        torch.tensor(rng.permutation(batch) < (batch + 1) // 2),
-        rho,
-        prefix,
-    )
 
 
 # Saliency, difficulty and gain
@@ -159,30 +151,6 @@ def test_assign_partners_reaches_the_optimum(seed, rows, extra, levels, dtype):
 
 
 # Horizontal mixup: oracle and invariants
-
-
-def check_against_oracle(case, out):
-    """Partners are an optimum and all else follows from them by the oracle's equations."""
-    _, targets, saliency, easy, rho, prefix = case.arrays()
-    expected = oracle.mix(array(case.tokens), targets, saliency, out.partner.tolist(), rho, prefix)
-    np.testing.assert_array_equal(out.mask.numpy(), expected.mask)
-    np.testing.assert_array_equal(out.partner.numpy(), expected.partner)
-    np.testing.assert_array_equal(array(out.tokens), expected.tokens)
-    slack = TOLERANCE[case.targets.dtype]
-    np.testing.assert_allclose(array(out.targets), expected.targets, rtol=slack, atol=slack)
-
-    decision = functional.MixingDecision(out.partner, out.mask)
-    share = functional.label_share(case.saliency, decision)
-    scaled = functional.label_share(case.saliency.double() / 1024, decision)
-    assert share.dtype == wide(case.saliency.dtype)
-    np.testing.assert_allclose(array(share), array(scaled), rtol=TOLERANCE[share.dtype])
-
-    gain = oracle.saliency_gain(saliency, easy, rho)
-    rows = np.flatnonzero(easy)
-    # A sample without a partner gains nothing, whichever column it was given.
-    achieved = sum(gain[e, out.partner[i]] for e, i in enumerate(rows) if out.partner[i] != i)
-    best = oracle.total_gain(gain, oracle.best_assignment(gain))
-    assert achieved == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
 @given(cases() | cases(most_patches=256))

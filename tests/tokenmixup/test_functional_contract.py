@@ -9,9 +9,8 @@ import math
 import pytest
 import torch
 
-from tests.helpers.cases import same_bits
+from tests.helpers.cases import check_against_oracle, random_case, same_bits
 from tests.helpers.others_warnings import uses_inductor
-from tests.tokenmixup.test_functional import check_against_oracle, random_case
 from tokenmixup import functional
 from tokenmixup._targets import one_hot_targets
 

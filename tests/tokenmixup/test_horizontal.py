@@ -12,14 +12,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from tests.helpers import oracle
 from tests.helpers.cases import array, same_bits
+from tests.helpers.horizontal_wrappers import POOLS, RHO, StubLayer, random_map, wrap
 from tests.helpers.toy_encoder import (
-    CLASSES,
-    HEADS,
-    WIDTH,
     Block,
     Encoder,
     Horizontal,
@@ -33,47 +30,6 @@ from tokenmixup import HorizontalConfig, HorizontalTokenMixupLayer
 from tokenmixup.functional import MixingDecision, sample_difficulty
 from tokenmixup.horizontal import horizontal_step
 from tokenmixup.rules import Rules
-
-POOLS = {
-    "average_pooling": "average",
-    "global_average_pooling": "average",
-    "attention_pooling": "attention",
-    "cls_pooling": "cls",
-}
-RHO = 0.01
-
-
-class StubLayer(nn.Module):
-    """A layer with a given attention map, which doubles its tokens and records its calls."""
-
-    def __init__(self, attention_map):
-        super().__init__()
-        self.attention_map = nn.Parameter(attention_map)
-        self.calls = []
-        self.map_calls = []
-
-    def forward(self, x, y, *args, **kwargs):
-        self.calls.append((x, y, args, kwargs))
-        return x * 2, y
-
-    def get_attention_map(self, x, y, *args, **kwargs):
-        self.map_calls.append((x, y, args, kwargs))
-        assert not torch.is_grad_enabled(), "the map would be kept for a backward pass"
-        return self.attention_map
-
-
-def random_map(batch, queries, keys=None):
-    """(B, H, Q, K), rows of sum 1."""
-    scores = torch.randn(batch, HEADS, queries, queries if keys is None else keys)
-    return scores.double().softmax(dim=-1)
-
-
-def wrap(layer, tau=0.1, rho=RHO, **arguments):
-    arguments.setdefault("verbose", False)
-    wrapper = HorizontalTokenMixupLayer(layer, tau, rho, WIDTH, CLASSES, **arguments).double()
-    for parameter in own_parameters(wrapper):
-        nn.init.normal_(parameter, std=0.5)  # far from a fresh head's uniform guess
-    return wrapper
 
 
 def middle_tau(layer, x, y, arguments, num_prefix_tokens):

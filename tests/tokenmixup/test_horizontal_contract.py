@@ -8,8 +8,8 @@ import logging
 import pytest
 import torch
 
+from tests.helpers.horizontal_wrappers import POOLS, StubLayer, random_map, wrap
 from tests.helpers.toy_encoder import CLASSES, HEADS, WIDTH, random_batch
-from tests.tokenmixup.test_horizontal import POOLS, StubLayer, random_map, wrap
 
 # Reports
 

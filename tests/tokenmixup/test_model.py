@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
+from tests.helpers.small_vit import vit
 from tokenmixup import HorizontalConfig, TokenMixupOutput, VerticalConfig, attach
 from tokenmixup.hosts import HostAdapter, register_adapter
 from tokenmixup.rules import Rules
@@ -20,11 +21,6 @@ importlib.import_module("experiments.models")  # registers CCT
 
 def cct(**kwargs):
     return timm.create_model("cct_4_3x2_32", num_classes=5, **kwargs)
-
-
-def vit(**kwargs):
-    settings = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
-    return timm.create_model("vit_base_patch16_224", img_size=32, **settings | kwargs)
 
 
 HOSTS = pytest.mark.parametrize("host", [cct, vit])

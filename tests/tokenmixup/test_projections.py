@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from tests.helpers.cases import same_bits
+from tests.helpers.checkpointing import assert_same_gradients, checkpointed, loss_of
 from tests.helpers.host_builders import HostCase
 from tests.helpers.host_cases import BY_NAME, batch, logits_of, some_hosts
 from tests.helpers.others_warnings import uses_inductor
-from tests.tokenmixup.test_checkpointing import assert_same_gradients, checkpointed, loss_of
 from tokenmixup import HorizontalConfig, TokenMixupModel, VerticalConfig, attach
 from tokenmixup.hosts import UnsupportedHostError
 from tokenmixup.rules import Rules

@@ -15,7 +15,7 @@ import torch
 
 from tests.helpers.cases import same_bits
 from tests.helpers.toy_encoder import HEADS, WIDTH, Attention, Block, Encoder, random_batch
-from tests.tokenmixup.test_vertical import plain_attentions, random_tokens, run, wrap, wrap_all
+from tests.helpers.vertical_wrappers import plain_attentions, random_tokens, run, wrap, wrap_all
 from tokenmixup import HorizontalTokenMixupLayer, VerticalTokenMixupLayer
 from tokenmixup.vertical import VerticalMemory
 

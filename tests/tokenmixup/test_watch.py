@@ -12,12 +12,19 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.horizontal_wrappers import StubLayer, random_map, wrap
 from tests.helpers.others_warnings import uses_inductor
+from tests.helpers.small_vit import vit
 from tests.helpers.toy_encoder import CLASSES, Block, random_batch
 from tests.helpers.waits import Waits
-from tests.tokenmixup.test_horizontal import StubLayer, random_map, wrap
-from tests.tokenmixup.test_model import VTM, vit
-from tokenmixup import HorizontalConfig, TokenMixupOutput, TokenMixupWarning, _watch, attach
+from tokenmixup import (
+    HorizontalConfig,
+    TokenMixupOutput,
+    TokenMixupWarning,
+    VerticalConfig,
+    _watch,
+    attach,
+)
 from tokenmixup.functional import soft_cross_entropy
 
 STEPS, ARRIVES = 3, 2
@@ -150,7 +157,8 @@ def test_wrapper_in_which_nothing_is_easy():
 
 
 def test_one_mixed_sample_is_enough_and_evaluation_does_not_count():
-    model = attach(vit(), horizontal=config(tau=10.0), vertical=VTM).train()
+    vertical = VerticalConfig(layers=(2,), kappa=2)
+    model = attach(vit(), horizontal=config(tau=10.0), vertical=vertical).train()
     assert train(model)[1] == []
     idle = attach(vit(), horizontal=config(tau=0.03)).train()
     assert train(idle, LAST - 1)[1] == []

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.toy_encoder import CLASSES, WIDTH, Block, Encoder, random_batch
-from tests.tokenmixup.test_vertical import wrap
+from tests.helpers.vertical_wrappers import wrap
 from tokenmixup import HorizontalTokenMixupLayer
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.helpers.others_warnings import uses_inductor
 from tests.helpers.toy_encoder import CLASSES, WIDTH, Block, Encoder, random_batch
-from tests.tokenmixup.test_vertical import wrap
+from tests.helpers.vertical_wrappers import wrap
 from tokenmixup import HorizontalTokenMixupLayer
 
 pytestmark = [uses_inductor, pytest.mark.usefixtures("fresh_compiler")]

@@ -18,25 +18,16 @@ from experiments.data.loading import (
     divide_batch,
 )
 from experiments.errors import DataError
+from tests.helpers.batches import AUGMENTED, Damaged, same
 from tests.helpers.others_warnings import forks
 from tests.helpers.runs_helper import small_config
 
 CPU = torch.device("cpu")
-AUGMENTED = {
-    "auto_augment": "rand-m9-mstd0.5-inc1",
-    "train_interpolation": "random",
-    "hflip": 0.5,
-}
 
 
 def batches(tmp_path, workers=0, seed=1, **data):
     config = small_config(tmp_path, seed=seed, data={**AUGMENTED, "workers": workers, **data})
     return TrainBatches(config, DigitImages("tune_validation"), 10)
-
-
-def same(first, second):
-    pairs = list(zip(first, second, strict=True))
-    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
 @forks
@@ -107,24 +98,6 @@ def test_processes_share_the_evaluation(tmp_path, size, length):
     in_order = [label for group in itertools.zip_longest(*every) for label in group]
     wanted = [images[index][1] for index in range(len(images))]
     assert in_order[: len(images)] == wanted and set(in_order[len(images) :]) <= {None}
-
-
-class Damaged:
-    """Ten images, each its own number, of which some cannot be read."""
-
-    def __init__(self, *bad):
-        self.bad = bad
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        if index in self.bad:
-            raise OSError("broken")
-        return torch.tensor(index), 0
-
-    def describe(self, index):
-        return f"image {index}"
 
 
 def test_another_image_stands_in_for_one_that_cannot_be_read():

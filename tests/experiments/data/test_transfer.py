@@ -13,7 +13,7 @@ from experiments.data.loading import EvalBatches, TrainBatches
 from experiments.data.transfer import Transfer, one_early
 from experiments.errors import DataError, SavedAndStopped
 from experiments.training.folder import RunFolder
-from tests.experiments.data.test_loading import AUGMENTED, Damaged, same
+from tests.helpers.batches import AUGMENTED, Damaged, same
 from tests.helpers.others_warnings import forks
 from tests.helpers.runs_helper import AtLook, final_bytes, fit, small_config
 

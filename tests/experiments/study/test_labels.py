@@ -9,9 +9,9 @@ from experiments.study import __main__ as study
 from experiments.study import labels
 from experiments.study.labels import agreement, at_random_places, mixed_pixels
 from experiments.study.records import label_records
-from tests.experiments.study.test_variants import vit
 from tests.helpers.runs_helper import write_config
 from tests.helpers.study_helper import TINY, write_study
+from tests.helpers.variant_vit import vit
 from tokenmixup.functional import MixingDecision
 
 

@@ -6,12 +6,11 @@ Dimensions: B batch, N tokens, T patch tokens, D width, K kappa.
 import itertools
 
 import pytest
-import timm
 import torch
 
 from experiments.study.variants import RULES, GreedyPartners, ReleasedMask, gradient_saliency
-from experiments.study.variants import rules_of as rules_by_names
-from tokenmixup import HorizontalConfig, VerticalConfig, attach
+from tests.helpers.variant_vit import HTM, vit
+from tokenmixup import HorizontalConfig
 from tokenmixup.functional import (
     decide_mixing,
     mix_targets,
@@ -20,24 +19,7 @@ from tokenmixup.functional import (
 )
 from tokenmixup.rules import Rules
 
-HTM, VTM = HorizontalConfig(layers=(1,), tau=9.0, rho=0.001), VerticalConfig(layers=(2,), kappa=3)
 BATCH = 6
-
-
-def vit(*names, horizontal=HTM, vertical=VTM, rules=None):
-    """A ViT with a class token, 4 x 4 patches and 4 layers, with the named rules."""
-    torch.manual_seed(0)
-    host = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=32,
-        depth=4,
-        num_heads=2,
-        num_classes=5,
-    )
-    rules = rules or rules_by_names(names)
-    return attach(host, horizontal=horizontal, vertical=vertical, rules=rules).train()
 
 
 @pytest.fixture
