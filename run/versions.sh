@@ -41,3 +41,4 @@ for name in "${names[@]}"; do
   "$python" -m pytest -q -n 0 -p no:cacheprovider --junit-xml "$folder/$name/tests.xml" "$@" || true
   "$python" -m tests.helpers.versions_table "$name" "$folder/$name/tests.xml" "$@"
 done
+.venv/bin/python -m tests.helpers.tables

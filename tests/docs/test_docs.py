@@ -14,11 +14,9 @@ import pytest
 import tokenmixup
 from experiments import cli, train
 from experiments.config.keys import known_keys, optional_sections, sections
-from experiments.documents.markdown import fill_blocks
 from experiments.provenance import ROOT
 from tests.helpers import documents
 from tests.helpers.documents import Document
-from tests.helpers.settings_table import settings_table
 
 DOCUMENTS = documents.documents()
 # These two name things of older versions.
@@ -195,14 +193,6 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
         patch.setitem(globals(), "ROOT", tmp_path)
         found = broken_links(documents.read(tmp_path / "case.md"))
     assert found == ["#nothing", "nothing.md", "http://x.org", "e.png"]
-
-
-def test_the_table_of_settings_is_made_from_the_configs() -> None:
-    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    assert fill_blocks(text, {"configs": settings_table}) == text, (
-        "run `python -m tests.helpers.settings_table`"
-    )
-    assert "`vit_imagenet_HVTM` | 3 |" in text
 
 
 def test_the_build_finds_every_fault(tmp_path: Path) -> None:

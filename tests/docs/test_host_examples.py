@@ -9,11 +9,8 @@ import sys
 import pytest
 import torch
 
-from experiments.documents.markdown import fill_blocks
 from experiments.provenance import ROOT
-from tests.helpers import hosts_table, versions_table
 from tests.helpers.host_builders import HostCase
-from tests.helpers.hosts_table import DOCUMENT
 from tests.tokenmixup import test_hosts
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "digits")
@@ -100,20 +97,3 @@ def test_the_documented_test_finds_an_adapter_that_forgets_the_norm(documented, 
     monkeypatch.setattr(adapter, "with_memory", forgets)
     with pytest.raises(AssertionError, match="not close"):
         importlib.import_module("test_my_vit").test_vtm()
-
-
-@pytest.mark.parametrize("path", [DOCUMENT, hosts_table.README], ids=lambda path: path.name)
-def test_table_of_hosts_is_up_to_date(path):
-    text = path.read_text(encoding="utf-8")
-    assert "<!-- generated: hosts " in text
-    assert fill_blocks(text, hosts_table.MAKERS) == text, (
-        "run `python -m tests.helpers.hosts_table`"
-    )
-
-
-def test_table_of_versions_is_that_of_the_records():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert "<!-- generated: versions " in text
-    assert fill_blocks(text, versions_table.MAKERS) == text, (
-        "run `python -m tests.helpers.versions_table`"
-    )

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from experiments.documents.markdown import fill_blocks
-from experiments.provenance import ROOT
 from tests.helpers.others_warnings import advice_of_lightning
-from tests.helpers.trainers_table import MAKERS, TRAINERS, VARIANTS, functions
+from tests.helpers.trainers_table import TRAINERS, VARIANTS, functions
 
 
 @advice_of_lightning
@@ -32,10 +30,3 @@ def test_each_feature_has_its_test(trainer):
     for feature, test in trainer.features.items():
         file, _, name = test.partition("::")
         assert name in functions(file), feature
-
-
-@pytest.mark.parametrize("document", ["docs/trainers.md", "README.md"])
-def test_the_tables_are_up_to_date(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    assert "<!-- generated: trainers " in text
-    assert fill_blocks(text, MAKERS) == text, "run `python -m tests.helpers.trainers_table`"

@@ -1,10 +1,7 @@
-"""The table of TokenMixup's settings in docs/recipe.md, made from the configs.
-
-`python -m tests.helpers.settings_table` writes it.
-"""
+"""The table of TokenMixup's settings in docs/recipe.md, made from the configs."""
 
 from experiments.config.reading import load_config
-from experiments.documents.markdown import update_documents
+from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 
 CONFIGS = [
@@ -15,10 +12,10 @@ CONFIGS = [
 HEAD = ("config", "HTM layer", "τ", "ρ", "ScoreNet", "λ", "VTM layer", "κ")
 
 
-def settings_table(name: str) -> str:
+def table(name: str) -> str:
     """One row per config of the paper, "–" where a config has no such setting."""
     assert name == "tokenmixup"
-    rows = [HEAD, ["---"] * len(HEAD)]
+    rows = []
     for config in CONFIGS:
         settings = load_config(ROOT / "configs" / f"{config}.yaml")
         htm, vtm = settings.horizontal, settings.vertical
@@ -31,8 +28,4 @@ def settings_table(name: str) -> str:
         if vtm is not None:
             cells[5:] = [", ".join(map(str, vtm.layers)), str(vtm.kappa)]
         rows.append([f"`{config}`", *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-if __name__ == "__main__":
-    update_documents(ROOT, {"configs": settings_table})
+    return aligned_table(HEAD, rows, right=())

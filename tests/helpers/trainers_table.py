@@ -1,7 +1,6 @@
 """The table of trainers, made from the tests that run them.
 
-`python -m tests.helpers.trainers_table` fills the generated blocks of kind `trainers` in
-docs/trainers.md and README.md. A cell of a variant is a case of
+docs/trainers.md and README.md show it. A cell of a variant is a case of
 tests/docs/test_trainers_table.py, which trains a step with it; a feature names its test.
 """
 
@@ -244,20 +243,14 @@ def functions(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def table(full: bool) -> str:
-    """One row per trainer; the features only in the full one."""
+def table(name: str) -> str:
+    """One row per trainer; the features only in the one of that name."""
+    full = name == "features"
     head = ["trainer", *VARIANTS, "what to write", *(["tested with it"] if full else [])]
     lines = [head, ["---"] * len(head)]
     for trainer in TRAINERS:
-        name = f"{trainer.name} ({trainer.package} {importlib.metadata.version(trainer.package)})"
-        row = [name, *("yes" for _ in VARIANTS), trainer.write]
+        version = importlib.metadata.version(trainer.package)
+        title = f"{trainer.name} ({trainer.package} {version})"
+        row = [title, *("yes" for _ in VARIANTS), trainer.write]
         lines.append([*row, *([", ".join(trainer.features)] if full else [])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-MAKERS = {"trainers": lambda name: table(full=name == "features")}
-
-if __name__ == "__main__":
-    from experiments.documents.markdown import update_documents
-
-    update_documents(ROOT, MAKERS)

@@ -1,7 +1,6 @@
-"""Records which versions the tests passed with, and writes the table of docs/hosts.md.
+"""Records which versions the tests passed with, for the table of docs/hosts.md.
 
-`run/versions.sh` calls it with the name of an environment, pytest's report and its arguments;
-`python -m tests.helpers.versions_table` alone writes the table.
+`run/versions.sh` calls it with the name of an environment, pytest's report and its arguments.
 """
 
 import shlex
@@ -13,7 +12,7 @@ from xml.etree import ElementTree
 import torch
 
 from experiments import provenance
-from experiments.documents.markdown import aligned_table, update_documents
+from experiments.documents.markdown import aligned_table
 from experiments.provenance import ROOT
 
 RECORDS = ROOT / "results" / "versions" / "records.jsonl"
@@ -70,15 +69,6 @@ def table(name: str) -> str:
     return aligned_table(("", *SHOWN, "tests", "passed", "failed", "date"), lines, (8, 9))
 
 
-MAKERS = {"versions": table}
-
-
-def main(arguments: Sequence[str]) -> None:
-    if arguments:
-        name, report, *tests = arguments
-        records(RECORDS).keep(outcome(name, Path(report), tests))
-    update_documents(ROOT, MAKERS)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    name, report, *tests = sys.argv[1:]
+    records(RECORDS).keep(outcome(name, Path(report), tests))
