@@ -78,6 +78,11 @@ def build_host(config: ModelConfig, num_classes: int) -> nn.Module:
                 "come from model.weights alone, and this program sets the rest of what timm's "
                 "create_model takes"
             )
+        value = config.kwargs[key]
+        if isinstance(value, str) and value.isdecimal():  # int(64 * "4") is a width, too
+            raise ConfigError(
+                f"model.kwargs.{key}: got the text {value!r}; allowed: numbers without quotes"
+            )
     arguments = {"num_classes": num_classes, **_rates(config), **config.kwargs}
     try:
         try:

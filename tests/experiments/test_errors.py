@@ -107,6 +107,9 @@ IN_THE_FILE = {
             ("in_chans", 1),
         )
     },
+    "model: {name: cct_2_3x2_32, kwargs: {mlp_ratio: '4'}}": (
+        "model.kwargs.mlp_ratio: got the text '4'; allowed: numbers without quotes"
+    ),
     "model: {name: vit_tny}": "which timm does not know; the nearest is mvitv2_tiny",
     "horizontal: {layers: [1], tau: 0.05, rho: 0}\nmixup: {label_smoothing: 0.1}": (
         "horizontal.tau: got 0.05; allowed: above 0.0500, the least difficulty"
