@@ -153,7 +153,7 @@ def targets(values: dict[str, Any]) -> list[Target]:
     return [Target(name, f"≤ {LIMIT} ms", f"{host:.2f} ms", host <= LIMIT)]
 
 
-ROW = Row("host", measure, tables, targets)
+ROW = Row("host", measure, tables, targets, threads=1)
 
 if __name__ == "__main__":
     sys.exit(row.main(ROW))

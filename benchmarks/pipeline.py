@@ -102,8 +102,6 @@ def make_config(workers: int, batch: int) -> RunConfig:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """The whole loader with several numbers of processes; a sample; timm's operations."""
-    # this process normalises what a GPU would: its idle threads would take the loaders' cores
-    torch.set_num_threads(1)
     batch = 16 if settings.quick else 128
     images = PhotographPieces()
     cores = os.cpu_count() or 1
@@ -306,7 +304,8 @@ def targets(values: dict[str, Any]) -> list[Target]:
     ]
 
 
-ROW = Row("pipeline", measure, tables, targets)
+# This process normalises what a GPU would: idle threads of it would take the loaders' cores.
+ROW = Row("pipeline", measure, tables, targets, threads=1)
 
 if __name__ == "__main__":
     sys.exit(row.main(ROW))

@@ -63,6 +63,8 @@ class Row(NamedTuple):
     targets: Callable[[Values], list[Target]]
     module: str = ""
     """With the part of it that the row is; by default of the row's name."""
+    threads: int | None = None
+    """Of torch, unless `--threads` says otherwise; None leaves torch's own."""
 
     @property
     def command(self) -> str:
@@ -110,7 +112,7 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
         action="store_true",
         help="smoke run: tiny sizes, few repetitions; records nothing unless --results is given",
     )
-    found.add_argument("--threads", type=_positive, help="threads of torch; default: torch's own")
+    found.add_argument("--threads", type=_positive, help="threads of torch; default: the row's")
     found.add_argument("--rounds", type=_positive, help="repetitions; default: each row's own")
     found.add_argument(
         "--results", type=Path, help="folder of records.jsonl; default: that of this repository"
@@ -145,8 +147,9 @@ def run(
 
     `options` are those of `parser`; `command`, the program and its words, is for the record.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or row.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     folder = options.results or (None if options.quick else results)
     origin = {
         **provenance.provenance(device),

@@ -86,7 +86,7 @@ class TokenMixupModel(nn.Module):
     Public attributes and methods of the host (``config``, ``pretrained_cfg``,
     ``set_grad_checkpointing``, ``save_pretrained``, ...) are read through this model. Where they
     hold names of parameters (:meth:`no_weight_decay`, ``group_matcher``) they hold those that the
-    parameters have here. They are set on the host itself: ``model.backbone.name = value``.
+    parameters have here. To set one here is an error: ``model.backbone.name = value`` sets it.
 
     Attributes:
         backbone: the host itself, its state-dict keys unchanged.
@@ -354,7 +354,7 @@ class TokenMixupModel(nn.Module):
     ) -> Any:
         """As of every module; where names or ScoreNets are others, the error says so in words."""
         # not by "backbone." alone, which a host's own part may be called
-        parts = [name for name, _ in self.backbone.named_children()]
+        parts = [f"{name}." for name, _ in self.backbone.named_children()]
         parts += [name for name, _ in self.backbone.named_parameters(recurse=False)]
         beginnings = ("scorenets.", *(f"backbone.{part}" for part in parts))
         if not any(name.startswith(beginnings) for name in state_dict):

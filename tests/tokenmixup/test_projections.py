@@ -288,6 +288,17 @@ def change_projections(host, change):
                 change(part)
 
 
+def changed(case, change, first, **settings):
+    """A host whose projections are changed first, or after TokenMixup has been put on it."""
+    host = host_of(case)
+    if first:
+        change_projections(host, change)
+    model = put_on(host, **settings)
+    if not first:
+        change_projections(host, change)
+    return model
+
+
 @torch.no_grad()
 def plain_weights(host, plain):
     """Give a plain host the weights that another one has in effect, read in evaluation."""
@@ -320,12 +331,8 @@ def test_parametrised_and_pruned_projections(name, change):
     images, targets = batch(case, dtype=torch.float64)
     htm = {"horizontal": HorizontalConfig(layers=(0,), rho=0.005, scorenet=None)}
     for first in (True, False):
-        host = host_of(case)
-        if first:
-            change_projections(host, change)
-        model = put_on(host, **htm)
-        if not first:
-            change_projections(host, change)
+        model = changed(case, change, first, **htm)
+        host = model.backbone
         with torch.no_grad():  # as an optimiser: the weight that pruning computed last is stale
             for parameter in host.parameters():
                 parameter.mul_(1.1)
@@ -365,13 +372,7 @@ def test_projections_that_others_have_changed_in_place(name, how):
     for first in (True, False):
         found = []
         for change in (with_low_rank("merged"), with_low_rank(how)):
-            host = host_of(case)
-            if first:
-                change_projections(host, change)
-            model = put_on(host, **settings)
-            if not first:
-                change_projections(host, change)
-            found.append(model(images, targets))
+            found.append(changed(case, change, first, **settings)(images, targets))
         expected, out = found
         torch.testing.assert_close(out.targets, expected.targets)
         torch.testing.assert_close(out.logits, expected.logits)
