@@ -2,7 +2,8 @@
 
 import timm
 
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2}
 
-def vit(**kwargs):
-    settings = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
-    return timm.create_model("vit_base_patch16_224", img_size=32, **settings | kwargs)
+
+def vit(**settings):
+    return timm.create_model("vit_base_patch16_224", num_classes=5, **SMALL | settings)
