@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 ScoreNetType = Literal["attention", "cls", "average"]
 SCORENET_TYPES: tuple[str, ...] = get_args(ScoreNetType)
+LabelWeights = Literal["saliency", "tokens"]
+LABEL_WEIGHTS: tuple[str, ...] = get_args(LabelWeights)
 _LARGEST = sys.float_info.max
 
 
@@ -26,6 +28,9 @@ class HorizontalConfig:
             and ``"average"`` (of the patch tokens); None mixes every sample.
         scorenet_lambda: weight of ScoreNet's loss.
         scorenet_stop_gradient: keep ScoreNet's gradient out of the model.
+        labels: what a token weighs in the mixed label, its ``"saliency"`` as in the paper, or the
+            same as every other, ``"tokens"``: the partner's share of the label is then its share
+            of the patch tokens. Which tokens are mixed stays as it is.
 
     Raises:
         ValueError: a value is out of its range.
@@ -37,6 +42,7 @@ class HorizontalConfig:
     scorenet: ScoreNetType | None = "attention"
     scorenet_lambda: float = 0.001
     scorenet_stop_gradient: bool = False
+    labels: LabelWeights = "saliency"
 
     def __post_init__(self) -> None:
         layers = layer_indices("HorizontalConfig.layers", self.layers, lowest=0)
@@ -56,6 +62,11 @@ class HorizontalConfig:
             )
         _settle_number(self, "scorenet_lambda")
         _check_bool("HorizontalConfig", "scorenet_stop_gradient", self.scorenet_stop_gradient)
+        if self.labels not in LABEL_WEIGHTS:
+            raise ValueError(
+                f"HorizontalConfig.labels must be one of {', '.join(LABEL_WEIGHTS)}; "
+                f"got {self.labels!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class HorizontalStep:
         saliency: by which it was decided, (B, T).
         easy: (B,) bool.
         decision: partners (B,) and token mask (B, T).
+        weights: of the tokens in the mixed labels, (B, T): saliency or ones, by the settings.
         targets: relabelled targets, (B, C).
         stats: 0-d tensors on the model's device, by name; computed when they are read.
     """
@@ -51,6 +52,7 @@ class HorizontalStep:
     saliency: Tensor
     easy: Tensor
     decision: MixingDecision
+    weights: Tensor
     targets: Tensor
     stats: Mapping[str, Tensor]
 
@@ -84,7 +86,7 @@ def horizontal_step(
         targets: soft targets before this layer's mixing, (B, C).
         saliency: of the layer's unmixed tokens, (B, T).
         difficulty: of each sample, (B,); None makes every sample easy.
-        config: thresholds.
+        config: thresholds, and what a token weighs in a label.
 
     Raises:
         ValueError: the batch is empty.
@@ -101,17 +103,23 @@ def horizontal_step(
         easy = difficulty <= config.tau
     saliency = rules.saliency(layer, saliency)
     decision = rules.decide(layer, saliency, targets, easy, config.rho)
+    weights = saliency if config.labels == "saliency" else torch.ones_like(saliency)
     return HorizontalStep(
         saliency,
         easy,
         decision,
-        rules.relabel(targets, saliency, decision),
-        Statistics(partial(_statistics, saliency, easy, difficulty, decision)),
+        weights,
+        rules.relabel(targets, weights, decision),
+        Statistics(partial(_statistics, saliency, easy, difficulty, decision, weights)),
     )
 
 
 def _statistics(
-    saliency: Tensor, easy: Tensor, difficulty: Tensor | None, decision: MixingDecision
+    saliency: Tensor,
+    easy: Tensor,
+    difficulty: Tensor | None,
+    decision: MixingDecision,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
     """The numbers by which to choose tau and rho, as 0-d tensors: no device synchronisation."""
     mask, batch = decision.mask, len(easy)
@@ -125,7 +133,7 @@ def _statistics(
         "easy_share": num_easy / batch,
         "mixed_share": mask.any(1).sum() / batch,
         "tokens_mixed": mask.sum() / at_least_one,
-        "label_share": label_share(saliency, decision).sum() / at_least_one,
+        "label_share": label_share(weights, decision).sum() / at_least_one,
         "largest_saliency_share": (largest / total).mean(),
         "same_place_share": (place == place.unsqueeze(1)).sum(1).max() / batch,
         "saliency_difference_max": (possible * easy).max(),

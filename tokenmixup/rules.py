@@ -72,7 +72,13 @@ class Rules:
         return functional.mixing_mask(saliency, partner, easy, rho)
 
     def relabel(self, targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
-        """Soft targets (B, C) of the mixed samples."""
+        """Soft targets (B, C) of the mixed samples.
+
+        Args:
+            targets: before the mixing, (B, C).
+            saliency: (B, T), or ones where ``HorizontalConfig.labels`` is ``"tokens"``.
+            decision: what :meth:`decide` returned.
+        """
         return functional.mix_targets(targets, saliency, decision)
 
     def mix(self, tokens: Tensor, decision: MixingDecision, num_prefix_tokens: int) -> Tensor:

@@ -131,13 +131,14 @@ class Study:
         # as the first records have it, when there was no more to choose
         plain["compile"] = {"off": False, "on": True}.get(plain["compile"], plain["compile"])
         # younger than the first records, whose hashes do not count them
-        for section, key in (
-            (plain, "tokenmixup_off_epoch"),
-            (plain["data"], "per_class"),
-            (plain["mixup"], "off_epoch"),
+        for section, key, default in (
+            (plain, "tokenmixup_off_epoch", None),
+            (plain["data"], "per_class", None),
+            (plain["mixup"], "off_epoch", None),
+            (plain["horizontal"] or {}, "labels", "saliency"),
         ):
-            if section[key] is None:
-                del section[key]
+            if section.get(key, default) == default:
+                section.pop(key, None)
         if self.test_split is not None:
             plain["test_split"] = self.test_split
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

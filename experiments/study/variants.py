@@ -181,7 +181,7 @@ def _summing_to_one(saliency: Tensor) -> Tensor:
 
 
 class LabelsByTokens(Rules):
-    """The label's share is that of the replaced tokens, as in CutMix, whatever their saliency."""
+    """As `HorizontalConfig(labels="tokens")`, which is younger: records name the rule."""
 
     def relabel(self, targets: Tensor, saliency: Tensor, decision: MixingDecision) -> Tensor:
         """(B, C)."""

@@ -153,7 +153,7 @@ def record(model: TokenMixupModel, images: Tensor, targets: Tensor) -> Recording
             measured = input_saliency(model.adapter, layout, layer, *call)
             step = horizontal_step(rules, index, targets, measured, difficulty, htm)
             saliency, decision, targets = step.saliency, step.decision, step.targets
-            parts = rules.relabel(parts, saliency, decision)
+            parts = rules.relabel(parts, step.weights, decision)
             call = call._replace(tokens=rules.mix(call.tokens, decision, prefix))
             recording.horizontal.append(
                 HorizontalRecord(

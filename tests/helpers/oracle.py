@@ -109,7 +109,7 @@ class Mixed:
     mask: np.ndarray  # (B, T) bool
 
 
-def mix(tokens, targets, saliency, partner, rho, num_prefix_tokens=0):
+def mix(tokens, targets, saliency, partner, rho, num_prefix_tokens=0, labels="saliency"):
     """Mixing and relabelling for given partners (steps 4 and 5 of the method)."""
     tokens = np.asarray(tokens, dtype=np.float64)
     targets = np.asarray(targets, dtype=np.float64)
@@ -125,9 +125,9 @@ def mix(tokens, targets, saliency, partner, rho, num_prefix_tokens=0):
             if saliency[j, t] - saliency[i, t] > rho:
                 out.mask[i, t] = True
                 out.tokens[i, num_prefix_tokens + t] = tokens[j, num_prefix_tokens + t]
-                partner_part += saliency[j, t]
+                partner_part += saliency[j, t] if labels == "saliency" else 1
             else:
-                own_part += saliency[i, t]
+                own_part += saliency[i, t] if labels == "saliency" else 1
         if not out.mask[i].any():
             continue
         out.partner[i] = j
@@ -148,7 +148,9 @@ def assert_optimal(partner, saliency, easy, rho):
     assert math.isclose(total_gain(gain, chosen), best, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def horizontal_mixup(tokens, targets, saliency, easy, rho, num_prefix_tokens=0, partner=None):
+def horizontal_mixup(
+    tokens, targets, saliency, easy, rho, num_prefix_tokens=0, partner=None, labels="saliency"
+):
     """Assignment, mixing and relabelling together.
 
     Of partners that are given only the optimality is checked: several assignments may be as good.
@@ -156,7 +158,7 @@ def horizontal_mixup(tokens, targets, saliency, easy, rho, num_prefix_tokens=0, 
     if partner is None:
         partner = partners_of(saliency, easy, rho)
     assert_optimal(partner, saliency, easy, rho)
-    return mix(tokens, targets, saliency, partner, rho, num_prefix_tokens)
+    return mix(tokens, targets, saliency, partner, rho, num_prefix_tokens, labels)
 
 
 def salient_positions(saliency, kappa):

@@ -305,7 +305,11 @@ def test_under_autocast(scorenet_type):
 # Statistics
 
 
-def test_label_and_sink_statistics_by_hand():
+@pytest.mark.parametrize(
+    ("labels", "shares"),
+    [("saliency", [0.6 / (0.9 + 0.6), 0.4 / (0.8 + 0.4), 0]), ("tokens", [1 / 4, 2 / 4, 0])],
+)
+def test_labels_and_sink_statistics_by_hand(labels, shares):
     saliency = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.6, 0.1, 0.1, 0.2], [0.1, 0.2, 0.1, 0.6]])
     # 0 takes the last token of 2: a = 0.9, b = 0.6; 1 two tokens of 0: a = 0.8, b = 0.4; 2 nothing
     partner = torch.tensor([2, 0, 2])
@@ -315,9 +319,8 @@ def test_label_and_sink_statistics_by_hand():
         def decide(self, layer, saliency, targets, easy, rho):
             return MixingDecision(partner, mask)
 
-    config = HorizontalConfig(layers=(1,), rho=0.1, scorenet=None)
+    config = HorizontalConfig(layers=(1,), rho=0.1, scorenet=None, labels=labels)
     step = horizontal_step(Given(), 1, torch.eye(3), saliency / 2, None, config)
-    shares = [0.6 / (0.9 + 0.6), 0.4 / (0.8 + 0.4), 0]
     taken = torch.stack([step.targets[0, 2], step.targets[1, 0]])
     assert taken.tolist() == pytest.approx(shares[:2])
     assert step.stats["label_share"].item() == pytest.approx(sum(shares) / 3)

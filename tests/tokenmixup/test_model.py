@@ -277,6 +277,11 @@ def test_what_cannot_be_attached(host, arguments, message):
             {"layers": (1,), "tau": 0.1, "rho": 0.1, "scorenet_stop_gradient": 1},
             "scorenet_stop_gradient must be True or False",
         ),
+        (
+            HorizontalConfig,
+            {"layers": (1,), "tau": 0.1, "rho": 0.1, "labels": "token"},
+            "labels must be one of saliency, tokens; got 'token'",
+        ),
         (VerticalConfig, {"layers": (0,), "kappa": 1}, r"no earlier layer to attend to\), got 0"),
         (VerticalConfig, {"layers": (1,), "kappa": 0}, "kappa must be an integer >= 1, got 0"),
         (VerticalConfig, {"layers": (1,), "kappa": 1.5}, "kappa must be an integer >= 1, got 1.5"),

@@ -90,7 +90,14 @@ def naive_step(model, images, targets):
                 easy = difficulty <= horizontal.tau
             partner = model.rules.partners_of[layer]
             mixed = oracle.horizontal_mixup(
-                x.detach(), targets, saliency(x), easy, horizontal.rho, prefix, partner
+                x.detach(),
+                targets,
+                saliency(x),
+                easy,
+                horizontal.rho,
+                prefix,
+                partner,
+                horizontal.labels,
             )
             mask = F.pad(torch.from_numpy(mixed.mask), (prefix, 0)).unsqueeze(-1)
             assert mask.any(), "a case in which nothing is mixed proves nothing"
@@ -121,6 +128,10 @@ CASES = {
     "HTM at the first layer": (HorizontalConfig(layers=(0,), **HTM), None),
     "HTM twice": (HorizontalConfig(layers=(1, 3), **HTM), None),
     "HTM of every sample": (HorizontalConfig(layers=(2,), rho=1e-5, scorenet=None), None),
+    "HTM twice, labels by tokens": (
+        HorizontalConfig(layers=(1, 3), **HTM, labels="tokens"),
+        None,
+    ),
     "HTM, average, stop": (
         HorizontalConfig(layers=(1,), **HTM, scorenet="average", scorenet_stop_gradient=True),
         None,

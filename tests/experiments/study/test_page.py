@@ -238,6 +238,27 @@ def test_the_documents_quote_sinks_dose_and_labels():
     assert all(one["share_seen"] < one["share_seen_random"] for one in judged)
 
 
+def test_the_documents_quote_the_labels_by_tokens():
+    def standings(name):
+        study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
+        return {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
+
+    loop, results = (
+        " ".join((ROOT / "docs" / name).read_text().split())
+        for name in ("training_loop.md", "results.md")
+    )
+    mended = standings("small_data_labels")["every sample, labels by tokens"]
+    gain, loss = mended.to_plain, mended.measures_to["every sample"]["loss"]
+    assert gain.interval[0] > 0
+    assert f"gain {gain.mean:.2f} points and lower the test loss by {-loss.mean:.3f};" in results
+    assert f"[gained {gain.mean:.2f} points](" in loop
+    before = standings("small_data_ablations")
+    cost, left = (before[f"every sample{end}"].to_plain for end in ("", ", labels by tokens"))
+    assert cost.excludes_zero and -cost.mean > gain.mean
+    assert f"was {-cost.mean:.2f} points worse than plain" in results
+    assert f"the difference is {left.text(2)}, with five seeds" in results
+
+
 def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
     figures = {name: [90.0, 91.0, 92.0] for name in ("plain", "HTM", "mask")}
     comparison = judged(tmp_path, ["HTM", "plain"], **figures)

@@ -3,6 +3,7 @@
 Dimensions: B batch, N tokens, T patch tokens, D width, K kappa.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -260,6 +261,13 @@ def test_labels_by_tokens_by_hand():
     targets = RULES["labels by tokens"]().relabel(torch.eye(3), torch.eye(3, 4), decision)
     taken = targets[torch.arange(3), decision.partner]
     assert taken.tolist() == [0.25] * 3, "one token of four, whatever its saliency"
+
+
+def test_labels_by_tokens_are_the_setting(batch):
+    settings = dataclasses.replace(HTM, labels="tokens")
+    by_rule, by_setting = vit("labels by tokens")(*batch), vit(horizontal=settings)(*batch)
+    assert torch.equal(by_rule.targets, by_setting.targets)
+    assert torch.equal(by_rule.logits, by_setting.logits)
 
 
 # All of them in a model

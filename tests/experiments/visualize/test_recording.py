@@ -86,14 +86,15 @@ def small_batch(size=12):
     return images, torch.nn.functional.one_hot(labels, 10).float()
 
 
-def test_several_layers_carry_images_and_labels_on():
+@pytest.mark.parametrize("labels", ["saliency", "tokens"])
+def test_several_layers_carry_images_and_labels_on(labels):
     """HTM at layers 1 and 3, VTM at 2 and 4: whose token stands where, and whose label it is."""
     torch.manual_seed(1)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 5}
     host = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
     model = attach(
         host,
-        horizontal=HorizontalConfig(layers=(1, 3), rho=0.0, scorenet=None),
+        horizontal=HorizontalConfig(layers=(1, 3), rho=0.0, scorenet=None, labels=labels),
         vertical=VerticalConfig(layers=(2, 4), kappa=KAPPA),
     )
     images, targets = small_batch()
