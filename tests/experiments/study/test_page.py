@@ -250,13 +250,69 @@ def test_the_documents_quote_the_labels_by_tokens():
     mended = standings("small_data_labels")["every sample, labels by tokens"]
     gain, loss = mended.to_plain, mended.measures_to["every sample"]["loss"]
     assert gain.interval[0] > 0
-    assert f"gain {gain.mean:.2f} points and lower the test loss by {-loss.mean:.3f};" in results
+    assert f"gain {gain.mean:.2f} points and lower the test loss by {-loss.mean:.3f}." in results
     assert f"[gained {gain.mean:.2f} points](" in loop
     before = standings("small_data_ablations")
     cost, left = (before[f"every sample{end}"].to_plain for end in ("", ", labels by tokens"))
     assert cost.excludes_zero and -cost.mean > gain.mean
-    assert f"was {-cost.mean:.2f} points worse than plain" in results
-    assert f"the difference is {left.text(2)}, with five seeds" in results
+    assert f"of every sample is {-cost.mean:.2f} points worse than plain" in results
+    assert f"with labels by tokens the difference is {left.text(2)}. In the library" in results
+
+
+def test_the_documents_quote_the_ablations_on_small_data():
+    study = read_study(ROOT / "configs" / "studies" / "small_data_ablations.yaml")
+    found = {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
+    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+    def measured(name, to, measure):
+        return found[name].measures_to[to][measure]
+
+    plain = "plain, drop path 0.1"
+    htm, loss = found["HTM"].to_plain, measured("HTM", plain, "loss")
+    low, high = loss.interval
+    drop_path = measured("plain, no drop path", plain, "loss")
+    assert drop_path.excludes_zero
+    assert (
+        f"HTM gains {htm.text(2)} points and lowers the test loss by {-loss.mean:.3f} "
+        f"[−{high:.3f}, +{-low:.3f}], while that drop path alone lowers plain's by "
+        f"{drop_path.mean:.3f}" in results
+    )
+    names = ("loss", "calibration_error")
+    htm, vtm = (
+        [measured(f"CutMix + {which}", "CutMix", name) for name in names]
+        for which in ("HTM", "VTM")
+    )
+    assert all(one.excludes_zero for one in htm) and not any(one.excludes_zero for one in vtm)
+    raised = [one.text(3).removeprefix("+") for one in vtm]
+    assert (
+        f"raises the test loss by {htm[0].mean:.3f} and the calibration error by "
+        f"{htm[1].mean:.3f}, VTM by {raised[0]} and {raised[1]}." in results
+    )
+    mended = measured("CutMix + HTM, labels by tokens", "CutMix + HTM", "loss")
+    low, high = mended.interval
+    left = htm[0].mean + mended.mean
+    assert (
+        f"raises the loss by only {left:.3f}, which is {-mended.mean:.3f} [{-high:.3f}, "
+        f"{-low:.3f}] less: most" in results
+    )
+    on_top = [found[f"CutMix + {name}"] for name in ("HTM", "VTM", "HTM, labels by tokens")]
+    assert not any(one.to_other.excludes_zero for one in on_top), "in top-1 five seeds show none"
+    chosen = [
+        found[f"{base}, random {what}"].to_other.text(2).removeprefix("+")
+        for base in ("HTM", "every sample")
+        for what in ("partners", "saliency")
+    ]
+    assert (
+        "With random partners it gains {} points over the optimal ones, with random saliency {} "
+        "over attention's; where every sample is mixed, {} and {}.".format(*chosen)
+        in results
+    )
+    centred = [found[f"{base}, centred saliency"].to_other for base in ("HTM", "every sample")]
+    assert not any(one.excludes_zero for one in centred)
+    dose = f"{-found['every sample'].to_plain.mean:.2f}"
+    assert f"mixes every sample, and costs {dose}" in results
+    loop = " ".join((ROOT / "docs" / "training_loop.md").read_text().split())
+    assert f"to mix every sample [cost {dose} points](" in loop
 
 
 def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
