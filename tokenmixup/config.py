@@ -28,9 +28,9 @@ class HorizontalConfig:
             and ``"average"`` (of the patch tokens); None mixes every sample.
         scorenet_lambda: weight of ScoreNet's loss.
         scorenet_stop_gradient: keep ScoreNet's gradient out of the model.
-        labels: what a token weighs in the mixed label, its ``"saliency"`` as in the paper, or the
-            same as every other, ``"tokens"``: the partner's share of the label is then its share
-            of the patch tokens. Which tokens are mixed stays as it is.
+        labels: ``"saliency"``, as in the paper, weighs each token in the mixed label by its
+            saliency; ``"tokens"`` weighs all alike, so that the partner's share of the label is its
+            share of the patch tokens. Partners and tokens are chosen by saliency either way.
 
     Raises:
         ValueError: a value is out of its range.

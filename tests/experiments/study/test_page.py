@@ -8,7 +8,6 @@ from experiments.provenance import ROOT
 from experiments.study import page, tables
 from experiments.study.page import (
     claims_table,
-    comparison_of,
     makers,
     markdown,
     summary,
@@ -17,7 +16,7 @@ from experiments.study.page import (
     write_report,
 )
 from experiments.study.plan import read_study
-from experiments.study.records import label_records, study_records
+from experiments.study.records import study_records
 from experiments.study.statistics import compare
 from tests.helpers.study_helper import record_of, runner_of, write_study
 
@@ -123,196 +122,6 @@ def test_the_summary_has_every_study_of_htm_vtm_and_both(tmp_path, monkeypatch):
     assert cells[:3] == ["Handwritten digits", "90.00 ± 0.00", "2"]
     assert cells[3].startswith("+2.50 [−3.85, +8.85]") and cells[4].startswith("0.00 [")
     assert cells[5] == "–"
-
-
-def test_readings_quote_the_records(monkeypatch):
-    """What docs/results.md says in words about fewer tokens, differences in images and doses."""
-    monkeypatch.chdir(ROOT)
-    words = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
-
-    def standings(name):
-        records = study_records(ROOT / "results", name).read()
-        compared = compare(read_study(f"configs/studies/{name}.yaml"), records)
-        return {one.variant.name: one for one in compared.standings}
-
-    vit, cct = standings("released"), standings("released_cct")
-    fewer = [
-        1 - found[mask].tokens_mixed / found[right].tokens_mixed
-        for found, mask, right in (
-            (vit, "released mask", "HTM + VTM"),
-            (cct, "HTM, released mask", "HTM"),
-            (cct, "both, released mask", "HTM + VTM"),
-        )
-    ]
-    assert f"{100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer tokens" in words
-    own, released = cct["HTM"].by_seed, cct["HTM, released mask"].by_seed
-    images = [round((released[seed] - own[seed]) * 3.55) for seed in sorted(own)]
-    assert images == [0, -1, 0, 0, 0] and "0, −1, 0, 0 and 0 of 355 images" in words
-    found = standings("ablations")
-    doses = [100 * found[name].mixed_share for name in ("HTM, layer 0", "HTM")]
-    assert f"{doses[0]:.0f}% are mixed instead of {doses[1]:.0f}%" in words
-
-
-def test_the_documents_quote_the_study_of_small_data():
-    study = read_study(ROOT / "configs" / "studies" / "small_data.yaml")
-    found = {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
-    loop, results = (
-        " ".join((ROOT / "docs" / name).read_text().split())
-        for name in ("training_loop.md", "results.md")
-    )
-    both, on_top = found["HTM + VTM"].to_plain, found["CutMix + HTM + VTM"].to_other
-    gains = [f"{found[name].to_plain.mean:.2f}" for name in ("CutMix", "Mixup")]
-    assert f"CutMix gained {gains[0]} points, Mixup {gains[1]}, HTM and VTM" in loop
-    assert both.text(2).removeprefix("+") in loop
-    assert f"lost {on_top.text(2).removeprefix('−').replace(' ', ' points ', 1)}" in loop
-    assert f"scored {both.mean:.2f} points above" in results
-    assert f"is worse, by {-on_top.mean:.2f} points" in results
-    htm, pair = found["HTM"].measures_to["plain"], found["CutMix + HTM + VTM"].measures_to["CutMix"]
-    assert (
-        f"lowered the test loss by {-htm['loss'].mean:.3f} and the calibration error by "
-        f"{-htm['calibration_error'].mean:.3f}" in results
-    )
-    assert (
-        f"raised the test loss by {pair['loss'].mean:.3f} and the calibration error by "
-        f"{pair['calibration_error'].mean:.3f}" in results
-    )
-    for name in ("HTM", "VTM", "HTM + VTM"):
-        differences = found[name].measures_to["plain"]
-        corrupted = ("top1_noise", "top1_blur", "top1_occlusion")
-        assert not any(differences[corruption].excludes_zero for corruption in corrupted)
-    hidden = [found[n].measures_to["plain"]["top1_occlusion"].mean for n in ("CutMix", "Mixup")]
-    assert "CutMix gains {:.0f} points and Mixup {:.0f}".format(*hidden) in results
-
-
-def test_the_documents_quote_sinks_dose_and_labels():
-    study = read_study(ROOT / "configs" / "studies" / "small_data.yaml")
-    comparison = comparison_of(study, ROOT / "results")
-    found = {s.variant.name: s for s in comparison.standings}
-    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
-    spans = []
-    for name in ("largest_share", "border_share", "same_place_share"):
-        means = [100 * found["plain"].measures[f"layer{n}/{name}"].mean for n in range(4)]
-        spans.append((round(min(means)), round(max(means))))
-    assert "one token of 49 holds {} to {}% of the saliency".format(*spans[0]) in results
-    assert "at the border in {} to {}% of the images".format(*spans[1]) in results
-    assert "at one and the same place in {} to {}%".format(*spans[2]) in results
-    dose = found["HTM"].by_epoch["all"]
-    assert f"HTM mixed {dose['mixed_share']:.0%} of the samples" in results
-    taken = dose["tokens_mixed"]
-    assert (
-        f"It took {taken:.1f} tokens of an easy sample from the partner, {taken / 49:.0%}"
-        in results
-    )
-    assert f"with them {dose['label_share']:.0%} of the label" in results
-    means = {name: f"{100 * s.mean:.0f}" for name, s in found["plain"].agreement[0.0204].items()}
-    for sentence in (
-        "label gives the partner {share}%. The taken tokens are {share_by_tokens}%. The judge sees "
-        "{share_seen}%, and {share_seen_random}% where",
-        "Labels by saliency are off by {gap} points, labels by the number of tokens would be off "
-        "by {gap_by_tokens}, and labels that leave the partner out by {share_seen}.",
-        "of {share_by_tokens}% random tokens it sees {share_seen_random}%",
-    ):
-        assert sentence.format(**means) in results
-    judged = [
-        r.agreement
-        for r in label_records(ROOT / "results", study.name).read()
-        if (r.variant, r.rho) == ("plain", 0.0204)
-    ]
-    vits = comparison_of(
-        read_study(ROOT / "configs" / "studies" / "small_data_vit.yaml"), ROOT / "results"
-    ).standings
-    words = ("{} to {}% with a class token", "{} to {}% with registers", "{} to {}% where saliency")
-    for standing, sentence in zip(vits, words, strict=True):
-        shares = [100 * standing.measures[f"layer{n}/largest_share"].mean for n in (1, 2, 3)]
-        assert sentence.format(round(min(shares)), round(max(shares))) in results
-    means = {name: f"{100 * s.mean:.0f}" for name, s in vits[0].agreement[0.0204].items()}
-    assert (
-        "label gives the partner {share}%, the tokens are {share_by_tokens}%, the judge sees "
-        "{share_seen}%, and {share_seen_random}% of random".format(**means)
-        in results
-    )
-    loop = " ".join((ROOT / "docs" / "training_loop.md").read_text().split())
-    shares = f"took {taken / 49:.0%} of the tokens and with them {dose['label_share']:.0%} of the"
-    assert shares in loop
-    assert len(judged) == 10
-    assert all(one["share_seen"] < one["share_seen_random"] for one in judged)
-
-
-def test_the_documents_quote_the_labels_by_tokens():
-    def standings(name):
-        study = read_study(ROOT / "configs" / "studies" / f"{name}.yaml")
-        return {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
-
-    loop, results = (
-        " ".join((ROOT / "docs" / name).read_text().split())
-        for name in ("training_loop.md", "results.md")
-    )
-    mended = standings("small_data_labels")["every sample, labels by tokens"]
-    gain, loss = mended.to_plain, mended.measures_to["every sample"]["loss"]
-    assert gain.interval[0] > 0
-    assert f"gain {gain.mean:.2f} points and lower the test loss by {-loss.mean:.3f}." in results
-    assert f"[gained {gain.mean:.2f} points](" in loop
-    before = standings("small_data_ablations")
-    cost, left = (before[f"every sample{end}"].to_plain for end in ("", ", labels by tokens"))
-    assert cost.excludes_zero and -cost.mean > gain.mean
-    assert f"of every sample is {-cost.mean:.2f} points worse than plain" in results
-    assert f"with labels by tokens the difference is {left.text(2)}. In the library" in results
-
-
-def test_the_documents_quote_the_ablations_on_small_data():
-    study = read_study(ROOT / "configs" / "studies" / "small_data_ablations.yaml")
-    found = {s.variant.name: s for s in comparison_of(study, ROOT / "results").standings}
-    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
-
-    def measured(name, to, measure):
-        return found[name].measures_to[to][measure]
-
-    plain = "plain, drop path 0.1"
-    htm, loss = found["HTM"].to_plain, measured("HTM", plain, "loss")
-    low, high = loss.interval
-    drop_path = measured("plain, no drop path", plain, "loss")
-    assert drop_path.excludes_zero
-    assert (
-        f"HTM gains {htm.text(2)} points and lowers the test loss by {-loss.mean:.3f} "
-        f"[−{high:.3f}, +{-low:.3f}], while that drop path alone lowers plain's by "
-        f"{drop_path.mean:.3f}" in results
-    )
-    names = ("loss", "calibration_error")
-    htm, vtm = (
-        [measured(f"CutMix + {which}", "CutMix", name) for name in names]
-        for which in ("HTM", "VTM")
-    )
-    assert all(one.excludes_zero for one in htm) and not any(one.excludes_zero for one in vtm)
-    raised = [one.text(3).removeprefix("+") for one in vtm]
-    assert (
-        f"raises the test loss by {htm[0].mean:.3f} and the calibration error by "
-        f"{htm[1].mean:.3f}, VTM by {raised[0]} and {raised[1]}." in results
-    )
-    mended = measured("CutMix + HTM, labels by tokens", "CutMix + HTM", "loss")
-    low, high = mended.interval
-    left = htm[0].mean + mended.mean
-    assert (
-        f"raises the loss by only {left:.3f}, which is {-mended.mean:.3f} [{-high:.3f}, "
-        f"{-low:.3f}] less: most" in results
-    )
-    on_top = [found[f"CutMix + {name}"] for name in ("HTM", "VTM", "HTM, labels by tokens")]
-    assert not any(one.to_other.excludes_zero for one in on_top), "in top-1 five seeds show none"
-    chosen = [
-        found[f"{base}, random {what}"].to_other.text(2).removeprefix("+")
-        for base in ("HTM", "every sample")
-        for what in ("partners", "saliency")
-    ]
-    assert (
-        "With random partners it gains {} points over the optimal ones, with random saliency {} "
-        "over attention's; where every sample is mixed, {} and {}.".format(*chosen)
-        in results
-    )
-    centred = [found[f"{base}, centred saliency"].to_other for base in ("HTM", "every sample")]
-    assert not any(one.excludes_zero for one in centred)
-    dose = f"{-found['every sample'].to_plain.mean:.2f}"
-    assert f"mixes every sample, and costs {dose}" in results
-    loop = " ".join((ROOT / "docs" / "training_loop.md").read_text().split())
-    assert f"to mix every sample [cost {dose} points](" in loop
 
 
 def test_a_study_with_measures_has_a_picture_of_the_sinks(tmp_path):
