@@ -221,6 +221,16 @@ def test_the_ablations_on_small_data():
         "by {} and {}.".format(*(one.text(2) for one in chosen))
         in results
     )
+    others = [
+        found[name].to_other.text(2)
+        for name in ("HTM, layer 0", "HTM, layer 2", "HTM, released mask", "VTM, no gradient")
+    ]
+    assert (
+        "Layer 0 differs from layer 1 by {}, layer 2 by {}, the released code's mask from the "
+        "paper's by {}.".format(*others[:3])
+        in results
+    )
+    assert f"into the remembered tokens top-1 differs by {others[3]}." in results
     partners = lowered(measured("HTM, random partners", "HTM"))
     assert f"In test loss random partners are lower, by {partners}." in results
     shares = [
