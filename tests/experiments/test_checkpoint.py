@@ -85,7 +85,7 @@ def test_a_changed_config_is_refused_with_its_keys(tmp_path):
     assert "horizontal.tau: 0.3 there, None now" in message
     assert "output" not in message.replace("--output", "")
     assert "workers" not in message
-    assert "--allow-changed horizontal.layers" in message
+    assert "--allow-changed horizontal.labels,horizontal.layers" in message
     assert refuse_changed_config(tmp_path / "last.pt", saved, saved) == []
 
 
