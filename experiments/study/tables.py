@@ -60,9 +60,9 @@ def measures(comparison: Comparison, picture: str) -> list[str]:
         head = ["variant", *(title for title, _ in DOSE.values())]
         parts += [
             "HTM over the whole training: samples mixed; tokens and label share taken from the "
-            "partner, per easy sample (the share by saliency, also where a rule gives another); "
-            "the share of saliency that the most salient token holds; and the share of a batch's "
-            "samples in which it is at the most frequent place.\n",
+            "partner, per easy sample (the share by the settings, also where a rule gives "
+            "another); the share of saliency that the most salient token holds; and the share of a "
+            "batch's samples in which it is at the most frequent place.\n",
             aligned_table(head, rows, range(1, len(head))),
         ]
     layers = layers_of(comparison)
